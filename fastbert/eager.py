@@ -1,0 +1,181 @@
+"""Every fused op in plain PyTorch: what the CPU runs, and the reference the kernels are held to.
+
+Same names and signatures as `fastbert.ops`, which documents them; letters as in `fastbert.tokens`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The same functions as transformers' activations of these names; "none" is the identity.
+ACTIVATIONS = {
+    "none": lambda x, out=None: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x, out=None: F.gelu(x, approximate="tanh", out=out),
+    "relu": lambda x, out=None: F.relu(x, inplace=out is not None),
+    "tanh": torch.tanh,
+}
+
+
+def is_tracing() -> bool:
+    """Whether a graph is being recorded (`torch.compile`, `torch.export`, `torch.jit.trace`), so that neither shapes
+    nor control flow may depend on data."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def may_overwrite(tensor: Tensor) -> bool:
+    """Whether results may be written over tensors made here: nobody records, traces, transforms or autocasts them.
+
+    Fresh memory costs page faults: at 1024 x 1536 floats, GELU in place takes two thirds of the time.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or is_tracing()
+        or torch.is_autocast_enabled(tensor.device.type)
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def embed_layer_norm(
+    input_ids, token_type_ids, position_ids, inputs_embeds, indices,
+    word_table, position_table, token_type_table, weight, bias, eps,
+):  # fmt: skip
+    seq_len = (inputs_embeds if input_ids is None else input_ids).shape[1]
+
+    def kept(tensor):  # [B, S, ...] -> [T, ...]
+        tensor = tensor.flatten(0, 1)
+        return tensor if indices is None else tensor[indices]
+
+    hidden = F.embedding(kept(input_ids), word_table) if input_ids is not None else kept(inputs_embeds)  # [T, E]
+    if token_type_ids is None:
+        hidden = hidden + token_type_table[0]
+    else:
+        hidden = hidden + F.embedding(kept(token_type_ids), token_type_table)
+    if position_ids is not None:
+        hidden = hidden + F.embedding(kept(position_ids), position_table)
+    elif indices is not None:
+        hidden = hidden + F.embedding(indices % seq_len, position_table)
+    else:
+        hidden = (hidden.unflatten(0, (-1, seq_len)) + position_table[:seq_len]).flatten(0, 1) if seq_len else hidden
+    return torch.layer_norm(hidden, weight.shape, weight, bias, eps)
+
+
+def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads):
+    num_tokens, hidden_size = x.shape[0], q_weight.shape[0]
+    if may_overwrite(x):
+        qkv = x.new_empty(num_tokens, 3, hidden_size)
+        q, k, v = qkv.unbind(1)
+        torch.addmm(q_bias, x, q_weight.t(), out=q)
+        torch.addmm(k_bias, x, k_weight.t(), out=k)
+        torch.addmm(v_bias, x, v_weight.t(), out=v)
+    else:
+        q, k, v = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
+        qkv = torch.stack((q, k, v), 1)
+    return qkv.view(num_tokens, 3, num_heads, hidden_size // num_heads)
+
+
+def attention(qkv, cu_seqlens, max_seqlen, scale, mask=None, implementation="sdpa"):
+    num_tokens, num_sequences = qkv.shape[0], cu_seqlens.shape[0] - 1
+    if mask is not None or num_tokens == num_sequences * max_seqlen:
+        q, k, v = qkv.view(num_sequences, max_seqlen, *qkv.shape[1:]).unbind(2)
+        return padded_attention(q, k, v, scale, mask, 0.0, implementation)[0].flatten(0, 1)
+    return varlen_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, scale, 0.0, implementation)
+
+
+def linear_activation(x, weight, bias, activation):
+    hidden = F.linear(x, weight, bias)
+    return ACTIVATIONS[activation](hidden, out=hidden if may_overwrite(x) else None)
+
+
+def linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps):
+    hidden = F.linear(x, weight, bias)
+    hidden = hidden.add_(residual) if may_overwrite(x) else hidden + residual
+    return torch.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def unpack(hidden, indices, batch_size, seq_len):
+    if indices is not None:
+        hidden = hidden.new_zeros(batch_size * seq_len, *hidden.shape[1:]).index_copy_(0, indices, hidden)
+    return hidden.unflatten(0, (batch_size, seq_len))
+
+
+def pool(hidden, cu_seqlens, mode, normalize=False):
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()[:, None]
+    if mode == "first":
+        if hidden.shape[0] == 0:
+            return hidden.new_zeros(len(starts), *hidden.shape[1:])
+        pooled = hidden[starts.clamp(max=hidden.shape[0] - 1)].masked_fill(lengths == 0, 0)
+    elif mode == "mean":
+        tokens = torch.arange(hidden.shape[0], device=hidden.device)
+        sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+        sums = torch.zeros(len(starts), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        pooled = (sums.index_add(0, sequence, hidden.float()) / lengths.clamp(min=1)).to(hidden.dtype)
+    else:
+        raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
+    return F.normalize(pooled, dim=-1) if normalize else pooled
+
+
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float, implementation: str
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of sequences of one length: q, k, v [N, S, H, D] -> context [N, S, E], and the weights [N, H, S, S]
+    of implementation "eager"."""
+    attend = _softmax_attention if implementation == "eager" else _sdpa
+    context, weights = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale, dropout)
+    return context.transpose(1, 2).flatten(2), weights
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float,
+    implementation: str,
+) -> Tensor:  # fmt: skip
+    """Attention within each sequence of q, k, v [T, H, D] -> context [T, E].
+
+    On the CPU every sequence takes a call of its own: that costs about as much as padding at 16 tokens and less from
+    there on. Elsewhere the host does not know the lengths, so they are padded for one masked call.
+    """
+    num_tokens, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
+    mask, place = None, None
+    if num_tokens != num_sequences * max_seqlen:
+        if q.device.type == "cpu" and not is_tracing():
+            # split, not slices: the backward of a slice fills a whole [T, H, D] with zeros, once a sequence.
+            lengths = cu_seqlens.diff().tolist()
+            sequences = zip(lengths, *(x[None].split(lengths, 1) for x in (q, k, v)), strict=True)
+            context = [
+                padded_attention(*sequence, scale, None, dropout, implementation)[0]
+                for length, *sequence in sequences
+                if length
+            ]
+            return torch.cat(context, 1)[0]
+        token = torch.arange(num_tokens, device=q.device)
+        sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+        place = sequence * max_seqlen + token - cu_seqlens[sequence]
+        # A sequence without tokens attends to a zero: its softmax over nothing would be NaN.
+        mask = (torch.arange(max_seqlen, device=q.device) < cu_seqlens.diff()[:, None].clamp(min=1))[:, None, None]
+    q, k, v = (unpack(x, place, num_sequences, max_seqlen) for x in (q, k, v))
+    context = padded_attention(q, k, v, scale, mask, dropout, implementation)[0].flatten(0, 1)
+    return context if place is None else context[place]
+
+
+def _finite(mask, dtype):
+    """An additive mask in the scores' dtype whose -inf are that dtype's minimum: a row of -inf only would be NaN."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
+
+
+def _sdpa(q, k, v, mask, scale, dropout):
+    """q, k, v [N, H, S, D] -> [N, H, S, D], None."""
+    if q.numel() == 0:
+        return v, None
+    return F.scaled_dot_product_attention(q, k, v, _finite(mask, q.dtype), dropout, scale=scale), None
+
+
+def _softmax_attention(q, k, v, mask, scale, dropout):
+    """The same as `_sdpa` with the weights [N, H, S, S] (after dropout, as transformers returns them)."""
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask is not None:
+        mask = _finite(mask, scores.dtype)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights @ v, weights

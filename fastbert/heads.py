@@ -1,0 +1,150 @@
+"""The BertFor* classes: transformers' heads and losses on this package's encoder.
+
+Each class derives from transformers' of the same name and takes its forward, its loss and its head modules from there;
+only what differs on purpose is written here.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import MultipleChoiceModelOutput, QuestionAnsweringModelOutput
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils.generic import can_return_tuple
+
+from fastbert.configuration import BertConfig
+from fastbert.model import BertModel, BertPreTrainedModel
+
+
+def _classifier_dropout(config: BertConfig) -> nn.Dropout:
+    dropout = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+
+
+class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.cls = hf.BertPreTrainingHeads(config)
+        self.post_init()
+
+
+class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.cls = hf.BertOnlyMLMHead(config)
+        self.post_init()
+
+
+class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentencePrediction):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.cls = hf.BertOnlyNSPHead(config)
+        self.post_init()
+
+
+class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClassification):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassification):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> MultipleChoiceModelOutput | tuple[Tensor, ...]:
+        """Every input has transformers' shape [B, choices, S]; logits are [B, choices], labels integers [B].
+
+        Unlike transformers' this also takes tensors that are not contiguous and batches without a text or a token.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or given.ndim < 3:
+            shape = None if given is None else list(given.shape)
+            raise ValueError(f"pass input_ids [B, choices, S] or inputs_embeds [B, choices, S, E], got {shape}")
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.bert(*(x if x is None else x.flatten(0, 1) for x in inputs), return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(given.shape[:2])
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
+        """start_logits and end_logits [B, S] are the dtype's minimum at padding, so that no answer lies there.
+
+        start_positions, end_positions: integers [B]; a position past the sequence is left out of the loss.
+        """
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.bert(*inputs, return_dict=True, **kwargs)
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            padding = attention_mask.to(logits.device) == 0
+            logits = logits.masked_fill(padding[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = (x.squeeze(-1).contiguous() for x in logits.split(1, dim=-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            past_the_end = start_logits.shape[1]
+            loss = sum(
+                cross_entropy(logits, positions.view(-1).clamp(0, past_the_end), ignore_index=past_the_end)
+                for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
+            )
+            loss = loss / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

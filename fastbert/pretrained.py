@@ -1,0 +1,53 @@
+"""What every class of the package inherits: transformers' loading and saving, and what an encoder refuses."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.models.bert import modeling_bert as hf
+
+from fastbert.configuration import BertConfig, check_config
+
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+class BertPreTrainedModel(hf.BertPreTrainedModel):
+    """transformers' loading, saving, resizing and tying; here only what an encoder refuses and says more clearly."""
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    # Hidden states and attentions are collected by the encoder: transformers' hooks would record packed tensors.
+    _can_record_outputs = {}
+    # Once a buffer that checkpoints carried; the positions here are made when they are needed.
+    _keys_to_ignore_on_load_unexpected = [r"position_ids$"]
+    # The losses are means over the batch, so Trainer has to divide them by its accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: BertConfig):
+        check_config(config)
+        # Past the transformers class that a head derives from: its __init__ would build transformers' encoder first.
+        hf.BertPreTrainedModel.__init__(self, config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers. FileNotFoundError for a path that does not exist, OSError for unreadable weights."""
+        path = Path(pretrained_model_name_or_path or ".").expanduser()
+        if path.is_absolute() and not path.exists():
+            raise FileNotFoundError(f"there is no checkpoint at {path}: pass a folder with config.json, or a hub name")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the safetensors of {pretrained_model_name_or_path} cannot be read ({error}): the file is damaged or "
+                "cut short, fetch or save it again"
+            ) from error
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is not served; choose one of "
+                f"{', '.join(ATTENTION_IMPLEMENTATIONS)} for the eager path (on a GPU fastbert's own kernels attend)"
+            )
+        return attn_implementation or "sdpa"
+
+    get_correct_attn_implementation = _check_and_adjust_attn_implementation

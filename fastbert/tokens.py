@@ -1,0 +1,211 @@
+"""The token layout: where the tokens of a padded batch [B, S] lie in the packed one [T].
+
+Letters used in every shape of this project: B batch, S padded length, T packed tokens, H heads, D head size, E hidden
+size, F feed-forward size, V vocabulary.
+
+Padding is removed once, before the embeddings, and put back once, after the last layer, as zeros. Where shapes may not
+depend on data (a graph is traced, the tensors are not on the CPU, or a mask is not per token) nothing is dropped: the
+hidden states stay [B, S, E] and attention gets a mask.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.eager import is_tracing
+
+
+def shapes_may_depend_on_data(tensor: Tensor) -> bool:
+    """Whether the host may read this tensor's values for free and size other tensors by them."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not is_tracing()
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How one batch is laid out inside the encoder.
+
+    cu_seqlens int32 [N + 1] bounds the N sequences among the tokens; no sequence is longer than max_seqlen.
+    indices int64 [T] is the padded place of each packed token, None where every place is kept.
+    padded says that hidden states are [B, S, E] and not [T, E]; then keep (bool [B, S]) marks the tokens that are not
+    padding, and mask ([B or 1, H or 1, S or 1, S], bool with True for "attend", or additive) goes to attention.
+    implementation ("sdpa" or "eager") is the eager path's attention.
+    """
+
+    batch_size: int
+    seq_len: int
+    cu_seqlens: Tensor
+    max_seqlen: int
+    indices: Tensor | None = None
+    padded: bool = False
+    keep: Tensor | None = None
+    mask: Tensor | None = None
+    implementation: str = "sdpa"
+
+    def pack(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, E] -> the encoder's own layout: [T, E], or [B, S, E] where nothing is dropped."""
+        if self.padded:
+            return hidden_states
+        hidden_states = hidden_states.flatten(0, 1)
+        return hidden_states if self.indices is None else hidden_states[self.indices]
+
+    def unpack(self, hidden_states: Tensor) -> Tensor:
+        """The encoder's own layout -> [B, S, E] with zeros at padding."""
+        if self.padded:
+            return hidden_states if self.keep is None else hidden_states.masked_fill(~self.keep[..., None], 0)
+        return ops.unpack(hidden_states, self.indices, self.batch_size, self.seq_len)
+
+    def first_tokens(self, sequence_output: Tensor) -> Tensor:
+        """[B, S, E] -> [N, E]: each sequence's first kept token, zeros for a sequence without one."""
+        if self.keep is not None:
+            first = self.keep.int().argmax(1)
+            tokens = sequence_output[torch.arange(self.batch_size, device=first.device), first]
+            return tokens.masked_fill(~self.keep.any(1, keepdim=True), 0)
+        if self.indices is None and self.cu_seqlens.shape[0] == self.batch_size + 1 and self.seq_len:
+            return sequence_output[:, 0]
+        return ops.pool(self.pack(sequence_output), self.cu_seqlens, "first")
+
+    def clear(self, values: Tensor | None) -> Tensor | None:
+        """[B, S, ...] with zeros at padding where nothing is dropped: what stands there must not matter."""
+        if values is None or self.keep is None:
+            return values
+        keep = self.keep if values.ndim == 2 else self.keep[..., None]
+        return values.masked_fill(~keep, 0)
+
+    def restarting_positions(self) -> Tensor:
+        """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""
+        tokens = torch.arange(self.seq_len, device=self.cu_seqlens.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:], tokens, right=True)
+        return (tokens - self.cu_seqlens[sequence])[None]
+
+    def as_padded(self) -> "TokenLayout":
+        """The same batch with nothing dropped, for modules that must see Hugging Face's [B, S, E]."""
+        if self.padded:
+            return self
+        keep, mask = None, None
+        if self.indices is not None:
+            keep = self.cu_seqlens.new_zeros(self.batch_size * self.seq_len, dtype=torch.bool)
+            keep = keep.index_fill_(0, self.indices, True).view(self.batch_size, self.seq_len)
+            mask = _key_mask(keep)
+        elif self.cu_seqlens.numel() - 1 != self.batch_size:
+            mask = _block_diagonal_mask(self.cu_seqlens, self.seq_len)
+        cu_seqlens = _uniform_cu_seqlens(self.batch_size, self.seq_len, self.cu_seqlens.device)
+        return replace(
+            self, cu_seqlens=cu_seqlens, max_seqlen=self.seq_len, indices=None, padded=True, keep=keep, mask=mask
+        )
+
+    def to(self, device: torch.device) -> "TokenLayout":
+        """The layout on a layer's device: `device_map` can spread the layers over several."""
+        if self.cu_seqlens.device == device:
+            return self
+        moved = {name: getattr(self, name) for name in ("cu_seqlens", "indices", "keep", "mask")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
+
+
+def layout_from_mask(
+    attention_mask: Tensor | None, batch_size: int, seq_len: int, num_heads: int, device: torch.device
+) -> TokenLayout:
+    """The layout of a padded batch.
+
+    attention_mask: None (every token is kept); 0/1 [B, S] of any integer, bool or float dtype, with holes and padding
+    wherever they are; or a mask of scores, [B, S, S] or [B or 1, H or 1, S or 1, S], bool or 0/1 integers with 1 for
+    "attend", or floats that are added to the scores. Raises ValueError or TypeError for anything else.
+    """
+    every_token = TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)
+    if attention_mask is None:
+        return every_token
+    check_mask(attention_mask, batch_size, seq_len, num_heads)
+    if batch_size == 0 or seq_len == 0:
+        return every_token
+    # A mask on the host is read there, for free, before it moves to the device.
+    readable = shapes_may_depend_on_data(attention_mask) and device.type == "cpu"
+    if attention_mask.ndim > 2:
+        return replace(every_token, padded=True, mask=_score_mask(attention_mask.to(device)))
+    keep = attention_mask.to(device) != 0
+    if not readable:
+        return replace(every_token, padded=True, keep=keep, mask=_key_mask(keep))
+    lengths = keep.sum(1)
+    indices = keep.flatten().nonzero().flatten()
+    if len(indices) == batch_size * seq_len:
+        return every_token
+    cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    return replace(every_token, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()), indices=indices)
+
+
+def layout_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, batch_size: int, seq_len: int) -> TokenLayout:
+    """The layout of texts that are already packed end to end into one row, as `DataCollatorWithFlattening` sends them.
+
+    cu_seqlens: integers [N + 1] from 0 to S, never falling; batch_size must be 1. Raises ValueError otherwise.
+    """
+    if batch_size != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seq_lens_q needs one row of packed tokens and the bounds of its texts, [1, S] and [N + 1]; "
+            f"got {batch_size} rows and cu_seq_lens_q of shape {list(cu_seqlens.shape)}"
+        )
+    if shapes_may_depend_on_data(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != seq_len or bounds != sorted(bounds):
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to the {seq_len} tokens of the row, got {bounds}")
+        max_seqlen = max(after - before for before, after in pairwise(bounds))
+    # Without the host's knowledge of the lengths, a sequence can be as long as the row.
+    return TokenLayout(batch_size, seq_len, cu_seqlens.to(torch.int32), seq_len if max_seqlen is None else max_seqlen)
+
+
+def check_mask(mask: Tensor, batch_size: int, seq_len: int, num_heads: int) -> None:
+    """Raise TypeError for a mask that is no tensor of numbers, ValueError for one of the wrong shape or values."""
+    if not isinstance(mask, Tensor) or mask.dtype.is_complex:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"attention_mask must be a tensor of bool, integers or floats, got {kind}")
+    shape, allowed = (
+        list(mask.shape),
+        {
+            2: ((batch_size,), (seq_len,)),
+            3: ((batch_size,), (1, seq_len), (seq_len,)),
+            4: ((1, batch_size), (1, num_heads), (1, seq_len), (seq_len,)),
+        }.get(mask.ndim),
+    )
+    if allowed is None or any(size not in sizes for size, sizes in zip(shape, allowed, strict=True)):
+        raise ValueError(
+            f"attention_mask has shape {shape}, but the batch is [{batch_size}, {seq_len}]: expected "
+            f"[{batch_size}, {seq_len}], [{batch_size}, {seq_len}, {seq_len}], or a shape that broadcasts to "
+            f"[{batch_size}, {num_heads}, {seq_len}, {seq_len}]"
+        )
+    additive = mask.ndim > 2 and mask.is_floating_point()
+    if mask.dtype == torch.bool or additive or not shapes_may_depend_on_data(mask):
+        return
+    if mask.is_floating_point() or mask.ndim > 2:
+        others = mask[(mask != 0) & (mask != 1)]
+        if others.numel():
+            raise ValueError(
+                f"a {mask.ndim}-D attention_mask of {mask.dtype} must hold 0 and 1 only, found {others[0].item()}; "
+                "additive masks are floats of shape [B, 1, S, S] or [B, 1, 1, S]"
+            )
+
+
+def _uniform_cu_seqlens(batch_size: int, seq_len: int, device: torch.device) -> Tensor:
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
+
+
+def _key_mask(keep: Tensor) -> Tensor:
+    """[B, S] -> [B, 1, 1, S]. A text without any token attends to everything: its softmax over nothing would be NaN,
+    in the gradients even though its outputs are zeroed."""
+    return (keep | ~keep.any(1, keepdim=True))[:, None, None]
+
+
+def _score_mask(mask: Tensor) -> Tensor:
+    """[B, S, S] or 4-D -> 4-D, bool or additive; a row that masks every key attends to all of them, as under
+    transformers' additive minimum."""
+    mask = mask[:, None] if mask.ndim == 3 else mask
+    if mask.is_floating_point():
+        return mask
+    mask = mask != 0
+    return mask | ~mask.any(-1, keepdim=True)
+
+
+def _block_diagonal_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """[N + 1] -> [1, 1, T, T]: tokens attend within their own sequence."""
+    sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(num_tokens, device=cu_seqlens.device), right=True)
+    return (sequence[:, None] == sequence)[None, None]
