@@ -38,7 +38,7 @@ def may_overwrite(tensor: Tensor) -> bool:
 
 def embed_layer_norm(
     input_ids, token_type_ids, position_ids, inputs_embeds, indices,
-    word_table, position_table, token_type_table, weight, bias, eps,
+    word_table, position_table, token_type_table, weight, bias, eps, padding_idx=None,
 ):  # fmt: skip
     seq_len = (inputs_embeds if input_ids is None else input_ids).shape[1]
 
@@ -46,7 +46,9 @@ def embed_layer_norm(
         tensor = tensor.flatten(0, 1)
         return tensor if indices is None else tensor[indices]
 
-    hidden = F.embedding(kept(input_ids), word_table) if input_ids is not None else kept(inputs_embeds)  # [T, E]
+    hidden = (
+        F.embedding(kept(input_ids), word_table, padding_idx) if input_ids is not None else kept(inputs_embeds)
+    )  # [T, E]
     if token_type_ids is None:
         hidden = hidden + token_type_table[0]
     else:
@@ -101,18 +103,21 @@ def unpack(hidden, indices, batch_size, seq_len):
 
 def pool(hidden, cu_seqlens, mode, normalize=False):
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()[:, None]
+    if mode not in ("first", "mean"):
+        raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(len(starts), *hidden.shape[1:])
     if mode == "first":
-        if hidden.shape[0] == 0:
-            return hidden.new_zeros(len(starts), *hidden.shape[1:])
         pooled = hidden[starts.clamp(max=hidden.shape[0] - 1)].masked_fill(lengths == 0, 0)
-    elif mode == "mean":
+    else:
         tokens = torch.arange(hidden.shape[0], device=hidden.device)
         sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
-        sums = torch.zeros(len(starts), hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        pooled = (sums.index_add(0, sequence, hidden.float()) / lengths.clamp(min=1)).to(hidden.dtype)
-    else:
-        raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
-    return F.normalize(pooled, dim=-1) if normalize else pooled
+        pooled = torch.zeros(len(starts), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        pooled = pooled.index_add_(0, sequence, hidden.float()) / lengths.clamp(min=1)
+    if normalize:
+        # In float32: the guard against a division by zero is 1e-12, which is zero in float16.
+        pooled = F.normalize(pooled.float(), dim=-1)
+    return pooled.to(hidden.dtype)
 
 
 def padded_attention(

@@ -5,6 +5,7 @@ with, with plain parameters, no hooks, no patched forward and no active dropout,
 Otherwise all of it runs through its modules, so that every hook fires and every adapter counts.
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import nn
@@ -94,10 +95,16 @@ class Served(NamedTuple):
 
 
 class Explanation(list[Served]):
-    """The lines of `explain`, which print as a table."""
+    """The lines of `explain`, one for every block and op; layers that are served alike print as one."""
 
     def __str__(self) -> str:
-        rows = [Served("block", "op", "backend", "reason"), *self]
+        blocks: dict[str, list[tuple[str, ...]]] = {}
+        for block, *served in self:
+            blocks.setdefault(block, []).append(tuple(served))
+        rows = [Served("block", "op", "backend", "reason")]
+        for served, names in groupby(blocks, key=blocks.get):
+            first, *rest = names
+            rows += [Served(f"{first}-{rest[-1].rpartition('.')[2]}" if rest else first, *row) for row in served]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

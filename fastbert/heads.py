@@ -21,6 +21,8 @@ def _classifier_dropout(config: BertConfig) -> nn.Dropout:
 
 
 class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
+    """Masked language modeling and next sentence prediction: logits [B, S, V] and [B, 2]."""
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
@@ -29,6 +31,8 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
 
 
 class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
+    """A logit for every token of the vocabulary at every place: [B, S, V]."""
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
@@ -37,6 +41,8 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
 
 
 class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentencePrediction):
+    """Whether the second sentence follows the first: logits [B, 2]."""
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
@@ -45,6 +51,8 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
 
 
 class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClassification):
+    """Classification or regression of texts: logits [B, num_labels]."""
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -55,6 +63,8 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
 
 
 class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassification):
+    """Classification of tokens: logits [B, S, num_labels]."""
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -65,6 +75,8 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
 
 
 class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
+    """A choice between texts: logits [B, choices]."""
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
@@ -103,6 +115,8 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
 
 
 class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering):
+    """The start and the end of an answer: two logits [B, S]."""
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels

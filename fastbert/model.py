@@ -174,13 +174,19 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         _, _, attention, query, key, value, _, _, dense, norm, _, _, up, _, _, down, last_norm, _ = self.parts()
         x = hidden_states.flatten(0, 1) if layout.padded else hidden_states  # [T, E]
-        qkv = ops.qkv_projection(
-            x, *_parameters(query), *_parameters(key), *_parameters(value), attention.num_attention_heads
-        )  # [T, 3, H, D]
+        # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
         context = ops.attention(
-            qkv, layout.cu_seqlens, layout.max_seqlen, attention.scaling, layout.mask, layout.implementation
+            ops.qkv_projection(
+                x, *_parameters(query), *_parameters(key), *_parameters(value), attention.num_attention_heads
+            ),
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            attention.scaling,
+            layout.mask,
+            layout.implementation,
         )  # [T, E]
         x = ops.linear_residual_layer_norm(context, *_parameters(dense), x, *_parameters(norm), norm.eps)
+        del context
         y = ops.linear_activation(x, *_parameters(up), self.fused_activation)  # [T, F]
         x = ops.linear_residual_layer_norm(y, *_parameters(down), x, *_parameters(last_norm), last_norm.eps)
         return x.view(hidden_states.shape) if layout.padded else x
@@ -346,7 +352,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             if refused is None:
                 _, words, positions, types, norm, _ = embeddings.parts()
                 tables = (words.weight, positions.weight, types.weight)
-                hidden_states = ops.embed_layer_norm(*inputs, layout.indices, *tables, *_parameters(norm), norm.eps)
+                hidden_states = ops.embed_layer_norm(
+                    *inputs, layout.indices, *tables, *_parameters(norm), norm.eps, words.padding_idx
+                )
                 return hidden_states.view(layout.batch_size, layout.seq_len, -1) if layout.padded else hidden_states
             ops.fall_back("the embeddings", refused, self.device)
             if has_hooks(embeddings) or layout.padded:

@@ -123,18 +123,19 @@ def _serving(op: str, tensor: Tensor, refused: str | None = None):
 def embed_layer_norm(
     input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
-    weight: Tensor, bias: Tensor, eps: float,
+    weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum of the word, token type and position embeddings of the kept tokens, layer-normalized -> [T, E].
 
     input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
     token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps all.
-    The tables are [V, E], [max positions, E], [types, E]; weight and bias [E].
+    The tables are [V, E], [max positions, E], [types, E]; weight and bias [E]. The word row of padding_idx gets no
+    gradient.
     Devlin et al. 2019, section 3; LayerNorm: Ba et al. 2016.
     """
     return _serving("embed_layer_norm", word_table)(
         input_ids, token_type_ids, position_ids, inputs_embeds, indices,
-        word_table, position_table, token_type_table, weight, bias, eps,
+        word_table, position_table, token_type_table, weight, bias, eps, padding_idx,
     )  # fmt: skip
 
 

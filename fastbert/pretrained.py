@@ -24,13 +24,13 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: BertConfig):
-        check_config(config)
         # Past the transformers class that a head derives from: its __init__ would build transformers' encoder first.
         hf.BertPreTrainedModel.__init__(self, config)
+        check_config(config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers. FileNotFoundError for a path that does not exist, OSError for unreadable weights."""
+        """As in transformers. Raises OSError, which names the checkpoint, where it is missing or unreadable."""
         path = Path(pretrained_model_name_or_path or ".").expanduser()
         if path.is_absolute() and not path.exists():
             raise FileNotFoundError(f"there is no checkpoint at {path}: pass a folder with config.json, or a hub name")
@@ -41,6 +41,10 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
                 f"the safetensors of {pretrained_model_name_or_path} cannot be read ({error}): the file is damaged or "
                 "cut short, fetch or save it again"
             ) from error
+        except OSError as error:
+            if str(pretrained_model_name_or_path) in str(error):
+                raise
+            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
@@ -51,3 +55,8 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
         return attn_implementation or "sdpa"
 
     get_correct_attn_implementation = _check_and_adjust_attn_implementation
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """transformers guesses this from the source of its own models and would refuse with no more than a warning."""
+        return True

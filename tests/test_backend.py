@@ -1,0 +1,214 @@
+"""Which back end serves what: the choice, the fuse predicate, and `explain`."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from cases import batch, pair
+from torch import nn
+
+import fastbert
+from fastbert import eager, ops
+
+
+def test_unknown_names_are_refused():
+    with (
+        pytest.raises(ValueError, match="unknown back end 'cuda', choose one of auto, triton, eager"),
+        fastbert.backend("cuda"),
+    ):
+        pass
+
+
+def test_an_explicit_choice_that_cannot_be_served_raises_with_the_reason():
+    ours, _ = pair()
+    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve .*on 'cpu'.*CUDA device"):
+        ours(**batch())
+    ours.encoder.layer[0].register_forward_hook(lambda *_: None)
+    with (
+        fastbert.backend("triton"),
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(RuntimeError, match="cannot serve an encoder layer: BertLayer has hooks"),
+    ):
+        patch.setattr(ops, "why_not_triton", lambda *_: None)
+        patch.setattr("fastbert_kernels.embed_layer_norm", eager.embed_layer_norm, raising=False)
+        ours(**batch())
+    assert ours(**batch()).last_hidden_state.isfinite().all()
+
+
+def test_the_choice_nests_and_is_restored_after_an_error():
+    with fastbert.backend("eager"):
+        with pytest.raises(KeyError), fastbert.backend("triton"):
+            raise KeyError
+        assert ops.current_backend() == "eager"
+    assert ops.current_backend() == "auto"
+
+
+def test_the_choice_belongs_to_its_thread():
+    seen = []
+    with fastbert.backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(ops.current_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("triton", "RuntimeError: backend 'triton' cannot serve"),
+        ("cuda", "ValueError: FASTBERT_BACKEND: unknown"),
+        ("eager", ""),
+    ],
+)
+def test_the_environment_chooses(name, message):
+    code = (
+        "import torch, fastbert; model = fastbert.BertModel(fastbert.BertConfig(hidden_size=12, num_hidden_layers=1, "
+        "intermediate_size=12)).eval(); model(torch.ones(1, 3, dtype=torch.long))"
+    )
+    environment = os.environ | {"FASTBERT_BACKEND": name}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (run.returncode != 0) == bool(message), run.stderr
+    assert message in run.stderr
+
+
+def test_kernels_serve_where_they_can_and_options_they_lack_fall_back(monkeypatch, caplog):
+    """With kernels pretended, "auto" calls them; a score mask still goes to eager, and says why once."""
+    calls = []
+    for op in ops.OPS:
+        twin = getattr(eager, op)
+        monkeypatch.setattr(
+            f"fastbert_kernels.{op}", lambda *args, op=op, twin=twin: calls.append(op) or twin(*args), raising=False
+        )
+    monkeypatch.setattr(ops, "why_not_triton", lambda *_: None)
+    ours, _ = pair()
+    expected = ours(**batch())
+    with fastbert.backend("triton"):
+        outputs = ours(**batch())
+    assert torch.equal(outputs.pooler_output, expected.pooler_output)
+    assert calls == ["embed_layer_norm", *ours.encoder.layer[0].ops_used * 3, "unpack", "pool", "linear_activation"]
+    ops._say_once.cache_clear()
+    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="attention: a mask of attention scores"):
+        ours(**batch(None), attention_mask=torch.ones(4, 1, 12, 12))
+    with caplog.at_level(logging.INFO, "fastbert"):
+        for _ in range(2):
+            ops.fall_back("attention", "a mask", torch.device("cuda"))
+            ops.fall_back("attention", "a mask", torch.device("cpu"))
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert caplog.records[0].getMessage() == "attention runs in eager PyTorch: a mask"
+
+
+def test_attention_weights_are_said_to_need_eager_attention_once(caplog):
+    ops._say_once.cache_clear()
+    ours, _ = pair()
+    with caplog.at_level(logging.INFO, "fastbert"):
+        for _ in range(2):
+            ours(**batch(), output_attentions=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "an encoder layer runs in eager PyTorch: attention weights are asked for"
+    ]
+
+
+@pytest.mark.parametrize(("implementation", "function"), [("eager", "_softmax_attention"), ("sdpa", "_sdpa")])
+@pytest.mark.parametrize("mask", ["right", "full", None])
+def test_attention_implementations_are_used(implementation, function, mask, monkeypatch):
+    ours, _ = pair()
+    ours.set_attn_implementation(implementation)
+    other = "_sdpa" if implementation == "eager" else "_softmax_attention"
+    monkeypatch.setattr(eager, other, None)
+    assert ours(**batch(mask)).last_hidden_state.isfinite().all()
+    ours.train().encoder.layer[0].output.dropout.p = 0.1
+    assert ours(**batch(mask)).last_hidden_state.isfinite().all()
+
+
+class _Parameter(nn.Parameter):
+    pass
+
+
+def _replace_parameter(layer):
+    layer.output.dense.weight = _Parameter(layer.output.dense.weight.detach())
+
+
+def _activate_dropout(layer):
+    layer.attention.self.train().dropout.p = 0.1
+
+
+REASONS = {
+    "layer hook": (lambda layer: layer.register_forward_hook(lambda *_: None), "BertLayer has hooks"),
+    "pre-hook": (lambda layer: layer.output.register_forward_pre_hook(lambda *_: None), "output has hooks"),
+    "backward hook": (
+        lambda layer: layer.attention.self.key.register_full_backward_hook(lambda *_: None),
+        "attention.self.key has hooks",
+    ),
+    "class": (
+        lambda layer: setattr(layer.intermediate, "dense", nn.Identity()),
+        "intermediate.dense is a torch.nn.modules.linear.Identity, not a Linear",
+    ),
+    "norm": (
+        lambda layer: setattr(layer.output, "LayerNorm", nn.RMSNorm(48)),
+        "output.LayerNorm is a torch.nn.modules.normalization.RMSNorm, not a LayerNorm",
+    ),
+    "patched forward": (
+        lambda layer: setattr(layer.output.dense, "forward", None),
+        "output.dense has a patched forward",
+    ),
+    "parameter subclass": (_replace_parameter, "output.dense has a _Parameter in place of a plain Parameter"),
+    "dropout": (_activate_dropout, "attention.self.dropout is active (p=0.1)"),
+    "activation": (
+        lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.SiLU()),
+        "intermediate.intermediate_act_fn is a torch.nn.modules.activation.SiLU, not a GELUActivation",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_explain_names_the_reason(name):
+    ours, _ = pair()
+    change, reason = REASONS[name]
+    change(ours.encoder.layer[1])
+    rows = fastbert.explain(ours)
+    changed = [row for row in rows if row.block == "encoder.layer.1"]
+    assert {(row.backend, row.reason) for row in changed} == {("modules", reason)}
+    assert {row.backend for row in rows if row not in changed} == {"eager"}
+
+
+def test_explain_says_what_serves_every_block_and_op():
+    ours, _ = pair("BertForSequenceClassification")
+    rows = fastbert.explain(ours)
+    assert len(rows) == 1 + 3 * 5 + 1
+    assert {row.op for row in rows} <= set(ops.OPS)
+    assert all("CUDA device" in row.reason for row in rows)
+    with fastbert.backend("eager"):
+        assert {row.reason for row in fastbert.explain(ours)} == {"backend 'eager' is chosen"}
+    table = str(rows).splitlines()
+    assert table[0].split() == ["block", "op", "backend", "reason"]
+    assert any("bert.encoder.layer.0-2" in line for line in table)
+    ours.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+    assert any("bert.encoder.layer.1-2" in line for line in str(fastbert.explain(ours)).splitlines())
+
+
+def test_explain_refuses_a_model_that_is_not_ours():
+    with pytest.raises(TypeError, match="torch.nn.modules.linear.Linear has no fastbert encoder"):
+        fastbert.explain(nn.Linear(2, 2))
+
+
+def test_an_activation_the_ops_do_not_know_is_explained():
+    ours, _ = pair(hidden_act="silu")
+    reasons = {row.reason for row in fastbert.explain(ours) if "layer" in row.block}
+    assert reasons == {
+        "its activation is not one of gelu, gelu_python, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, tanh, linear"
+    }
+
+
+def test_plain_layers_never_call_their_modules(monkeypatch):
+    ours, _ = pair()
+
+    def forbidden(*_):
+        raise AssertionError("a module of a fused block was called")
+
+    for module in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout):
+        monkeypatch.setattr(module, "forward", forbidden)
+    assert ours(**batch()).pooler_output.isfinite().all()
