@@ -72,6 +72,21 @@ def expand_inputs(name: str, values: Tensor | None, batch_size: int, seq_len: in
     raise ValueError(f"{name} must be [{batch_size}, {seq_len}] like the batch, got {list(values.shape)}")
 
 
+def check_length(longest: int, limit: int) -> None:
+    """Raise ValueError for a sequence of more tokens than the model has positions."""
+    if longest > limit:
+        raise ValueError(
+            f"a sequence of {longest} tokens is longer than config.max_position_embeddings={limit}: tokenize with "
+            f"truncation=True, max_length={limit}, or split the text"
+        )
+
+
+def refuse_padding(attention_mask: Tensor | None) -> None:
+    """Raise ValueError for a mask beside texts that are packed end to end."""
+    if attention_mask is not None:
+        raise ValueError("attention_mask and cu_seq_lens_q exclude each other: packed texts have no padding")
+
+
 def raise_out_of_range(
     config: BertConfig, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
 ) -> None:

@@ -5,6 +5,7 @@ Letters of the shapes as in `fastbert.tokens`. Hidden states between the blocks 
 layout drops nothing (`TokenLayout.padded`).
 """
 
+from collections import namedtuple
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -26,9 +27,11 @@ from fastbert.fusion import FUSED_ACTIVATIONS, FusableBlock, has_hooks, why_not_
 from fastbert.inputs import (
     BertForwardKwargs,
     check_inputs,
+    check_length,
     expand_inputs,
     raise_out_of_range,
     refuse_decoder_arguments,
+    refuse_padding,
     refuse_unknown_arguments,
 )
 from fastbert.pretrained import BertPreTrainedModel
@@ -133,6 +136,14 @@ class BertIntermediate(nn.Module):
         return self.intermediate_act_fn(self.dense(hidden_states))
 
 
+LayerParts = namedtuple(
+    "LayerParts",
+    "layer attention self_attention query key value attention_dropout self_output self_output_dense self_output_norm "
+    "self_output_dropout intermediate intermediate_dense intermediate_activation output output_dense output_norm "
+    "output_dropout",
+)
+
+
 class BertLayer(GradientCheckpointingLayer, FusableBlock):
     ops_used = (
         "qkv_projection",
@@ -155,7 +166,7 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
         attention, intermediate, output = own["attention"], own["intermediate"], own["output"]
         self_attention, self_output = attention._modules["self"], attention._modules["output"]
         a, s, i, o = self_attention._modules, self_output._modules, intermediate._modules, output._modules
-        return (
+        return LayerParts(
             self, attention, self_attention, a["query"], a["key"], a["value"], a["dropout"],
             self_output, s["dense"], s["LayerNorm"], s["dropout"],
             intermediate, i["dense"], i["intermediate_act_fn"],
@@ -172,23 +183,23 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
         return (hidden_states, weights) if output_attentions else hidden_states
 
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
-        _, _, attention, query, key, value, _, _, dense, norm, _, _, up, _, _, down, last_norm, _ = self.parts()
+        p = self.parts()
         x = hidden_states.flatten(0, 1) if layout.padded else hidden_states  # [T, E]
         # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
-        context = ops.attention(
-            ops.qkv_projection(
-                x, *_parameters(query), *_parameters(key), *_parameters(value), attention.num_attention_heads
+        x = ops.linear_residual_layer_norm(
+            ops.attention(
+                ops.qkv_projection(
+                    x, *_parameters(p.query), *_parameters(p.key), *_parameters(p.value),
+                    p.self_attention.num_attention_heads,
+                ),
+                layout.cu_seqlens, layout.max_seqlen, p.self_attention.scaling, layout.mask, layout.implementation,
             ),
-            layout.cu_seqlens,
-            layout.max_seqlen,
-            attention.scaling,
-            layout.mask,
-            layout.implementation,
-        )  # [T, E]
-        x = ops.linear_residual_layer_norm(context, *_parameters(dense), x, *_parameters(norm), norm.eps)
-        del context
-        y = ops.linear_activation(x, *_parameters(up), self.fused_activation)  # [T, F]
-        x = ops.linear_residual_layer_norm(y, *_parameters(down), x, *_parameters(last_norm), last_norm.eps)
+            *_parameters(p.self_output_dense), x, *_parameters(p.self_output_norm), p.self_output_norm.eps,
+        )  # fmt: skip
+        y = ops.linear_activation(x, *_parameters(p.intermediate_dense), self.fused_activation)  # [T, F]
+        x = ops.linear_residual_layer_norm(
+            y, *_parameters(p.output_dense), x, *_parameters(p.output_norm), p.output_norm.eps
+        )
         return x.view(hidden_states.shape) if layout.padded else x
 
 
@@ -303,22 +314,15 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         batch_size, seq_len, device = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         token_type_ids = expand_inputs("token_type_ids", token_type_ids, batch_size, seq_len)
         position_ids = expand_inputs("position_ids", position_ids, batch_size, seq_len)
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        num_heads, cu_seqlens = self.config.num_attention_heads, kwargs.get("cu_seq_lens_q")
         if cu_seqlens is None:
-            num_heads = self.config.num_attention_heads
             layout = layout_from_mask(attention_mask, batch_size, seq_len, num_heads, device)
         else:
-            if attention_mask is not None:
-                raise ValueError("attention_mask and cu_seq_lens_q exclude each other: packed texts have no padding")
+            refuse_padding(attention_mask)
             layout = layout_from_cu_seqlens(cu_seqlens.to(device), kwargs.get("max_length_q"), batch_size, seq_len)
             position_ids = layout.restarting_positions() if position_ids is None else position_ids
-        longest = seq_len if cu_seqlens is None else layout.max_seqlen
-        limit = self.config.max_position_embeddings
-        if longest > limit and (position_ids is None or cu_seqlens is not None):
-            raise ValueError(
-                f"a sequence of {longest} tokens is longer than config.max_position_embeddings={limit}: tokenize with "
-                f"truncation=True, max_length={limit}, or split the text"
-            )
+        if position_ids is None or cu_seqlens is not None:
+            check_length(seq_len if cu_seqlens is None else layout.max_seqlen, self.config.max_position_embeddings)
         output_attentions = kwargs.get("output_attentions")
         if output_attentions is None:
             output_attentions = getattr(self.config, "output_attentions", False)
