@@ -6,6 +6,8 @@ Same names and signatures as `fastbert.ops`, which documents them; letters as in
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 # The same functions as transformers' activations of these names; "none" is the identity.
 ACTIVATIONS = {
@@ -17,13 +19,17 @@ ACTIVATIONS = {
 }
 
 
+# E * S^2 below which attention over a sequence of S tokens takes less than the call (measured on two cores).
+SHORT_ATTENTION = 2**17
+
+
 def is_tracing() -> bool:
     """Whether a graph is being recorded (`torch.compile`, `torch.export`, `torch.jit.trace`), so that neither shapes
     nor control flow may depend on data."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return is_compiling() or torch._C._is_tracing()
 
 
-def may_overwrite(tensor: Tensor) -> bool:
+def may_overwrite() -> bool:
     """Whether results may be written over tensors made here: nobody records, traces, transforms or autocasts them.
 
     Fresh memory costs page faults: at 1024 x 1536 floats, GELU in place takes two thirds of the time.
@@ -31,8 +37,9 @@ def may_overwrite(tensor: Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or is_tracing()
-        or torch.is_autocast_enabled(tensor.device.type)
+        or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -64,12 +71,12 @@ def embed_layer_norm(
 
 def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads):
     num_tokens, hidden_size = x.shape[0], q_weight.shape[0]
-    if may_overwrite(x):
+    if may_overwrite():
         qkv = x.new_empty(num_tokens, 3, hidden_size)
         q, k, v = qkv.unbind(1)
-        torch.addmm(q_bias, x, q_weight.t(), out=q)
-        torch.addmm(k_bias, x, k_weight.t(), out=k)
-        torch.addmm(v_bias, x, v_weight.t(), out=v)
+        F.linear(x, q_weight, q_bias, out=q)
+        F.linear(x, k_weight, k_bias, out=k)
+        F.linear(x, v_weight, v_bias, out=v)
     else:
         q, k, v = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
         qkv = torch.stack((q, k, v), 1)
@@ -77,21 +84,23 @@ def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_
 
 
 def attention(qkv, cu_seqlens, max_seqlen, scale, mask=None, implementation="sdpa"):
-    num_tokens, num_sequences = qkv.shape[0], cu_seqlens.shape[0] - 1
-    if mask is not None or num_tokens == num_sequences * max_seqlen:
-        q, k, v = qkv.view(num_sequences, max_seqlen, *qkv.shape[1:]).unbind(2)
-        return padded_attention(q, k, v, scale, mask, 0.0, implementation)[0].flatten(0, 1)
-    return varlen_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, scale, 0.0, implementation)
+    (num_tokens, _, num_heads, head_size), num_sequences = qkv.shape, cu_seqlens.shape[0] - 1
+    if mask is None and num_tokens != num_sequences * max_seqlen:
+        return varlen_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, scale, 0.0, implementation)
+    qkv = qkv.view(num_sequences, max_seqlen, 3, num_heads, head_size)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # [N, H, S, D]
+    context, _ = _attend(q, k, v, mask, scale, 0.0, implementation)
+    return context.transpose(1, 2).reshape(num_tokens, num_heads * head_size)
 
 
 def linear_activation(x, weight, bias, activation):
     hidden = F.linear(x, weight, bias)
-    return ACTIVATIONS[activation](hidden, out=hidden if may_overwrite(x) else None)
+    return ACTIVATIONS[activation](hidden, out=hidden if may_overwrite() else None)
 
 
 def linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps):
     hidden = F.linear(x, weight, bias)
-    hidden = hidden.add_(residual) if may_overwrite(x) else hidden + residual
+    hidden = hidden.add_(residual) if may_overwrite() else hidden + residual
     return torch.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
@@ -125,8 +134,8 @@ def padded_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of sequences of one length: q, k, v [N, S, H, D] -> context [N, S, E], and the weights [N, H, S, S]
     of implementation "eager"."""
-    attend = _softmax_attention if implementation == "eager" else _sdpa
-    context, weights = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale, dropout)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    context, weights = _attend(q, k, v, mask, scale, dropout, implementation)
     return context.transpose(1, 2).flatten(2), weights
 
 
@@ -136,13 +145,14 @@ def varlen_attention(
 ) -> Tensor:  # fmt: skip
     """Attention within each sequence of q, k, v [T, H, D] -> context [T, E].
 
-    On the CPU every sequence takes a call of its own: that costs about as much as padding at 16 tokens and less from
-    there on. Elsewhere the host does not know the lengths, so they are padded for one masked call.
+    On the CPU every sequence takes a call of its own, unless they are so short that the calls cost more than padding
+    them for one masked call. Elsewhere they are padded, for the host does not know the lengths.
     """
     num_tokens, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
     mask, place = None, None
     if num_tokens != num_sequences * max_seqlen:
-        if q.device.type == "cpu" and not is_tracing():
+        short = q.shape[1] * q.shape[2] * max_seqlen**2 < SHORT_ATTENTION
+        if q.device.type == "cpu" and not is_tracing() and not short:
             # split, not slices: the backward of a slice fills a whole [T, H, D] with zeros, once a sequence.
             lengths = cu_seqlens.diff().tolist()
             sequences = zip(lengths, *(x[None].split(lengths, 1) for x in (q, k, v)), strict=True)
@@ -169,15 +179,17 @@ def _finite(mask, dtype):
     return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
-def _sdpa(q, k, v, mask, scale, dropout):
-    """q, k, v [N, H, S, D] -> [N, H, S, D], None."""
+def _attend(q, k, v, mask, scale, dropout, implementation):
+    """q, k, v [N, H, S, D] -> [N, H, S, D], and of "eager" the weights [N, H, S, S]."""
+    if implementation == "eager":
+        return _softmax_attention(q, k, v, mask, scale, dropout)
     if q.numel() == 0:
         return v, None
     return F.scaled_dot_product_attention(q, k, v, _finite(mask, q.dtype), dropout, scale=scale), None
 
 
 def _softmax_attention(q, k, v, mask, scale, dropout):
-    """The same as `_sdpa` with the weights [N, H, S, S] (after dropout, as transformers returns them)."""
+    """Attention by its definition, for its weights (after dropout, as transformers returns them)."""
     scores = q @ k.transpose(-2, -1) * scale
     if mask is not None:
         mask = _finite(mask, scores.dtype)

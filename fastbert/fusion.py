@@ -5,6 +5,7 @@ with, with plain parameters, no hooks, no patched forward and no active dropout,
 Otherwise all of it runs through its modules, so that every hook fires and every adapter counts.
 """
 
+from collections import namedtuple
 from itertools import groupby
 from typing import NamedTuple
 
@@ -30,59 +31,122 @@ class FusableBlock(nn.Module):
     """A block of the model that the ops can serve.
 
     `parts` lists every module that takes part in the block's forward, the block first; `seal`, called once they are
-    built, remembers their classes.
+    built, remembers what they are. `refusal` is what else the ops do not know.
     """
 
     ops_used: tuple[str, ...] = ()
-    fused_activation: str | None = "none"
 
     def parts(self) -> tuple[nn.Module, ...]:
         raise NotImplementedError
 
+    def refusal(self) -> str | None:
+        return None
+
     def seal(self) -> None:
-        self.part_types = tuple(map(type, self.parts()))
+        self.sealed = tuple((type(x), [*map(type, x._parameters.values())]) for x in self.parts())
 
 
-def why_not_fused(block: FusableBlock) -> str | None:
-    """Why a block runs through its modules; None if the ops serve it.
+# The modules of a `BertLayer`, flat.
+LayerParts = namedtuple(
+    "LayerParts",
+    "layer attention self_attention query key value attention_dropout self_output self_output_dense self_output_norm "
+    "self_output_dropout intermediate intermediate_dense intermediate_activation output output_dense output_norm "
+    "output_dropout",
+)
+
+
+def parameters_of(module: nn.Linear | nn.LayerNorm) -> tuple[nn.Parameter, nn.Parameter]:
+    """weight and bias, without `nn.Module.__getattr__`, which took a sixth of a small layer's time."""
+    own = module._parameters
+    return own["weight"], own["bias"]
+
+
+def fused_parts(block: nn.Module) -> tuple[tuple[nn.Module, ...] | None, str | None]:
+    """The parts of a block that the ops serve, and None; or None, and why it runs through its modules.
 
     This runs for every block of every call: it reads the modules' dictionaries, which costs a tenth of going through
     `nn.Module.modules` and attribute access.
     """
-    if block.fused_activation is None:
-        return "its activation is not one of " + ", ".join(FUSED_ACTIVATIONS)
+    if not isinstance(block, FusableBlock):
+        return None, f"it is a {_class_name(block)}"
     if _has_any_global_hook():
-        return "a global module hook is registered"
-    for module, expected in zip(block.parts(), block.part_types, strict=True):
+        return None, "a global module hook is registered"
+    try:
+        parts = block.parts()
+    except KeyError as error:
+        return None, f"it has no module {error} where one was built: a part of it was replaced or wrapped"
+    for module, (expected, parameter_types) in zip(parts, block.sealed, strict=True):
         own = module.__dict__
-        if type(module) is not expected:
-            found = type(module)
-            return f"{_name(block, module)} is a {found.__module__}.{found.__qualname__}, not a {expected.__qualname__}"
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return f"{_name(block, module)} has hooks"
-        if "forward" in own:
-            return f"{_name(block, module)} has a patched forward"
-        for parameter in own["_parameters"].values():
-            if type(parameter) is not nn.Parameter:
-                return f"{_name(block, module)} has a {type(parameter).__name__} in place of a plain Parameter"
-        if own["training"]:
-            dropout = module if expected is nn.Dropout else own["_modules"].get("dropout")
-            if dropout is not None and dropout.p > 0:
-                return f"{_name(block, dropout)} is active (p={dropout.p})"
+        if (
+            type(module) is not expected
+            or own["training"]
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or (parameter_types and [*map(type, own["_parameters"].values())] != parameter_types)
+        ):
+            reason = _why_not_plain(module, expected, len(parameter_types))
+            if reason:
+                return None, f"{_name(block, module)} {reason}"
+    reason = block.refusal()
+    return (None, reason) if reason else (parts, None)
+
+
+def _why_not_plain(module: nn.Module, expected: type, num_parameters: int) -> str | None:
+    """What keeps a module from being what it was built as; None for one that is merely in training mode."""
+    if type(module) is not expected:
+        return f"is a {_class_name(module)}, not a {expected.__qualname__}"
+    if has_hooks(module):
+        return "has hooks"
+    if "forward" in module.__dict__:
+        return "has a patched forward"
+    if len(module._parameters) != num_parameters:
+        return f"has {len(module._parameters)} parameters of its own, not {num_parameters}"
+    for parameter in module._parameters.values():
+        if type(parameter) is not nn.Parameter:
+            return f"has a {type(parameter).__name__} in place of a plain Parameter"
+    # Attention has no call of its dropout module: it drops while it is itself in training mode.
+    dropout = module.dropout if getattr(expected, "applies_dropout", False) else module
+    if module.training and type(dropout) is nn.Dropout and dropout.p > 0:
+        return f"applies dropout (p={dropout.p})"
     return None
+
+
+def must_see_padding(block: nn.Module) -> bool:
+    """Whether a block that is not fused may hold code that expects transformers' shapes, [B, S, E].
+
+    Hooks, patched forwards and modules of a foreign class may look along the sequence. The block's own modules do not,
+    nor do PEFT's adapters, which change a layer feature by feature.
+    """
+    if not isinstance(block, FusableBlock) or _has_any_global_hook():
+        return True
+    if any(has_hooks(module) or "forward" in module.__dict__ for module in block.modules()):
+        return True
+    try:
+        return any(
+            type(module) is not expected and not type(module).__module__.startswith("peft.")
+            for module, (expected, _) in zip(block.parts(), block.sealed, strict=True)
+        )
+    except KeyError:
+        return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook of this very module would fire."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _name(block: nn.Module, module: nn.Module) -> str:
     names = (name for name, candidate in block.named_modules() if candidate is module)
     return next(names) or type(block).__name__
-
-
-def has_hooks(block: nn.Module) -> bool:
-    """Whether a hook would fire in this block: then its modules must see the shapes of Hugging Face, [B, S, E]."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in block.modules()
-    )
 
 
 class Served(NamedTuple):
@@ -114,22 +178,28 @@ class Explanation(list[Served]):
 def explain(model: nn.Module) -> Explanation:
     """A table of what serves each block and op of a fastbert model on this device, and why not something else.
 
-    backend is "triton" (our kernels), "eager" (the ops' twins in plain PyTorch) or "modules" (the block's own modules,
-    one after another, which is where hooks fire and adapters count). Raises TypeError for a model without such blocks.
+    backend is "triton" (our kernels), "eager" (the ops' twins in plain PyTorch), "modules" (the block's own modules,
+    one after another, which is where hooks fire and adapters count), or "refused" where "triton" was asked for and a
+    call would raise. Raises TypeError for a model without such blocks.
     """
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, FusableBlock)]
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, FusableBlock)}
     if not blocks:
-        raise TypeError(f"{type(model).__module__}.{type(model).__name__} has no fastbert encoder in it to explain")
-    rows = Explanation()
-    for name, block in blocks:
-        refused = why_not_fused(block)
-        weight = next(block.parameters())
+        raise TypeError(f"{_class_name(model)} has no fastbert encoder in it to explain")
+    chosen, rows = ops.current_backend(), Explanation()
+    for name, block in blocks.items():
+        _, refused = fused_parts(block)
+        weight = next(block.parameters(), None)
         for op in block.ops_used:
-            if refused:
-                rows.append(Served(name, op, "modules", refused))
-            elif ops.current_backend() == "eager":
-                rows.append(Served(name, op, "eager", "backend 'eager' is chosen"))
+            if refused or weight is None:
+                backend, reason = "modules", refused or "it has no parameters"
+            elif chosen == "eager":
+                backend, reason = "eager", "backend 'eager' is chosen"
+            elif reason := ops.why_not_triton(op, weight.device, weight.dtype):
+                backend = "eager"
             else:
-                reason = ops.why_not_triton(op, weight.device, weight.dtype)
-                rows.append(Served(name, op, "eager" if reason else "triton", reason or "a kernel serves it"))
+                backend = "triton"
+                reason = "a kernel serves it, eager a mask of scores" if op == "attention" else "a kernel serves it"
+            if chosen == "triton" and backend != "triton":
+                backend = "refused"
+            rows.append(Served(name, op, backend, reason))
     return rows

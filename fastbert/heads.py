@@ -104,7 +104,8 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
             shape = None if given is None else list(given.shape)
             raise ValueError(f"pass input_ids [B, choices, S] or inputs_embeds [B, choices, S, E], got {shape}")
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.bert(*(x if x is None else x.flatten(0, 1) for x in inputs), return_dict=True, **kwargs)
+        flat = (x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim > 2 else x for x in inputs)
+        outputs = self.bert(*flat, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(given.shape[:2])
         return MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
@@ -112,6 +113,16 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _position_loss(logits: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+    """Cross entropy of logits [B, S] at positions [B], over those that lie on a token."""
+    past_the_end = logits.shape[1]
+    positions = positions.clamp(0, past_the_end)
+    if padding is not None:
+        on_padding = padding.gather(1, positions.clamp(max=past_the_end - 1)[:, None])[:, 0]
+        positions = positions.masked_fill(on_padding, past_the_end)
+    return cross_entropy(logits, positions, ignore_index=past_the_end)
 
 
 class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering):
@@ -138,23 +149,20 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
     ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
         """start_logits and end_logits [B, S] are the dtype's minimum at padding, so that no answer lies there.
 
-        start_positions, end_positions: integers [B]; a position past the sequence is left out of the loss.
+        start_positions, end_positions: integers [B]; past the sequence or at padding they count in no loss.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.bert(*inputs, return_dict=True, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
+        padding = None
         if attention_mask is not None and attention_mask.ndim == 2:
-            padding = attention_mask.to(logits.device) == 0
+            padding = (attention_mask.to(logits.device) == 0).expand(logits.shape[:2])
             logits = logits.masked_fill(padding[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = (x.squeeze(-1).contiguous() for x in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            past_the_end = start_logits.shape[1]
-            loss = sum(
-                cross_entropy(logits, positions.view(-1).clamp(0, past_the_end), ignore_index=past_the_end)
-                for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
-            )
-            loss = loss / 2
+            ends = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = sum(_position_loss(scores, positions.view(-1), padding) for scores, positions in ends) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,

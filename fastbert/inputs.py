@@ -1,13 +1,14 @@
 """What `BertModel.forward` accepts; the error for anything else names the value, the limit and the way out."""
 
 import inspect
-from collections.abc import Callable
-from typing import TypedDict
+from collections.abc import Callable, Collection
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from fastbert.configuration import BertConfig
+from fastbert.tokens import TokenLayout, layout_from_cu_seqlens, layout_from_mask, shapes_may_depend_on_data
 
 
 class BertForwardKwargs(TypedDict, total=False):
@@ -30,6 +31,12 @@ class BertForwardKwargs(TypedDict, total=False):
 KEYWORDS = tuple(BertForwardKwargs.__annotations__)
 
 
+def option(name: str, kwargs: dict, config: BertConfig, default: bool):
+    """What a call asks for, or else what the configuration does."""
+    value = kwargs.get(name)
+    return getattr(config, name, default) if value is None else value
+
+
 def refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache) -> None:
     given = {
         "encoder_hidden_states": encoder_hidden_states is not None,
@@ -50,12 +57,59 @@ def refuse_unknown_arguments(forward: Callable, kwargs: dict) -> None:
         raise TypeError(f"forward() got unknown arguments {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
 
 
-def check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int, torch.device]:
-    """B, S and the device of a batch; raises ValueError unless it is one of ids [B, S] and embeddings [B, S, E]."""
+class Batch(NamedTuple):
+    """What forward was given, checked: integers [B, S], floats [B, S, E], and the layout they have."""
+
+    layout: TokenLayout
+    input_ids: Tensor | None
+    token_type_ids: Tensor | None
+    position_ids: Tensor | None
+    inputs_embeds: Tensor | None
+
+    def embedded(self) -> dict[str, Tensor | None]:
+        """What the embeddings take, by name."""
+        return {name: value for name, value in self._asdict().items() if name != "layout"}
+
+
+def read_batch(
+    config: BertConfig, num_positions: int, input_ids: Tensor | None, attention_mask: Tensor | None,
+    token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    cu_seqlens: Tensor | None, cu_seqlens_of_keys: Tensor | None, max_seqlen: int | None,
+) -> Batch:  # fmt: skip
+    """The batch that forward's arguments describe; raises ValueError or TypeError if they describe none."""
+    batch_size, seq_len, device = _check_inputs(input_ids, inputs_embeds, config.hidden_size)
+    token_type_ids = _expand("token_type_ids", token_type_ids, batch_size, seq_len)
+    position_ids = _expand("position_ids", position_ids, batch_size, seq_len)
+    if cu_seqlens is None:
+        layout = layout_from_mask(attention_mask, batch_size, seq_len, config.num_attention_heads, device)
+        longest = seq_len if position_ids is None else 0
+    else:
+        _check_packed(cu_seqlens, cu_seqlens_of_keys, attention_mask)
+        layout = layout_from_cu_seqlens(cu_seqlens.to(device), max_seqlen, batch_size, seq_len)
+        longest = layout.max_seqlen
+        position_ids = layout.restarting_positions() if position_ids is None else position_ids
+    if longest > num_positions:
+        raise ValueError(
+            f"a sequence of {longest} tokens is longer than config.max_position_embeddings={num_positions}: tokenize "
+            f"with truncation=True, max_length={num_positions}, or split the text"
+        )
+    return Batch(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
+
+
+def _check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int, torch.device]:
+    """B, S and the device of a batch of either ids [B, S] or embeddings [B, S, E]."""
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"pass input_ids or inputs_embeds, exactly one of them; got {given}")
+    name, values = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(values).__name__}: tokenize with return_tensors='pt' and call "
+            "model(**batch)"
+        )
     if input_ids is not None:
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}: convert by input_ids.long()")
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, S], got {list(input_ids.shape)}; one text is input_ids[None]")
         return *input_ids.shape, input_ids.device
@@ -64,7 +118,7 @@ def check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int, 
     return *inputs_embeds.shape[:2], inputs_embeds.device
 
 
-def expand_inputs(name: str, values: Tensor | None, batch_size: int, seq_len: int) -> Tensor | None:
+def _expand(name: str, values: Tensor | None, batch_size: int, seq_len: int) -> Tensor | None:
     if values is None or values.shape == (batch_size, seq_len):
         return values
     if values.shape in ((seq_len,), (1, seq_len)):
@@ -72,30 +126,42 @@ def expand_inputs(name: str, values: Tensor | None, batch_size: int, seq_len: in
     raise ValueError(f"{name} must be [{batch_size}, {seq_len}] like the batch, got {list(values.shape)}")
 
 
-def check_length(longest: int, limit: int) -> None:
-    """Raise ValueError for a sequence of more tokens than the model has positions."""
-    if longest > limit:
-        raise ValueError(
-            f"a sequence of {longest} tokens is longer than config.max_position_embeddings={limit}: tokenize with "
-            f"truncation=True, max_length={limit}, or split the text"
-        )
-
-
-def refuse_padding(attention_mask: Tensor | None) -> None:
-    """Raise ValueError for a mask beside texts that are packed end to end."""
+def _check_packed(cu_seqlens: Tensor, cu_seqlens_of_keys: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Refuse bounds of packed texts that are no tensor, or that another argument contradicts."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seq_lens_q must be a tensor of integers, got {type(cu_seqlens).__name__}")
     if attention_mask is not None:
         raise ValueError("attention_mask and cu_seq_lens_q exclude each other: packed texts have no padding")
+    given = cu_seqlens_of_keys is not None and shapes_may_depend_on_data(cu_seqlens)
+    if given and not torch.equal(cu_seqlens, cu_seqlens_of_keys):
+        bounds = cu_seqlens.tolist(), cu_seqlens_of_keys.tolist()
+        raise ValueError(f"cu_seq_lens_q={bounds[0]} and cu_seq_lens_k={bounds[1]} must agree in an encoder")
 
 
-def raise_out_of_range(
-    config: BertConfig, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
-) -> None:
-    """Raise IndexError for the first index [T] that an embedding table on the CPU refused, if one is to blame."""
-    for name, values, limit, way_out in (
-        ("input_ids", input_ids, config.vocab_size, "do tokenizer and model come from one checkpoint?"),
-        ("token_type_ids", token_type_ids, config.type_vocab_size, "the model knows no more token types"),
-        ("position_ids", position_ids, config.max_position_embeddings, "the model knows no more positions"),
+def raise_out_of_range(config: BertConfig, num_positions: int, layout: TokenLayout, batch: Batch) -> None:
+    """Raise IndexError for the first kept index that an embedding table on the CPU refused, if one is to blame."""
+    for name, limit, way_out in (
+        ("input_ids", config.vocab_size, "do tokenizer and model come from one checkpoint?"),
+        ("token_type_ids", config.type_vocab_size, "the model knows no more token types"),
+        ("position_ids", num_positions, "the model knows no more positions"),
     ):
-        bad = [] if values is None else values[(values < 0) | (values >= limit)]
+        values = layout.clear(getattr(batch, name))
+        if values is None:
+            continue
+        values = layout.pack(values)
+        bad = values[(values < 0) | (values >= limit)]
         if len(bad):
             raise IndexError(f"{name} holds {bad[0].item()}, allowed are 0 to {limit - 1}: {way_out}") from None
+
+
+def selected_hidden_states(selection: bool | int | list[int] | None, count: int) -> Collection[int]:
+    """The indices among `count` hidden states that output_hidden_states asks for: 0 is the embeddings' output.
+
+    Raises ValueError for an index of no state; transformers returns nothing for it.
+    """
+    if isinstance(selection, bool) or not selection:
+        return range(count) if selection else ()
+    selection = [selection] if isinstance(selection, int) else list(selection)
+    if any(not -count <= index < count for index in selection):
+        raise ValueError(f"output_hidden_states={selection}: the states are 0 to {count - 1}, or -{count} to -1")
+    return {index % count for index in selection}

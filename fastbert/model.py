@@ -5,7 +5,6 @@ Letters of the shapes as in `fastbert.tokens`. Hidden states between the blocks 
 layout drops nothing (`TokenLayout.padded`).
 """
 
-from collections import namedtuple
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -23,19 +22,27 @@ from transformers.processing_utils import Unpack
 from fastbert import ops
 from fastbert.configuration import BertConfig
 from fastbert.eager import is_tracing, padded_attention, varlen_attention
-from fastbert.fusion import FUSED_ACTIVATIONS, FusableBlock, has_hooks, why_not_fused
+from fastbert.fusion import (
+    FUSED_ACTIVATIONS,
+    FusableBlock,
+    LayerParts,
+    fused_parts,
+    has_hooks,
+    must_see_padding,
+    parameters_of,
+)
 from fastbert.inputs import (
+    Batch,
     BertForwardKwargs,
-    check_inputs,
-    check_length,
-    expand_inputs,
+    option,
     raise_out_of_range,
+    read_batch,
     refuse_decoder_arguments,
-    refuse_padding,
     refuse_unknown_arguments,
+    selected_hidden_states,
 )
 from fastbert.pretrained import BertPreTrainedModel
-from fastbert.tokens import TokenLayout, layout_from_cu_seqlens, layout_from_mask
+from fastbert.tokens import TokenLayout, as_layout
 
 
 class BertEmbeddings(FusableBlock):
@@ -59,6 +66,15 @@ class BertEmbeddings(FusableBlock):
             own["LayerNorm"], own["dropout"],
         )  # fmt: skip
 
+    def refusal(self):
+        _, words, positions, types, _, _ = self.parts()
+        for table in (words, positions, types):
+            if table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
+                return "an embedding has max_norm, sparse or scale_grad_by_freq set"
+        if positions.padding_idx is not None or types.padding_idx is not None:
+            return "an embedding of positions or token types has a padding_idx"
+        return None
+
     def forward(self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None) -> Tensor:
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         shape, device = hidden_states.shape[:-1], hidden_states.device
@@ -72,6 +88,8 @@ class BertEmbeddings(FusableBlock):
 
 
 class BertSelfAttention(nn.Module):
+    applies_dropout = True
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
@@ -83,7 +101,7 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, layout: TokenLayout, output_attentions: bool = False):
+    def forward(self, hidden_states: Tensor, layout: TokenLayout):
         """[T, E] or [B, S, E] -> the same, and the attention weights [B, H, S, S] or None."""
         heads = (*hidden_states.shape[:-1], self.num_attention_heads, self.attention_head_size)
         q = self.query(hidden_states).view(heads)
@@ -91,8 +109,7 @@ class BertSelfAttention(nn.Module):
         v = self.value(hidden_states).view(heads)
         dropout = self.dropout.p if self.training else 0.0
         if layout.padded:
-            implementation = "eager" if output_attentions else layout.implementation
-            return padded_attention(q, k, v, self.scaling, layout.mask, dropout, implementation)
+            return padded_attention(q, k, v, self.scaling, layout.mask, dropout, layout.implementation)
         bounds = (layout.cu_seqlens, layout.max_seqlen)
         return varlen_attention(q, k, v, *bounds, self.scaling, dropout, layout.implementation), None
 
@@ -121,8 +138,8 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(self, hidden_states: Tensor, layout: TokenLayout, output_attentions: bool = False):
-        context, weights = self.self(hidden_states, layout, output_attentions)
+    def forward(self, hidden_states: Tensor, layout: TokenLayout):
+        context, weights = self.self(hidden_states, layout)
         return self.output(context, hidden_states), weights
 
 
@@ -136,14 +153,6 @@ class BertIntermediate(nn.Module):
         return self.intermediate_act_fn(self.dense(hidden_states))
 
 
-LayerParts = namedtuple(
-    "LayerParts",
-    "layer attention self_attention query key value attention_dropout self_output self_output_dense self_output_norm "
-    "self_output_dropout intermediate intermediate_dense intermediate_activation output output_dense output_norm "
-    "output_dropout",
-)
-
-
 class BertLayer(GradientCheckpointingLayer, FusableBlock):
     ops_used = (
         "qkv_projection",
@@ -155,6 +164,7 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
 
     def __init__(self, config: BertConfig):
         super().__init__()
+        self.num_attention_heads = config.num_attention_heads
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
@@ -173,40 +183,46 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
             output, o["dense"], o["LayerNorm"], o["dropout"],
         )  # fmt: skip
 
-    def forward(self, hidden_states: Tensor, layout: TokenLayout, fused: bool = False, output_attentions: bool = False):
-        """[T, E] or [B, S, E] -> the same; with output_attentions, that and the weights [B, H, S, S]."""
-        layout = layout.to(hidden_states.device)
-        if fused:
-            return self._forward_fused(hidden_states, layout)
-        attention_output, weights = self.attention(hidden_states, layout, output_attentions)
-        hidden_states = self.output(self.intermediate(attention_output), attention_output)
-        return (hidden_states, weights) if output_attentions else hidden_states
+    def refusal(self):
+        return None if self.fused_activation else f"its activation is not one of {', '.join(FUSED_ACTIVATIONS)}"
 
-    def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
-        p = self.parts()
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: TokenLayout | Tensor | None = None,
+        fused: LayerParts | None = None,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        """[T, E] or [B, S, E] -> the same: in the ops, if given the parts they serve, or through the modules.
+
+        The modules append the attention weights [B, H, S, S] to `attentions`, if given.
+        """
+        layout = as_layout(attention_mask, hidden_states, self.num_attention_heads)
+        if fused is not None:
+            return self._forward_fused(hidden_states, layout, fused)
+        attention_output, weights = self.attention(hidden_states, layout)
+        if attentions is not None:
+            attentions.append(weights)
+        return self.output(self.intermediate(attention_output), attention_output)
+
+    def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
         x = hidden_states.flatten(0, 1) if layout.padded else hidden_states  # [T, E]
         # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
         x = ops.linear_residual_layer_norm(
             ops.attention(
                 ops.qkv_projection(
-                    x, *_parameters(p.query), *_parameters(p.key), *_parameters(p.value),
-                    p.self_attention.num_attention_heads,
+                    x, *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
+                    self.num_attention_heads,
                 ),
                 layout.cu_seqlens, layout.max_seqlen, p.self_attention.scaling, layout.mask, layout.implementation,
             ),
-            *_parameters(p.self_output_dense), x, *_parameters(p.self_output_norm), p.self_output_norm.eps,
+            *parameters_of(p.self_output_dense), x, *parameters_of(p.self_output_norm), p.self_output_norm.eps,
         )  # fmt: skip
-        y = ops.linear_activation(x, *_parameters(p.intermediate_dense), self.fused_activation)  # [T, F]
+        y = ops.linear_activation(x, *parameters_of(p.intermediate_dense), self.fused_activation)  # [T, F]
         x = ops.linear_residual_layer_norm(
-            y, *_parameters(p.output_dense), x, *_parameters(p.output_norm), p.output_norm.eps
+            y, *parameters_of(p.output_dense), x, *parameters_of(p.output_norm), p.output_norm.eps
         )
         return x.view(hidden_states.shape) if layout.padded else x
-
-
-def _parameters(module: nn.Linear | nn.LayerNorm) -> tuple[nn.Parameter, nn.Parameter]:
-    """weight and bias, without `nn.Module.__getattr__`, which took a sixth of a small layer's time."""
-    own = module._parameters
-    return own["weight"], own["bias"]
 
 
 class BertEncoder(nn.Module):
@@ -218,13 +234,14 @@ class BertEncoder(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        layout: TokenLayout,
+        attention_mask: TokenLayout | Tensor | None = None,
         output_hidden_states: Collection[int] = (),
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """The layers, one after another; unpacks the last hidden state and those that are asked for to [B, S, E]."""
+        layout = as_layout(attention_mask, hidden_states, self.config.num_attention_heads)
         states: list[Tensor | None] = []
-        attentions: list[Tensor] = []
+        attentions: list[Tensor] | None = [] if output_attentions else None
         for index, layer in enumerate(self.layer):
             if index in output_hidden_states:
                 states.append(layout.unpack(hidden_states))
@@ -232,25 +249,28 @@ class BertEncoder(nn.Module):
                 hidden_states = layout.pack(states[-1]) if torch.is_grad_enabled() else hidden_states
             else:
                 states.append(None)
-            refused = "attention weights are asked for" if output_attentions else why_not_fused(layer)
-            if refused is None:
-                hidden_states = layer(hidden_states, layout, True)
-                continue
-            ops.fall_back("an encoder layer", refused, hidden_states.device)
-            if output_attentions:
-                hidden_states, weights = layer(hidden_states, layout, output_attentions=True)
-                attentions.append(weights if layout.keep is None else weights * layout.keep[:, None, :, None])
-            elif has_hooks(layer):
-                hidden_states = layout.pack(layer(layout.unpack(hidden_states), layout.as_padded()))
-            else:
-                hidden_states = layer(hidden_states, layout)
+            hidden_states = self._run(layer, hidden_states, layout, attentions)
         last_hidden_state = layout.unpack(hidden_states)
         states.append(last_hidden_state if len(self.layer) in output_hidden_states else None)
+        if attentions and layout.keep is not None:
+            attentions = [weights * layout.keep.to(weights.device)[:, None, :, None] for weights in attentions]
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=last_hidden_state,
             hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=None if attentions is None else tuple(attentions),
         )
+
+    def _run(self, layer: nn.Module, hidden_states: Tensor, layout: TokenLayout, attentions: list | None) -> Tensor:
+        """One layer: in the ops, through its modules, or through them in the shapes of transformers."""
+        parts, refused = fused_parts(layer) if attentions is None else (None, "attention weights are asked for")
+        if parts is not None:
+            return layer(hidden_states, layout, parts)
+        ops.fall_back("an encoder layer", refused, hidden_states.device)
+        if attentions is not None:
+            return layer(hidden_states, layout, attentions=attentions)
+        if must_see_padding(layer):
+            return layout.pack(layer(layout.unpack(hidden_states), layout.as_padded()))
+        return layer(hidden_states, layout)
 
 
 class BertPooler(FusableBlock):
@@ -269,9 +289,9 @@ class BertPooler(FusableBlock):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         first_token = hidden_states[:, 0]
-        refused = why_not_fused(self)
-        if refused is None:
-            return ops.linear_activation(first_token, *_parameters(self.dense), "tanh")
+        parts, refused = fused_parts(self)
+        if parts is not None:
+            return ops.linear_activation(first_token, *parameters_of(parts[1]), "tanh")
         ops.fall_back("the pooler", refused, hidden_states.device)
         return self.activation(self.dense(first_token))
 
@@ -310,72 +330,69 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         """
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
         refuse_unknown_arguments(type(self).forward, kwargs)
-        ops.current_backend()
-        batch_size, seq_len, device = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
-        token_type_ids = expand_inputs("token_type_ids", token_type_ids, batch_size, seq_len)
-        position_ids = expand_inputs("position_ids", position_ids, batch_size, seq_len)
-        num_heads, cu_seqlens = self.config.num_attention_heads, kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None:
-            layout = layout_from_mask(attention_mask, batch_size, seq_len, num_heads, device)
-        else:
-            refuse_padding(attention_mask)
-            layout = layout_from_cu_seqlens(cu_seqlens.to(device), kwargs.get("max_length_q"), batch_size, seq_len)
-            position_ids = layout.restarting_positions() if position_ids is None else position_ids
-        if position_ids is None or cu_seqlens is not None:
-            check_length(seq_len if cu_seqlens is None else layout.max_seqlen, self.config.max_position_embeddings)
-        output_attentions = kwargs.get("output_attentions")
-        if output_attentions is None:
-            output_attentions = getattr(self.config, "output_attentions", False)
+        ops.current_backend()  # raises for a name of no back end, before any work
+        batch = read_batch(
+            self.config, self._num_positions(), input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q"),
+        )  # fmt: skip
+        output_attentions = option("output_attentions", kwargs, self.config, False)
 
-        layout = replace(layout, implementation=self.config._attn_implementation)
-        encoder_layout = layout.as_padded() if output_attentions else layout
-        hidden_states = self._embed(encoder_layout, input_ids, token_type_ids, position_ids, inputs_embeds)
+        layout = replace(batch.layout, implementation=self.config._attn_implementation)
+        # What hooks the encoder, or wants attention weights, sees nothing dropped.
+        encoder_layout = layout.as_padded() if output_attentions or has_hooks(self.encoder) else layout
+        if output_attentions:
+            encoder_layout = replace(encoder_layout, implementation="eager")
+        selection = option("output_hidden_states", kwargs, self.config, False)
         encoded = self.encoder(
-            hidden_states,
+            self._embed(encoder_layout, batch),
             encoder_layout,
-            self._selected_hidden_states(kwargs.get("output_hidden_states")),
+            selected_hidden_states(selection, self.config.num_hidden_layers + 1),
             bool(output_attentions),
         )
         sequence_output = encoded.last_hidden_state
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=sequence_output,
-            pooler_output=self.pooler(layout.first_tokens(sequence_output)[:, None]) if self.pooler else None,
+            pooler_output=None if self.pooler is None else self._pool(layout, sequence_output),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-        return_dict = kwargs.get("return_dict")
-        return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return output if option("return_dict", kwargs, self.config, True) else output.to_tuple()
 
-    def _embed(self, layout, input_ids, token_type_ids, position_ids, inputs_embeds) -> Tensor:
+    def _embed(self, layout: TokenLayout, batch: Batch) -> Tensor:
         """The embeddings of the kept tokens, in the encoder's layout."""
-        inputs = [layout.clear(x) for x in (input_ids, token_type_ids, position_ids, inputs_embeds)]
+        inputs = {name: layout.clear(values) for name, values in batch.embedded().items()}
         embeddings = self.embeddings
-        refused = why_not_fused(embeddings)
+        parts, refused = fused_parts(embeddings)
         try:
-            if refused is None:
-                _, words, positions, types, norm, _ = embeddings.parts()
-                tables = (words.weight, positions.weight, types.weight)
+            if parts is not None:
+                _, words, positions, types, norm, _ = parts
                 hidden_states = ops.embed_layer_norm(
-                    *inputs, layout.indices, *tables, *_parameters(norm), norm.eps, words.padding_idx
-                )
+                    **inputs, indices=layout.indices,
+                    word_table=words.weight, position_table=positions.weight, token_type_table=types.weight,
+                    weight=norm.weight, bias=norm.bias, eps=norm.eps, padding_idx=words.padding_idx,
+                )  # fmt: skip
                 return hidden_states.view(layout.batch_size, layout.seq_len, -1) if layout.padded else hidden_states
-            ops.fall_back("the embeddings", refused, self.device)
-            if has_hooks(embeddings) or layout.padded:
-                return layout.pack(embeddings(*inputs))
-            if position_ids is None:
-                inputs[2] = torch.arange(layout.seq_len, device=self.device).expand(layout.batch_size, -1)
-            return embeddings(*(x if x is None else layout.pack(x) for x in inputs))
+            ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
+            if layout.padded or must_see_padding(embeddings):
+                inputs = {name: layout.as_padded().clear(values) for name, values in inputs.items()}
+                return layout.pack(embeddings(**inputs))
+            if inputs["position_ids"] is None:
+                inputs["position_ids"] = layout.columns()
+            return embeddings(**{name: x if x is None else layout.pack(x) for name, x in inputs.items()})
         except IndexError:
             if not is_tracing():
-                raise_out_of_range(self.config, *(x if x is None else layout.pack(x) for x in inputs[:3]))
+                raise_out_of_range(self.config, self._num_positions(), layout, batch)
             raise
 
-    def _selected_hidden_states(self, selection: bool | int | Collection[int] | None) -> Collection[int]:
-        """The indices of the hidden states to return: 0 is the embeddings' output, -1 the last layer's."""
-        if selection is None:
-            selection = getattr(self.config, "output_hidden_states", False)
-        count = self.config.num_hidden_layers + 1
-        if isinstance(selection, bool) or not selection:
-            return range(count) if selection else ()
-        return {index % count for index in ([selection] if isinstance(selection, int) else selection)}
+    def _num_positions(self) -> int:
+        table = getattr(self.embeddings, "position_embeddings", None)
+        return getattr(table, "num_embeddings", self.config.max_position_embeddings)
+
+    def _pool(self, layout: TokenLayout, sequence_output: Tensor) -> Tensor:
+        """What the pooler makes of last_hidden_state [B, S, E]: its own class needs no more than the first tokens."""
+        if not isinstance(self.pooler, BertPooler):
+            return self.pooler(sequence_output)
+        first = layout.first_tokens(sequence_output)[:, None]
+        if must_see_padding(self.pooler) and len(first) == layout.batch_size:
+            first = torch.cat((first, sequence_output[:, 1:]), 1)
+        return self.pooler(first)

@@ -1,6 +1,8 @@
 """What every class of the package inherits: transformers' loading and saving, and what an encoder refuses."""
 
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 from transformers.models.bert import modeling_bert as hf
@@ -8,6 +10,15 @@ from transformers.models.bert import modeling_bert as hf
 from fastbert.configuration import BertConfig, check_config
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def _unreadable(checkpoint, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, UnpicklingError):
+        reason = "not a checkpoint of plain tensors"  # torch's own message advises to load it unsafely
+    return (
+        f"the weights of {checkpoint} cannot be read ({reason}): a file is damaged or cut short, fetch or save it again"
+    )
 
 
 class BertPreTrainedModel(hf.BertPreTrainedModel):
@@ -36,11 +47,13 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
             raise FileNotFoundError(f"there is no checkpoint at {path}: pass a folder with config.json, or a hub name")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"the safetensors of {pretrained_model_name_or_path} cannot be read ({error}): the file is damaged or "
-                "cut short, fetch or save it again"
-            ) from error
+        except (SafetensorError, UnpicklingError, JSONDecodeError, EOFError) as error:
+            raise OSError(_unreadable(pretrained_model_name_or_path, error)) from error
+        except RuntimeError as error:
+            # torch's reader of zip archives knows no class of its own for a damaged one.
+            if "PytorchStreamReader" not in str(error):
+                raise
+            raise OSError(_unreadable(pretrained_model_name_or_path, error)) from error
         except OSError as error:
             if str(pretrained_model_name_or_path) in str(error):
                 raise

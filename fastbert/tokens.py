@@ -48,24 +48,26 @@ class TokenLayout:
         """[B, S, E] -> the encoder's own layout: [T, E], or [B, S, E] where nothing is dropped."""
         if self.padded:
             return hidden_states
-        hidden_states = hidden_states.flatten(0, 1)
-        return hidden_states if self.indices is None else hidden_states[self.indices]
+        hidden_states, indices = hidden_states.flatten(0, 1), self.to(hidden_states.device).indices
+        return hidden_states if indices is None else hidden_states[indices]
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """The encoder's own layout -> [B, S, E] with zeros at padding."""
-        if self.padded:
-            return hidden_states if self.keep is None else hidden_states.masked_fill(~self.keep[..., None], 0)
-        return ops.unpack(hidden_states, self.indices, self.batch_size, self.seq_len)
+        layout = self.to(hidden_states.device)
+        if layout.padded:
+            return layout.clear(hidden_states)
+        return ops.unpack(hidden_states, layout.indices, layout.batch_size, layout.seq_len)
 
     def first_tokens(self, sequence_output: Tensor) -> Tensor:
         """[B, S, E] -> [N, E]: each sequence's first kept token, zeros for a sequence without one."""
-        if self.keep is not None:
-            first = self.keep.int().argmax(1)
-            tokens = sequence_output[torch.arange(self.batch_size, device=first.device), first]
-            return tokens.masked_fill(~self.keep.any(1, keepdim=True), 0)
-        if self.indices is None and self.cu_seqlens.shape[0] == self.batch_size + 1 and self.seq_len:
+        layout = self.to(sequence_output.device)
+        if layout.keep is not None:
+            first = layout.keep.int().argmax(1)
+            tokens = sequence_output[torch.arange(layout.batch_size, device=first.device), first]
+            return tokens.masked_fill(~layout.keep.any(1, keepdim=True), 0)
+        if layout.indices is None and layout.cu_seqlens.shape[0] == layout.batch_size + 1 and layout.seq_len:
             return sequence_output[:, 0]
-        return ops.pool(self.pack(sequence_output), self.cu_seqlens, "first")
+        return ops.pool(layout.pack(sequence_output), layout.cu_seqlens, "first")
 
     def clear(self, values: Tensor | None) -> Tensor | None:
         """[B, S, ...] with zeros at padding where nothing is dropped: what stands there must not matter."""
@@ -73,6 +75,10 @@ class TokenLayout:
             return values
         keep = self.keep if values.ndim == 2 else self.keep[..., None]
         return values.masked_fill(~keep, 0)
+
+    def columns(self) -> Tensor:
+        """int64 [B, S]: each place's column, which is a token's position unless positions are given."""
+        return torch.arange(self.seq_len, device=self.cu_seqlens.device).expand(self.batch_size, -1)
 
     def restarting_positions(self) -> Tensor:
         """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""
@@ -109,9 +115,9 @@ def layout_from_mask(
 ) -> TokenLayout:
     """The layout of a padded batch.
 
-    attention_mask: None (every token is kept); 0/1 [B, S] of any integer, bool or float dtype, with holes and padding
-    wherever they are; or a mask of scores, [B, S, S] or [B or 1, H or 1, S or 1, S], bool or 0/1 integers with 1 for
-    "attend", or floats that are added to the scores. Raises ValueError or TypeError for anything else.
+    attention_mask: None keeps every token. 0/1 [B or 1, S] of any integer, bool or float dtype may have padding and
+    holes anywhere. A mask of scores, [B or 1, S or 1, S] or [B or 1, H or 1, S or 1, S], is bool or 0/1 integers with 1
+    for "attend", or floats that are added. Raises ValueError or TypeError for anything else.
     """
     every_token = TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)
     if attention_mask is None:
@@ -119,20 +125,29 @@ def layout_from_mask(
     check_mask(attention_mask, batch_size, seq_len, num_heads)
     if batch_size == 0 or seq_len == 0:
         return every_token
-    # A mask on the host is read there, for free, before it moves to the device.
-    readable = shapes_may_depend_on_data(attention_mask) and device.type == "cpu"
     if attention_mask.ndim > 2:
         return replace(every_token, padded=True, mask=_score_mask(attention_mask.to(device)))
-    keep = attention_mask.to(device) != 0
-    if not readable:
+    keep = (attention_mask != 0).expand(batch_size, seq_len)
+    if not shapes_may_depend_on_data(attention_mask):
+        keep = keep.to(device)
         return replace(every_token, padded=True, keep=keep, mask=_key_mask(keep))
     lengths = keep.sum(1)
     indices = keep.flatten().nonzero().flatten()
     if len(indices) == batch_size * seq_len:
         return every_token
-    cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32)
+    cu_seqlens = lengths.new_zeros(batch_size + 1, dtype=torch.int32)
     cu_seqlens[1:] = lengths.cumsum(0)
-    return replace(every_token, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()), indices=indices)
+    packed = TokenLayout(batch_size, seq_len, cu_seqlens, int(lengths.max()), indices)
+    return packed.to(device)
+
+
+def as_layout(layout: TokenLayout | Tensor | None, hidden_states: Tensor, num_heads: int) -> TokenLayout:
+    """The layout itself, or for somebody who calls a layer or the encoder by hand with hidden states [B, S, E], as in
+    transformers, the layout of their attention mask (or None)."""
+    if isinstance(layout, TokenLayout):
+        return layout.to(hidden_states.device)
+    batch_size, seq_len, _ = hidden_states.shape
+    return layout_from_mask(layout, batch_size, seq_len, num_heads, hidden_states.device).as_padded()
 
 
 def layout_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, batch_size: int, seq_len: int) -> TokenLayout:
@@ -159,14 +174,12 @@ def check_mask(mask: Tensor, batch_size: int, seq_len: int, num_heads: int) -> N
     if not isinstance(mask, Tensor) or mask.dtype.is_complex:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"attention_mask must be a tensor of bool, integers or floats, got {kind}")
-    shape, allowed = (
-        list(mask.shape),
-        {
-            2: ((batch_size,), (seq_len,)),
-            3: ((batch_size,), (1, seq_len), (seq_len,)),
-            4: ((1, batch_size), (1, num_heads), (1, seq_len), (seq_len,)),
-        }.get(mask.ndim),
-    )
+    allowed = {
+        2: ((1, batch_size), (seq_len,)),
+        3: ((1, batch_size), (1, seq_len), (seq_len,)),
+        4: ((1, batch_size), (1, num_heads), (1, seq_len), (seq_len,)),
+    }.get(mask.ndim)
+    shape = list(mask.shape)
     if allowed is None or any(size not in sizes for size, sizes in zip(shape, allowed, strict=True)):
         raise ValueError(
             f"attention_mask has shape {shape}, but the batch is [{batch_size}, {seq_len}]: expected "

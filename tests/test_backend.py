@@ -112,16 +112,18 @@ def test_attention_weights_are_said_to_need_eager_attention_once(caplog):
     ]
 
 
-@pytest.mark.parametrize(("implementation", "function"), [("eager", "_softmax_attention"), ("sdpa", "_sdpa")])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask", ["right", "full", None])
-def test_attention_implementations_are_used(implementation, function, mask, monkeypatch):
+def test_attention_implementations_are_used(implementation, mask, monkeypatch):
     ours, _ = pair()
     ours.set_attn_implementation(implementation)
-    other = "_sdpa" if implementation == "eager" else "_softmax_attention"
-    monkeypatch.setattr(eager, other, None)
-    assert ours(**batch(mask)).last_hidden_state.isfinite().all()
-    ours.train().encoder.layer[0].output.dropout.p = 0.1
-    assert ours(**batch(mask)).last_hidden_state.isfinite().all()
+    if implementation == "eager":
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    else:
+        monkeypatch.setattr(eager, "_softmax_attention", None)
+    for change in (lambda: None, lambda: ours.train().encoder.layer[0].output.dropout.__setattr__("p", 0.1)):
+        change()
+        assert ours(**batch(mask)).last_hidden_state.isfinite().all()
 
 
 class _Parameter(nn.Parameter):
@@ -156,7 +158,7 @@ REASONS = {
         "output.dense has a patched forward",
     ),
     "parameter subclass": (_replace_parameter, "output.dense has a _Parameter in place of a plain Parameter"),
-    "dropout": (_activate_dropout, "attention.self.dropout is active (p=0.1)"),
+    "dropout": (_activate_dropout, "attention.self applies dropout (p=0.1)"),
     "activation": (
         lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.SiLU()),
         "intermediate.intermediate_act_fn is a torch.nn.modules.activation.SiLU, not a GELUActivation",
@@ -183,11 +185,33 @@ def test_explain_says_what_serves_every_block_and_op():
     assert all("CUDA device" in row.reason for row in rows)
     with fastbert.backend("eager"):
         assert {row.reason for row in fastbert.explain(ours)} == {"backend 'eager' is chosen"}
+    with fastbert.backend("triton"):
+        assert {row.backend for row in fastbert.explain(ours)} == {"refused"}
     table = str(rows).splitlines()
     assert table[0].split() == ["block", "op", "backend", "reason"]
     assert any("bert.encoder.layer.0-2" in line for line in table)
     ours.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
     assert any("bert.encoder.layer.1-2" in line for line in str(fastbert.explain(ours)).splitlines())
+
+
+def test_explain_of_kernels_and_of_a_quantized_model(monkeypatch):
+    ours, _ = pair()
+    quantized = torch.ao.quantization.quantize_dynamic(ours, {nn.Linear}, dtype=torch.qint8)
+    assert {row.backend for row in fastbert.explain(quantized) if row.block != "embeddings"} == {"modules"}
+    assert quantized(**batch()).last_hidden_state.isfinite().all()
+    monkeypatch.setattr(ops, "why_not_triton", lambda *_: None)
+    rows = fastbert.explain(ours)
+    assert {row.backend for row in rows} == {"triton"}
+    assert "eager a mask of scores" in next(row.reason for row in rows if row.op == "attention")
+
+
+def test_dropout_in_eval_mode_does_not_unfuse():
+    ours, _ = pair(hidden_dropout_prob=0.1)
+    ours.train()
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert {row.backend for row in fastbert.explain(ours)} == {"eager"}
 
 
 def test_explain_refuses_a_model_that_is_not_ours():

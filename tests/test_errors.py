@@ -42,6 +42,36 @@ FORWARD = {
     ),
     "neither ids nor embeddings": ({"input_ids": None}, ValueError, "exactly one of them; got neither"),
     "both ids and embeddings": ({"inputs_embeds": torch.zeros(2, 6, 48)}, ValueError, "exactly one of them; got both"),
+    "ids as a list": (
+        {"input_ids": [[1, 2]]},
+        TypeError,
+        "must be a tensor, got list: tokenize with return_tensors='pt'",
+    ),
+    "ids as floats": (
+        {"input_ids": IDS.float()},
+        TypeError,
+        r"int64 or int32, got torch.float32: .*input_ids.long\(\)",
+    ),
+    "bounds as a list": (
+        {"input_ids": IDS[:1], "cu_seq_lens_q": [0, 6]},
+        TypeError,
+        "must be a tensor of integers, got list",
+    ),
+    "falling bounds": (
+        {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 4, 2, 6])},
+        ValueError,
+        r"must rise from 0 to the 6 tokens of the row, got \[0, 4, 2, 6\]",
+    ),
+    "bounds of keys": (
+        {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6]), "cu_seq_lens_k": torch.tensor([0, 3, 6])},
+        ValueError,
+        r"cu_seq_lens_q=\[0, 6\] and cu_seq_lens_k=\[0, 3, 6\] must agree",
+    ),
+    "hidden states": (
+        {"output_hidden_states": [1, 4]},
+        ValueError,
+        r"output_hidden_states=\[1, 4\]: the states are 0 to 3",
+    ),
     "ids of one dimension": ({"input_ids": IDS[0]}, ValueError, r"input_ids must be \[B, S\], got \[6\]"),
     "embeddings of another width": (
         {"input_ids": None, "inputs_embeds": torch.zeros(2, 6, 47)},
@@ -141,6 +171,25 @@ def test_corrupt_checkpoint(tmp_path, content):
     pair()[0].save_pretrained(tmp_path)
     damage(tmp_path, content)
     with pytest.raises(OSError, match=f"{tmp_path}.*cannot be read.*fetch or save it again"):
+        fastbert.BertModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"nonsense", None])
+def test_corrupt_bin(tmp_path, content):
+    ours, _ = pair()
+    ours.config.save_pretrained(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(ours.state_dict(), path)
+    path.write_bytes(content or path.read_bytes()[:5000])
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be (read|loaded)") as raised:
+        fastbert.BertModel.from_pretrained(tmp_path)
+    assert "weights_only" not in str(raised.value)
+
+
+def test_corrupt_index(tmp_path):
+    pair()[0].save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be read"):
         fastbert.BertModel.from_pretrained(tmp_path)
 
 

@@ -143,7 +143,57 @@ def test_meta_device():
     assert meta(ids, mask).last_hidden_state.shape == (3, 7, 48)
 
 
-def test_functional_call_and_per_sample_gradients():
+def test_compile_clears_nan_embeddings_at_padding():
+    ours, _ = pair()
+    inputs = batch("right")
+    embeds = ours.embeddings.word_embeddings(inputs.pop("input_ids")).detach()
+    poisoned = embeds.masked_fill(inputs["attention_mask"][..., None] == 0, torch.nan)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    assert_same(compiled(inputs_embeds=poisoned, **inputs), ours(inputs_embeds=embeds, **inputs))
+
+
+def test_compile_training_with_dropout_and_hooks():
+    ours, _ = pair(hidden_dropout_prob=0.1)
+    ours.train().encoder.layer[1].output.dense.register_forward_hook(lambda module, args, output: output * 0)
+    compiled = torch.compile(ours, backend="eager")
+    outputs = compiled(**batch()).last_hidden_state
+    outputs.sum().backward()
+    assert ours.encoder.layer[0].output.dense.weight.grad.isfinite().all()
+    assert not ours.encoder.layer[1].output.dense.weight.grad.any()
+
+
+def test_ensembles_by_vmap():
+    models = [pair(num_hidden_layers=1)[0] for _ in range(2)]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.add_(0.01)
+    stacked, _ = torch.func.stack_module_state(models)
+    ids = batch(None)["input_ids"]
+
+    def forward(parameters):
+        return torch.func.functional_call(models[0], parameters, (ids,)).last_hidden_state
+
+    with torch.no_grad():
+        together = torch.func.vmap(forward)(stacked)
+        for outputs, model in zip(together, models, strict=True):
+            torch.testing.assert_close(outputs, model(ids).last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_forward_mode_gradients_without_recording():
+    from torch.autograd import forward_ad
+
+    ours, _ = pair(attention="eager", num_hidden_layers=1)  # torch's sdpa has no forward-mode derivative on the CPU
+    embeds, tangent = torch.randn(2, 4, 12, 48).unbind()
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(embeds, tangent)
+        slope = forward_ad.unpack_dual(ours(inputs_embeds=dual).last_hidden_state).tangent
+    with torch.no_grad():
+        step = 1e-3
+        ends = [ours(inputs_embeds=embeds + sign * step * tangent).last_hidden_state for sign in (1, -1)]
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * step), atol=1e-2, rtol=1e-2)
+
+
+def test_functional_gradients():
     ours, _ = pair(num_hidden_layers=1)
     parameters = dict(ours.named_parameters())
     inputs = batch("right")

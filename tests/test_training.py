@@ -1,4 +1,4 @@
-"""Training: dropout, checkpointing, autocast, hooks, adapters."""
+"""Training: dropout, checkpointing, autocast, adapters, Trainer."""
 
 from copy import deepcopy
 
@@ -131,98 +131,6 @@ def test_autocast(mask, dtype, training):
     assert ours.bert.encoder.layer[0].attention.self.query.weight.grad.dtype == torch.float32
 
 
-HOOKED = [
-    "embeddings.word_embeddings",
-    "embeddings",
-    "encoder.layer.1",
-    "encoder.layer.1.attention.self.query",
-    "encoder.layer.1.attention.output.LayerNorm",
-    "encoder.layer.1.intermediate.intermediate_act_fn",
-    "encoder.layer.2.output.dropout",
-    "pooler.dense",
-    "pooler",
-]
-
-
-@pytest.mark.parametrize("name", HOOKED)
-def test_forward_hooks_see_what_transformers_shows_them(name):
-    ours, theirs = pair()
-    seen = []
-    for model in (ours, theirs):
-        model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
-    outputs, expected = ours(**batch()), theirs(**batch())
-    assert len(seen) == 2
-    assert seen[0].shape == seen[1].shape or name == "pooler"
-    if seen[0].ndim == 3:
-        torch.testing.assert_close(*(x[MASKS["right"].bool()] for x in seen), atol=1e-4, rtol=1e-4)
-    else:
-        torch.testing.assert_close(*seen, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(outputs.pooler_output, expected.pooler_output, atol=1e-4, rtol=1e-4)
-
-
-def test_hooks_change_the_output_and_gradients_reach_them():
-    ours, theirs = pair()
-    grads = []
-    for model in (ours, theirs):
-        layer = model.encoder.layer[1]
-        layer.attention.self.value.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-        layer.output.dense.register_full_backward_hook(lambda module, grad_in, grad_out: grads.append(grad_out[0]))
-    outputs, expected = (model(**batch()).last_hidden_state[MASKS["right"].bool()] for model in (ours, theirs))
-    torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
-    outputs.square().sum().backward()
-    expected.square().sum().backward()
-    torch.testing.assert_close(*(g[MASKS["right"].bool()] for g in grads), atol=1e-3, rtol=1e-3)
-
-
-def test_global_hooks_fire_for_every_module():
-    ours, _ = pair()
-    names = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(type(module).__name__))
-    try:
-        ours(**batch())
-    finally:
-        handle.remove()
-    assert names.count("BertSelfAttention") == 3
-    assert names.count("Linear") == 3 * 6 + 1
-
-
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 3
-
-
-def test_replaced_and_patched_modules_count():
-    for change in ("class", "forward", "module"):
-        ours, theirs = pair()
-        for model in (ours, theirs):
-            attention = model.encoder.layer[0].attention.self
-            if change == "class":
-                attention.key.__class__ = Scaled
-            elif change == "forward":
-                attention.key.forward = lambda x, key=attention.key: nn.functional.linear(x, key.weight, key.bias) * 3
-            else:
-                attention.key = nn.Sequential(attention.key, nn.Linear(48, 48))
-        theirs.load_state_dict(ours.state_dict())
-        outputs, expected = (model(**batch()).last_hidden_state[MASKS["right"].bool()] for model in (ours, theirs))
-        torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
-        rows = [row for row in fastbert.explain(ours) if row.block == "encoder.layer.0"]
-        assert {row.backend for row in rows} == {"modules"}
-        assert "attention.self.key" in rows[0].reason
-
-
-def test_parametrized_and_pruned_weights_count():
-    from torch.nn.utils import parametrizations, prune
-
-    ours, theirs = pair()
-    for model in (ours, theirs):
-        prune.l1_unstructured(model.encoder.layer[0].intermediate.dense, "weight", amount=0.5)
-        parametrizations.weight_norm(model.encoder.layer[1].output.dense)
-        with torch.no_grad():
-            model.encoder.layer[1].output.dense.parametrizations.weight.original0.mul_(2)
-    outputs, expected = (model(**batch()).last_hidden_state[MASKS["right"].bool()] for model in (ours, theirs))
-    torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("targets", [["query", "value"], ["dense"], ["query", "word_embeddings"]])
 def test_lora(targets):
@@ -264,6 +172,28 @@ def test_training_lowers_the_loss():
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
 
 
-def test_trainer_divides_the_loss_by_its_accumulation_steps():
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_averages_the_loss_over_its_accumulation_steps(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
     ours, _ = pair("BertForSequenceClassification")
-    assert ours.accepts_loss_kwargs is False
+    inputs = inputs_for("BertForSequenceClassification", "full", with_labels=True)
+    rows = [{name: value[i % 4] for name, value in inputs.items()} for i in range(8)]
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    arguments = TrainingArguments(tmp_path, **settings, logging_steps=1, report_to=[], learning_rate=0.0, use_cpu=True)
+    trainer = Trainer(ours, arguments, train_dataset=rows)
+    with torch.no_grad():
+        expected = ours(**inputs).loss.item()
+    assert trainer.train().training_loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_eight_threads_agree():
+    from concurrent.futures import ThreadPoolExecutor
+
+    ours, _ = pair()
+    with torch.no_grad():
+        expected = [ours(**batch(mask)).last_hidden_state for mask in MASKS]
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(lambda mask: ours(**batch(mask)).last_hidden_state, [*MASKS] * 8))
+    for index, result in enumerate(results):
+        torch.testing.assert_close(result, expected[index % len(MASKS)], atol=1e-5, rtol=1e-5)

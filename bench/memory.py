@@ -1,0 +1,24 @@
+"""Peak memory of a call on the CPU, from the allocator's own events."""
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_memory_bytes(fn: Callable[[], object]) -> int:
+    """The most bytes that `fn()` holds at once in tensors on the CPU, over what was allocated before it.
+
+    Counted are allocations through PyTorch's allocator; scratch memory inside a BLAS or oneDNN is not. The result of
+    `fn` counts while `fn` runs. Call `fn` once before, or what it caches counts as well.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fn()
+    changes = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))

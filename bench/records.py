@@ -1,0 +1,109 @@
+"""The records of benchmarks: one JSON line for each case and provider, in bench/results/<device>/<suite>.jsonl.
+
+Every record has suite, kind ("latency" or "memory"), case, provider, baseline, ratio (baseline / provider: higher is
+better) and what `provenance` adds. Latencies add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error
+and error_ratio (error / the baseline's); memory adds peak_bytes and baseline_peak_bytes.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def write(record: dict) -> None:
+    """Put one finished record into its file at once, in the place of an earlier one of the same case and provider.
+
+    The file is replaced as a whole, so that a run which is killed leaves every finished record and no half line.
+    """
+    record = record | provenance()
+    path = RESULTS / _slug(record) / f"{record['suite']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [other for other in read(path) if _identity(other) != _identity(record)] if path.exists() else []
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]))
+    os.replace(unfinished, path)
+
+
+def read(path: Path) -> Iterator[dict]:
+    return map(json.loads, path.read_text().splitlines())
+
+
+def _identity(record: dict) -> tuple:
+    """What a record is about. The tokens of a case are none of it: they follow from Python's own texts."""
+    case = {name: value for name, value in record["case"].items() if name != "tokens"}
+    return record["kind"], record["provider"], *sorted(case.items())
+
+
+@cache
+def _machine() -> dict:
+    """The device and the versions, which stay the same during a run."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU {_cpu_name()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _commit() -> str | None:
+    """HEAD's short name, with "-dirty" if anything but the results differs from it; None outside of a git checkout."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if changes else head
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def provenance() -> dict:
+    """Where, with what, of which commit and when (UTC) a record was measured; load is the last minute's average number
+    of running threads per core, above 1 when others were at work."""
+    load = os.getloadavg()[0] / os.cpu_count()
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return _machine() | {"commit": _commit(), "load": round(load, 2), "date": date}
+
+
+def describe(record: dict) -> str:
+    """One line about the machine and the versions behind a record."""
+    versions = [f"{name} {record[name]}" for name in ("torch", "transformers", "triton", "python") if record[name]]
+    return f"{record['device']}, {record['threads']} threads, {', '.join(versions)}"
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.exists() else None
+    return found[1] if found else platform.machine()
+
+
+def _slug(record: dict) -> str:
+    threads = f" {record['threads']} threads" if record["device"].startswith("CPU") else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"{record['device']}{threads}".lower()).strip("-")

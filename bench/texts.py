@@ -1,0 +1,43 @@
+"""Real texts without a download: the docstrings of Python's standard library, from one word to long pages."""
+
+import ast
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+# Tests say little in prose, and what is installed beside the library differs from machine to machine.
+_SKIPPED = {"test", "tests", "site-packages", "dist-packages"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def docstrings(limit: int | None = None) -> list[str]:
+    """The first `limit` distinct docstrings (None: all), in the order of the files' paths.
+
+    The sources are parsed, never imported: one version of Python gives the same texts everywhere.
+    """
+    return list(islice(_distinct_docstrings(), limit))
+
+
+def _distinct_docstrings() -> Iterator[str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    seen = set()
+    for path in sorted(library.rglob("*.py")):
+        if not _SKIPPED.isdisjoint(path.relative_to(library).parts):
+            continue
+        for text in _docstrings_of(path):
+            if text not in seen:
+                seen.add(text)
+                yield text
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:
+            return
+    nodes = (node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
+    yield from filter(None, map(ast.get_docstring, nodes))
