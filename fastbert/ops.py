@@ -1,8 +1,8 @@
 """The seam: one function per fused op, and the one place that decides what serves a call.
 
 A call is served by the kernel of the same name in `fastbert_kernels` where its tensors, its options and this machine
-allow it, and by its twin in `fastbert.eager` otherwise. `backend` (or FASTBERT_BACKEND, read when fastbert is imported)
-overrides the choice. Letters as in `fastbert.tokens`.
+allow it, and by its twin in `fastbert.eager` otherwise. `backend` (or FASTBERT_BACKEND, read when this module is
+first imported, with the first model) overrides the choice. Letters as in `fastbert.tokens`.
 """
 
 import functools
