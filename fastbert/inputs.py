@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.configuration import BertConfig
 from fastbert.tokens import TokenLayout, layout_from_cu_seqlens, layout_from_mask, shapes_may_depend_on_data
@@ -72,7 +72,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(
-    config: BertConfig, num_positions: int, input_ids: Tensor | None, attention_mask: Tensor | None,
+    config: BertConfig, embeddings: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None,
     token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
     cu_seqlens: Tensor | None, cu_seqlens_of_keys: Tensor | None, max_seqlen: int | None,
 ) -> Batch:  # fmt: skip
@@ -88,12 +88,19 @@ def read_batch(
         layout = layout_from_cu_seqlens(cu_seqlens.to(device), max_seqlen, batch_size, seq_len)
         longest = layout.max_seqlen
         position_ids = layout.restarting_positions() if position_ids is None else position_ids
+    num_positions = _num_positions(config, embeddings)
     if longest > num_positions:
         raise ValueError(
-            f"a sequence of {longest} tokens is longer than config.max_position_embeddings={num_positions}: tokenize "
+            f"a sequence of {longest} tokens is longer than max_position_embeddings={num_positions}: tokenize "
             f"with truncation=True, max_length={num_positions}, or split the text"
         )
     return Batch(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
+
+
+def _num_positions(config: BertConfig, embeddings: nn.Module) -> int:
+    """The table's own count: people extend it, and leave the configuration as it was."""
+    table = getattr(embeddings, "position_embeddings", None)
+    return getattr(table, "num_embeddings", config.max_position_embeddings)
 
 
 def _check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int, torch.device]:
@@ -138,12 +145,12 @@ def _check_packed(cu_seqlens: Tensor, cu_seqlens_of_keys: Tensor | None, attenti
         raise ValueError(f"cu_seq_lens_q={bounds[0]} and cu_seq_lens_k={bounds[1]} must agree in an encoder")
 
 
-def raise_out_of_range(config: BertConfig, num_positions: int, layout: TokenLayout, batch: Batch) -> None:
+def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenLayout, batch: Batch) -> None:
     """Raise IndexError for the first kept index that an embedding table on the CPU refused, if one is to blame."""
     for name, limit, way_out in (
         ("input_ids", config.vocab_size, "do tokenizer and model come from one checkpoint?"),
         ("token_type_ids", config.type_vocab_size, "the model knows no more token types"),
-        ("position_ids", num_positions, "the model knows no more positions"),
+        ("position_ids", _num_positions(config, embeddings), "the model knows no more positions"),
     ):
         values = layout.clear(getattr(batch, name))
         if values is None:

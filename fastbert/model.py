@@ -332,7 +332,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         refuse_unknown_arguments(type(self).forward, kwargs)
         ops.current_backend()  # raises for a name of no back end, before any work
         batch = read_batch(
-            self.config, self._num_positions(), input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            self.config, self.embeddings, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q"),
         )  # fmt: skip
         output_attentions = option("output_attentions", kwargs, self.config, False)
@@ -343,12 +343,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if output_attentions:
             encoder_layout = replace(encoder_layout, implementation="eager")
         selection = option("output_hidden_states", kwargs, self.config, False)
-        encoded = self.encoder(
-            self._embed(encoder_layout, batch),
-            encoder_layout,
-            selected_hidden_states(selection, self.config.num_hidden_layers + 1),
-            bool(output_attentions),
-        )
+        selection = selected_hidden_states(selection, self.config.num_hidden_layers + 1)
+        hidden_states = self._embed(encoder_layout, batch)
+        encoded = self.encoder(hidden_states, encoder_layout, selection, bool(output_attentions))
         sequence_output = encoded.last_hidden_state
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=sequence_output,
@@ -371,7 +368,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     word_table=words.weight, position_table=positions.weight, token_type_table=types.weight,
                     weight=norm.weight, bias=norm.bias, eps=norm.eps, padding_idx=words.padding_idx,
                 )  # fmt: skip
-                return hidden_states.view(layout.batch_size, layout.seq_len, -1) if layout.padded else hidden_states
+                return (
+                    hidden_states.unflatten(0, (layout.batch_size, layout.seq_len)) if layout.padded else hidden_states
+                )
             ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
             if layout.padded or must_see_padding(embeddings):
                 inputs = {name: layout.as_padded().clear(values) for name, values in inputs.items()}
@@ -381,18 +380,15 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             return embeddings(**{name: x if x is None else layout.pack(x) for name, x in inputs.items()})
         except IndexError:
             if not is_tracing():
-                raise_out_of_range(self.config, self._num_positions(), layout, batch)
+                raise_out_of_range(self.config, embeddings, layout, batch)
             raise
-
-    def _num_positions(self) -> int:
-        table = getattr(self.embeddings, "position_embeddings", None)
-        return getattr(table, "num_embeddings", self.config.max_position_embeddings)
 
     def _pool(self, layout: TokenLayout, sequence_output: Tensor) -> Tensor:
         """What the pooler makes of last_hidden_state [B, S, E]: its own class needs no more than the first tokens."""
         if not isinstance(self.pooler, BertPooler):
             return self.pooler(sequence_output)
         first = layout.first_tokens(sequence_output)[:, None]
-        if must_see_padding(self.pooler) and len(first) == layout.batch_size:
+        parts, _ = fused_parts(self.pooler)
+        if parts is None and must_see_padding(self.pooler) and len(first) == layout.batch_size:
             first = torch.cat((first, sequence_output[:, 1:]), 1)
         return self.pooler(first)

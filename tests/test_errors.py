@@ -17,12 +17,12 @@ FORWARD = {
     "too long": (
         {"input_ids": torch.ones(1, 25, dtype=torch.long)},
         ValueError,
-        "25 tokens is longer than config.max_position_embeddings=24.*truncation=True, max_length=24",
+        "25 tokens is longer than max_position_embeddings=24.*truncation=True, max_length=24",
     ),
     "packed text too long": (
         {"input_ids": torch.ones(1, 40, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 10, 40])},
         ValueError,
-        "30 tokens is longer than config.max_position_embeddings=24",
+        "30 tokens is longer than max_position_embeddings=24",
     ),
     "mask of another length": (
         {"attention_mask": IDS[:, :5]},
@@ -201,6 +201,14 @@ def test_missing_checkpoint(tmp_path):
         fastbert.BertModel.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="no-such-owner/no-such-model"):
         fastbert.BertModel.from_pretrained("no-such-owner/no-such-model")
+
+
+def test_an_extended_table_of_positions_sets_the_limit():
+    ours, _ = pair()
+    ours.embeddings.position_embeddings = torch.nn.Embedding(40, 48)
+    assert ours(torch.ones(1, 40, dtype=torch.long)).last_hidden_state.shape == (1, 40, 48)
+    with pytest.raises(ValueError, match="41 tokens is longer than max_position_embeddings=40"):
+        ours(torch.ones(1, 41, dtype=torch.long))
 
 
 def test_a_configuration_of_another_kind_is_refused():

@@ -203,6 +203,14 @@ def test_a_fully_masked_query_is_finite(mask, attention, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_empty_batches_with_states_and_attentions(shape):
+    ours, _ = pair()
+    outputs = ours(torch.zeros(shape, dtype=torch.long), output_hidden_states=True, output_attentions=True)
+    assert {tuple(state.shape) for state in outputs.hidden_states} == {(*shape, 48)}
+    assert {tuple(weights.shape) for weights in outputs.attentions} == {(shape[0], 3, shape[1], shape[1])}
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("head", HEADS)
 def test_empty_batches(head, shape):
     ours, theirs = pair(head)

@@ -38,8 +38,13 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "ops": {"eager"},
         "tokens": {"eager", "ops"},
         "fusion": {"eager", "ops"},
+        "inputs": {"configuration", "tokens"},
+        "pretrained": {"configuration"},
+        "model": set(MODULES) - {"heads", "model"},
+        "heads": {"configuration", "model", "pretrained"},
         "configuration": set(),
     }
+    assert below.keys() == MODULES.keys() - {"__init__"}
     for name, allowed in below.items():
         own = {module.split(".")[1] for module in imported(MODULES[name]) if module.startswith("fastbert.")}
         assert own <= allowed, f"{name} imports {own - allowed}"
