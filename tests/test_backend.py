@@ -236,3 +236,22 @@ def test_plain_layers_never_call_their_modules(monkeypatch):
     for module in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout):
         monkeypatch.setattr(module, "forward", forbidden)
     assert ours(**batch()).pooler_output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "message"),
+    [
+        ((7, 5), torch.float16, "from compute capability 8.0 on"),
+        ((9, 0), torch.float64, "float32, float16 and bfloat16, not torch.float64"),
+        ((9, 0), torch.float16, "fastbert_kernels has no kernel for no_such_op"),
+    ],
+)
+def test_why_a_gpu_is_not_served(capability, dtype, message, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    ops._why_not_on_cuda.cache_clear()
+    assert message in ops.why_not_triton("no_such_op", torch.device("cuda", 0), dtype)
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    ops._why_not_on_cuda.cache_clear()
+    assert "triton is not installed" in ops.why_not_triton("no_such_op", torch.device("cuda", 0), dtype)
+    ops._why_not_on_cuda.cache_clear()

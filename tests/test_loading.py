@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import fastbert
 
 
-def same_state(a, b):
+def check_same_state(a, b):
     states = a.state_dict(), b.state_dict()
     assert list(states[0]) == list(states[1])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -26,10 +26,10 @@ def test_round_trips(head, shard, tmp_path):
     ours, theirs = pair(head)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
     loaded = getattr(fastbert, head).from_pretrained(tmp_path / "theirs")
-    same_state(loaded, theirs)
+    check_same_state(loaded, theirs)
     loaded.save_pretrained(tmp_path / "ours", max_shard_size=shard)
     back = getattr(transformers, head).from_pretrained(tmp_path / "ours")
-    same_state(back, theirs)
+    check_same_state(back, theirs)
     for name in ("theirs", "ours"):
         assert (len(list((tmp_path / name).glob("*.safetensors"))) > 1) == (shard == "20KB")
     saved = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours")]
@@ -45,7 +45,7 @@ def test_dtype(dtype, tmp_path):
     expected = transformers.BertModel.from_pretrained(tmp_path, dtype=dtype)
     loaded = fastbert.BertModel.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == expected.dtype
-    same_state(loaded, expected)
+    check_same_state(loaded, expected)
 
 
 def test_offloaded_embeddings(tmp_path):
@@ -94,7 +94,7 @@ def test_legacy_names_and_buffers(tmp_path, caplog):
     save_file(legacy, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level(logging.WARNING, "transformers"):
         loaded = fastbert.BertModel.from_pretrained(tmp_path)
-    same_state(loaded, theirs)
+    check_same_state(loaded, theirs)
     assert "position_ids" not in caplog.text
 
 
@@ -102,25 +102,25 @@ def test_weights_only_bin(tmp_path):
     _, theirs = pair()
     theirs.config.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    same_state(fastbert.BertModel.from_pretrained(tmp_path), theirs)
+    check_same_state(fastbert.BertModel.from_pretrained(tmp_path), theirs)
 
 
 def test_safetensors_come_first(tmp_path):
     _, theirs = pair()
     theirs.save_pretrained(tmp_path)
     torch.save({name: x + 1 for name, x in theirs.state_dict().items()}, tmp_path / "pytorch_model.bin")
-    same_state(fastbert.BertModel.from_pretrained(tmp_path), theirs)
+    check_same_state(fastbert.BertModel.from_pretrained(tmp_path), theirs)
 
 
 def test_with_and_without_prefix(tmp_path, caplog):
     head, _ = pair("BertForMaskedLM")
     head.save_pretrained(tmp_path / "head")
     base = fastbert.BertModel.from_pretrained(tmp_path / "head", add_pooling_layer=False)
-    same_state(base, head.bert)
+    check_same_state(base, head.bert)
     base.save_pretrained(tmp_path / "base")
     with caplog.at_level(logging.WARNING, "transformers"):
         classifier = fastbert.BertForTokenClassification.from_pretrained(tmp_path / "base", num_labels=5)
-    same_state(classifier.bert, base)
+    check_same_state(classifier.bert, base)
     assert "classifier.weight" in caplog.text
     assert classifier.classifier.weight.std() > 0
     assert not classifier.classifier.bias.any()
@@ -169,7 +169,7 @@ def test_new_models_initialize_like_transformers():
     torch.manual_seed(3)
     ours = fastbert.BertForSequenceClassification(tiny_config())
     torch.manual_seed(3)
-    same_state(ours, transformers.BertForSequenceClassification(tiny_config()))
+    check_same_state(ours, transformers.BertForSequenceClassification(tiny_config()))
 
 
 def test_copies():
