@@ -1,4 +1,29 @@
-"""Triton kernels for a BERT encoder on packed tokens, one function per fused op.
+"""Fused Triton kernels for BERT encoders, usable without the model: ``from fastbert_kernels import attention``.
 
-`fastbert.ops` looks up its ops here by name and runs eager PyTorch for every name that is missing.
+Every name here is a launcher that takes and returns tensors of one CUDA device; `kernels/README.md` has the maths, the
+shapes and the limits. With TRITON_INTERPRET=1 set before Triton is first imported they run on CPU tensors, slowly.
 """
+
+from fastbert_kernels.attention import MAX_HEAD_SIZE, attention
+from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids
+from fastbert_kernels.launch import MAX_ROW
+from fastbert_kernels.linear_activation import linear_activation
+from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm
+from fastbert_kernels.packing import packing_plan, unpack
+from fastbert_kernels.pool import pool
+from fastbert_kernels.qkv_projection import qkv_projection
+
+__all__ = [
+    "MAX_HEAD_SIZE",
+    "MAX_ROW",
+    "BadId",
+    "attention",
+    "embed_layer_norm",
+    "linear_activation",
+    "linear_residual_layer_norm",
+    "packing_plan",
+    "pool",
+    "qkv_projection",
+    "take_bad_ids",
+    "unpack",
+]

@@ -1,0 +1,46 @@
+"""The activations of a GEMM's epilogue, float32 -> float32. Names as `fastbert.ops.linear_activation` has them."""
+
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
+
+
+@triton.jit
+def _normal_tail(a):
+    """P(Z > a) of the standard normal for a >= 0, to 6.2e-6 of its value for a <= 5.5; below 1e-8 beyond.
+
+    The base-2 logarithm of the tail is so smooth that a polynomial of degree 7 (fitted here, minimax on [0, 5.5]) and
+    one exp2 replace erf: 12 instructions an element for GELU instead of 32 on sm_90, at a 300th of bfloat16's rounding.
+    The leading coefficient is negative, so the tail goes to zero beyond the fit.
+    """
+    power = -1.7934536e-06 * a + 6.09041413e-05
+    power = power * a - 0.000926028767
+    power = power * a + 0.00849375622
+    power = power * a - 0.0539378435
+    power = power * a - 0.458480511
+    power = power * a - 1.15124683
+    power = power * a - 0.999995465
+    return tl.exp2(power)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """activation(x). EXACT takes erf itself, for float32 outputs; NaN stays NaN in each of them."""
+    if ACTIVATION == "gelu":
+        if EXACT:
+            x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        else:
+            tail = _normal_tail(tl.abs(x))
+            x = x * tl.where(x > 0, 1.0 - tail, tail)
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3); the factors hold 2 log2(e).
+        exponent = x * (2.302208198144325 + 0.1029432395800235 * x * x)
+        x = x / (1.0 + tl.exp2(-exponent))
+    elif ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "tanh":
+        decay = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|)
+        size = (1.0 - decay) / (1.0 + decay)
+        x = tl.where(x < 0, -size, size)
+    return x

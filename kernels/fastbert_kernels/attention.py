@@ -1,0 +1,117 @@
+"""softmax(scale Q K^T) V of every head within every packed sequence, non-causal: [T, 3, H, D] -> [T, H D].
+
+A program takes BLOCK_Q queries of one head of one sequence and goes once over the sequence's keys with the online
+softmax (Milakov and Gimelshein 2018; Dao et al. 2022), so no S x S matrix exists. Scores, their maximum, their sum and
+the output accumulate in float32; probabilities are rounded to the dtype before they meet V. exp2 replaces exp, with
+log2(e) folded into the scale. Sequences of any length, heads of up to 128. A sequence without tokens has no row, and
+its programs end at once.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import check, check_shape, choose, launch, precision, with_unit_stride
+from fastbert_kernels.matmul import dot
+
+MAX_HEAD_SIZE = 128
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["query_blocks", "num_tokens"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
+def _attention_fwd_kernel(
+    qkv_ptr,  # [T, 3, H, D]
+    cu_seqlens_ptr,  # int32 [N + 1]
+    out_ptr,  # [T, H, D]
+    stride_qkv_token,
+    stride_qkv_part,
+    stride_qkv_head,
+    query_blocks,
+    num_tokens,
+    head_size,
+    scale_log2,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    sequence = tl.program_id(0) // query_blocks
+    head = tl.program_id(1)
+    # Bounds come from outside: whatever they are, nothing is read or written past the buffer.
+    start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
+    length = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens) - start
+    offs_q = tl.program_id(0) % query_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    if tl.program_id(0) % query_blocks * BLOCK_Q < length:
+        offs_d = tl.arange(0, BLOCK_D)
+        offs_key = tl.arange(0, BLOCK_KEYS)
+        mask_d = (offs_d < head_size)[None, :]
+        q_ptr = qkv_ptr + start.to(tl.int64) * stride_qkv_token + head * stride_qkv_head
+        k_ptr = q_ptr + stride_qkv_part
+        v_ptr = k_ptr + stride_qkv_part
+        mask_q = (offs_q < length)[:, None] & mask_d
+        q = tl.load(q_ptr + offs_q.to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :], mask=mask_q, other=0.0)
+        row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+        context = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        for key in range(0, length, BLOCK_KEYS):
+            live = key + offs_key < length
+            # Masked, not clamped: a key of the next sequence may be NaN, and zero times NaN is NaN.
+            places = (key + offs_key).to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :]
+            mask = live[:, None] & mask_d
+            k = tl.load(k_ptr + places, mask=mask, other=0.0)
+            scores = dot(q, k.T, tl.zeros((BLOCK_Q, BLOCK_KEYS), tl.float32), PRECISION)
+            scores = tl.where(live[None, :], scores * scale_log2, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_max[:, None])
+            shrink = tl.exp2(row_max - new_max)
+            row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+            v = tl.load(v_ptr + places, mask=mask, other=0.0)
+            context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION)
+            row_max = new_max
+        context = context / row_sum[:, None]
+        out_places = ((start + offs_q).to(tl.int64)[:, None] * tl.num_programs(1) + head) * head_size + offs_d[None, :]
+        tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """qkv [T, 3, H, D], cu_seqlens int32 [N + 1] on the device -> context [T, H D].
+
+    max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
+    Raises ValueError for a head size above 128 or a scale that is not positive, TypeError for dtypes.
+    """
+    check("attention", qkv, cu_seqlens)
+    num_tokens, _, num_heads, head_size = qkv.shape
+    check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
+    if not 0 < head_size <= MAX_HEAD_SIZE:
+        raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}, it must be positive")
+    out = qkv.new_empty(num_tokens, num_heads * head_size)
+    num_sequences = cu_seqlens.shape[0] - 1
+    if out.numel() == 0 or max_seqlen == 0 or num_sequences == 0:
+        return out
+    qkv = with_unit_stride(qkv)
+    config = choose("attention", qkv, head_size)
+    query_blocks = triton.cdiv(max_seqlen, config["BLOCK_Q"])
+    launch(
+        _attention_fwd_kernel,
+        (num_sequences * query_blocks, num_heads),
+        qkv.device,
+        qkv_ptr=qkv,
+        cu_seqlens_ptr=cu_seqlens,
+        out_ptr=out,
+        stride_qkv_token=qkv.stride(0),
+        stride_qkv_part=qkv.stride(1),
+        stride_qkv_head=qkv.stride(2),
+        query_blocks=query_blocks,
+        num_tokens=num_tokens,
+        head_size=head_size,
+        scale_log2=scale * LOG2_E,
+        PRECISION=precision(qkv),
+        BLOCK_Q=config["BLOCK_Q"],
+        BLOCK_KEYS=config["BLOCK_KEYS"],
+        BLOCK_D=max(16, triton.next_power_of_2(head_size)),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return out

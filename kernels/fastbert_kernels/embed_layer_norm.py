@@ -1,0 +1,246 @@
+"""LayerNorm(word row + token type row + position row) of the kept tokens -> packed [T, E] (Devlin et al. 2019).
+
+Ids come from outside, so no table is read out of its bounds: a token whose id, type or position is out of range becomes
+NaN, attention spreads that over its text and no further, and the value is written to a buffer in pinned host memory,
+which `take_bad_ids` reads without waiting for the device. Sum and statistics are float32. Limit: E of at most 16384.
+"""
+
+import functools
+import threading
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import MAX_ROW, check, check_shape, launch, with_unit_stride
+from fastbert_kernels.layer_norm import live_tokens, normalize_rows, row_blocks
+
+INPUTS = ("input_ids", "token_type_ids", "position_ids")
+
+
+class BadId(NamedTuple):
+    """An index that a table does not have: allowed are 0 to limit - 1."""
+
+    name: str
+    value: int
+    limit: int
+
+
+@functools.cache
+def _bad_id_buffer(device: torch.device) -> Tensor:
+    """int64 [3, 2] that kernels on this device write to and the host reads: a bad value and its limit, by input.
+
+    Zero stands for none: no index of 0 is ever out of range.
+    """
+    return torch.zeros(len(INPUTS), 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+_take = threading.Lock()
+
+
+def take_bad_ids(device: torch.device) -> list[BadId]:
+    """The indices out of range that kernels have met on this device since the last call, at most one an input.
+
+    It does not wait for kernels that still run: synchronize first to be told of those.
+    """
+    buffer = _bad_id_buffer(device)
+    if not buffer.any():
+        return []
+    with _take:
+        found = [BadId(name, *row) for name, row in zip(INPUTS, buffer.tolist(), strict=True) if row[0]]
+        buffer.zero_()
+    return found
+
+
+@triton.jit
+def _add_rows(hidden, table_ptr, stride_table, index, live, limit, bad_id_ptr, offs_e, mask_e):
+    """hidden [R, E] plus the table's rows at index [R]; NaN, and a note of it, where the index is out of range."""
+    known = (index >= 0) & (index < limit)
+    rows = tl.load(
+        table_ptr + tl.where(known, index, 0)[:, None] * stride_table + offs_e[None, :],
+        mask=(live & known)[:, None] & mask_e,
+        other=0.0,
+    )
+    bad = live & ((index < 0) | (index >= limit))
+    note = bad_id_ptr + tl.zeros_like(index)
+    tl.store(note + 1, tl.zeros_like(index) + limit, mask=bad)
+    tl.store(note, index, mask=bad)
+    return tl.where(known[:, None], hidden + rows.to(tl.float32), float("nan"))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_ids_row", "stride_types_row", "stride_positions_row", "stride_embeds_row",
+        "num_tokens", "seq_len",
+    ],
+    do_not_specialize_on_alignment=[
+        "input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr", "indices_ptr", "num_tokens_ptr",
+    ],
+)  # fmt: skip
+def _embed_layer_norm_kernel(
+    input_ids_ptr,  # [B, S] or None
+    token_type_ids_ptr,  # [B, S] or None
+    position_ids_ptr,  # [B, S] or None
+    inputs_embeds_ptr,  # [B, S, E] or None
+    indices_ptr,  # int64 [T] or None
+    word_table_ptr,  # [V, E]
+    position_table_ptr,  # [max positions, E]
+    token_type_table_ptr,  # [types, E]
+    weight_ptr,  # [E]
+    bias_ptr,  # [E]
+    out_ptr,  # [T, E]
+    bad_ids_ptr,  # int64 [3, 2]
+    num_tokens_ptr,  # int32 [1] or None
+    stride_ids_row,
+    stride_ids_column,
+    stride_types_row,
+    stride_types_column,
+    stride_positions_row,
+    stride_positions_column,
+    stride_embeds_row,
+    stride_embeds_column,
+    stride_word_table,
+    stride_position_table,
+    stride_token_type_table,
+    num_tokens,
+    seq_len,
+    width,
+    num_words,
+    num_positions,
+    num_types,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    count = live_tokens(num_tokens_ptr, num_tokens)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    if start < count:
+        offs_t = start + tl.arange(0, BLOCK_ROWS)
+        offs_e = tl.arange(0, BLOCK_E)
+        live = offs_t < count
+        place = offs_t
+        if indices_ptr is not None:
+            place = tl.load(indices_ptr + offs_t, mask=live, other=0)
+        mask_e = (offs_e < width)[None, :]
+        row = place // seq_len
+        column = place % seq_len
+        if input_ids_ptr is not None:
+            ids = tl.load(input_ids_ptr + row * stride_ids_row + column * stride_ids_column, mask=live, other=0).to(
+                tl.int64
+            )
+            hidden = _add_rows(
+                tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32), word_table_ptr, stride_word_table, ids, live, num_words,
+                bad_ids_ptr, offs_e, mask_e,
+            )  # fmt: skip
+        else:
+            embeds_ptrs = inputs_embeds_ptr + row * stride_embeds_row + column * stride_embeds_column
+            hidden = tl.load(embeds_ptrs[:, None] + offs_e[None, :], mask=live[:, None] & mask_e, other=0.0).to(
+                tl.float32
+            )
+        types = tl.zeros((BLOCK_ROWS,), tl.int64)
+        if token_type_ids_ptr is not None:
+            types = tl.load(
+                token_type_ids_ptr + row * stride_types_row + column * stride_types_column, mask=live, other=0
+            ).to(tl.int64)
+        hidden = _add_rows(
+            hidden, token_type_table_ptr, stride_token_type_table, types, live, num_types, bad_ids_ptr + 2, offs_e,
+            mask_e,
+        )  # fmt: skip
+        positions = column
+        if position_ids_ptr is not None:
+            positions = tl.load(
+                position_ids_ptr + row * stride_positions_row + column * stride_positions_column, mask=live, other=0
+            ).to(tl.int64)
+        hidden = _add_rows(
+            hidden, position_table_ptr, stride_position_table, positions, live, num_positions, bad_ids_ptr + 4, offs_e,
+            mask_e,
+        )  # fmt: skip
+        weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+        hidden = normalize_rows(tl.where(mask_e, hidden, 0.0), mask_e, width, weight, bias, eps)
+        tl.store(
+            out_ptr + offs_t[:, None] * width + offs_e[None, :],
+            hidden.to(out_ptr.dtype.element_ty),
+            mask=live[:, None] & mask_e,
+        )
+
+
+def embed_layer_norm(
+    input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
+    weight: Tensor, bias: Tensor, eps: float, num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """LayerNorm of the summed embeddings of the kept tokens -> [T, E] in the word table's dtype.
+
+    input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
+    token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps every
+    place. The tables are [V, E], [max positions, E], [types, E]; weight and bias [E]. num_tokens int32 [1], on the
+    device: rows from it on are neither read nor written. Raises ValueError or TypeError for shapes, dtypes or devices
+    that do not fit.
+    """
+    operation = "embed_layer_norm"
+    embeds = input_ids is None
+    given = inputs_embeds if embeds else input_ids
+    if given is None:
+        raise ValueError(f"{operation}: pass input_ids or inputs_embeds")
+    (batch_size, seq_len), width = given.shape[:2], word_table.shape[1]
+    check(operation, word_table, position_table, token_type_table, weight, bias, given, indices, num_tokens)
+    for name, ids in zip(INPUTS, (input_ids, token_type_ids, position_ids), strict=True):
+        if ids is not None:
+            check_shape(operation, name, ids, batch_size, seq_len)
+    if embeds:
+        check_shape(operation, "inputs_embeds", given, batch_size, seq_len, width)
+    for name, table in (("position_table", position_table), ("token_type_table", token_type_table)):
+        check_shape(operation, name, table, table.shape[0], width)
+    check_shape(operation, "weight", weight, width)
+    check_shape(operation, "bias", bias, width)
+    if width > MAX_ROW:
+        raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
+    size = batch_size * seq_len if indices is None else indices.shape[0]
+    out = word_table.new_empty(size, width)
+    if out.numel() == 0:
+        return out
+    word_table, position_table, token_type_table = map(with_unit_stride, (word_table, position_table, token_type_table))
+    inputs_embeds = with_unit_stride(inputs_embeds) if embeds else None
+    blocks = row_blocks(width)
+    launch(
+        _embed_layer_norm_kernel,
+        (triton.cdiv(size, blocks["BLOCK_ROWS"]),),
+        out.device,
+        input_ids_ptr=input_ids,
+        token_type_ids_ptr=token_type_ids,
+        position_ids_ptr=position_ids,
+        inputs_embeds_ptr=inputs_embeds,
+        indices_ptr=indices,
+        word_table_ptr=word_table,
+        position_table_ptr=position_table,
+        token_type_table_ptr=token_type_table,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        out_ptr=out,
+        bad_ids_ptr=_bad_id_buffer(out.device),
+        num_tokens_ptr=num_tokens,
+        **_strides("ids", input_ids),
+        **_strides("types", token_type_ids),
+        **_strides("positions", position_ids),
+        **_strides("embeds", inputs_embeds),
+        stride_word_table=word_table.stride(0),
+        stride_position_table=position_table.stride(0),
+        stride_token_type_table=token_type_table.stride(0),
+        num_tokens=size,
+        seq_len=seq_len,
+        width=width,
+        num_words=word_table.shape[0],
+        num_positions=position_table.shape[0],
+        num_types=token_type_table.shape[0],
+        eps=eps,
+        **blocks,
+    )
+    return out
+
+
+def _strides(name: str, x: Tensor | None) -> dict[str, int]:
+    row, column = (0, 0) if x is None else x.stride()[:2]
+    return {f"stride_{name}_row": row, f"stride_{name}_column": column}

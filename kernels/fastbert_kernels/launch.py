@@ -1,0 +1,120 @@
+"""What every launcher shares: launch configurations, host tensor descriptors, and the launch itself.
+
+Configurations are data: `configs/<architecture>.json`, or `configs/default.json` for an architecture without a file.
+An operation's entries for one operand width are tried in their order; the first whose `up_to` reaches the size serves.
+"""
+
+import functools
+import json
+import logging
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The interpreter runs the configurations of this architecture.
+INTERPRETED_ARCHITECTURE = "sm_90"
+MAX_ROW = 16384
+
+logger = logging.getLogger("fastbert_kernels")
+
+
+def architecture(device: torch.device) -> str:
+    """The name of a device's configuration file: "sm_90", "gfx942"."""
+    if device.type != "cuda":
+        return INTERPRETED_ARCHITECTURE
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def configurations(name: str) -> dict:
+    """The launch configurations of an architecture; those of default.json, said once, where it has no file."""
+    folder = Path(__file__).parent / "configs"
+    path = folder / f"{name}.json"
+    if not path.exists():
+        logger.info("no launch configurations for %s: using %s", name, folder / "default.json")
+        path = folder / "default.json"
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def _entries(operation: str, device: torch.device, itemsize: int) -> tuple[dict, ...]:
+    table = configurations(architecture(device))
+    return tuple(table[operation].get("32" if itemsize == 4 else "16", ()))
+
+
+def choose(operation: str, x: Tensor, size: int) -> dict | None:
+    """The launch configuration of an operation on tensors like x; None where no entry reaches the size."""
+    for entry in _entries(operation, x.device, x.dtype.itemsize):
+        if entry["up_to"] is None or size <= entry["up_to"]:
+            return entry["config"]
+    return None
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """How many programs run at a time: multiprocessors of a GPU; a few in the interpreter, so that loops go round."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def precision(x: Tensor) -> str:
+    """How products of float32 are made: three TF32 products, or one where torch.backends allows TF32.
+
+    AMD's matrix instructions take float32 itself.
+    """
+    if x.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def check(operation: str, *tensors: Tensor | None) -> None:
+    """Raise TypeError for a dtype no kernel takes, ValueError for tensors on different devices."""
+    first, *others = (x for x in tensors if x is not None)
+    if first.dtype not in DTYPES:
+        raise TypeError(f"{operation}: dtype {first.dtype} is not served, only float32, float16 and bfloat16")
+    for other in others:
+        if other.device != first.device:
+            raise ValueError(f"{operation}: tensors lie on {first.device} and {other.device}")
+
+
+def check_shape(operation: str, name: str, x: Tensor, *shape: int) -> None:
+    """Raise ValueError where a tensor has another shape than the operation needs."""
+    if x.shape != shape:
+        raise ValueError(f"{operation}: {name} is {list(x.shape)}, expected {list(shape)}")
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous, as kernels read it; a copy otherwise."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def operands(
+    x: Tensor, weights: tuple[Tensor, ...], config: dict, block_n: int
+) -> tuple[bool, Tensor | TensorDescriptor, tuple[Tensor | TensorDescriptor, ...]]:
+    """x [T, K] and weights [N, K] as the main loop reads them: host descriptors where configured and where TMA can
+    address them (16-byte aligned rows), pointers elsewhere. Built on the host, they need no allocator on the device."""
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise TypeError(f"the input is {x.dtype} and a weight {weight.dtype}: a GEMM takes one dtype")
+    addressable = all(y.data_ptr() % 16 == 0 and y.stride(0) * y.itemsize % 16 == 0 for y in (x, *weights))
+    if not (config["descriptors"] and addressable):
+        return False, x, weights
+    blocks = [config["BLOCK_T"], config["BLOCK_K"]], [block_n, config["BLOCK_K"]]
+    return (
+        True,
+        TensorDescriptor.from_tensor(x, blocks[0]),
+        tuple(TensorDescriptor.from_tensor(weight, blocks[1]) for weight in weights),
+    )
+
+
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
+    """kernel[grid](**arguments) on the tensors' device, which need not be the current one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**arguments)
+    else:
+        kernel[grid](**arguments)

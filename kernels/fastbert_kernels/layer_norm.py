@@ -1,0 +1,87 @@
+"""LayerNorm of whole rows (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias.
+
+Statistics are float32, the variance biased and computed in a second pass over the row, which stays in registers. Limit:
+rows of at most 16384 elements.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import launch
+
+
+def row_blocks(width: int) -> dict:
+    """Rows a program takes and warps it runs on, from the width alone, so that a row's bits never depend on others."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(16, 4096 // block))
+    return {"BLOCK_ROWS": rows, "BLOCK_E": block, "num_warps": 4 if rows * block <= 4096 else 8}
+
+
+@triton.jit
+def normalize_rows(rows, mask, width, weight, bias, eps):
+    """rows float32 [R, E], zeros outside the mask (broadcasting to [R, E]); weight and bias [1, E] -> [R, E]."""
+    mean = tl.sum(rows, axis=1) / width
+    centered = tl.where(mask, rows - mean[:, None], 0.0)
+    variance = tl.sum(centered * centered, axis=1) / width
+    return centered * tl.rsqrt(variance + eps)[:, None] * weight + bias
+
+
+@triton.jit
+def live_tokens(num_tokens_ptr, num_tokens):
+    """How many rows count: the number on the device where one is given, every row of the buffer otherwise."""
+    count = num_tokens
+    if num_tokens_ptr is not None:
+        count = tl.minimum(tl.load(num_tokens_ptr), num_tokens)
+    return count
+
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _layer_norm_kernel(
+    x_ptr,  # [T, E], overwritten
+    weight_ptr,  # [E]
+    bias_ptr,  # [E]
+    out_ptr,  # [T, E], may be x
+    num_tokens_ptr,  # int32 [1] or None
+    stride_x,
+    stride_out,
+    num_tokens,
+    width,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    count = live_tokens(num_tokens_ptr, num_tokens)
+    start = tl.program_id(0) * BLOCK_ROWS
+    if start < count:
+        offs_t = start + tl.arange(0, BLOCK_ROWS)
+        offs_e = tl.arange(0, BLOCK_E)
+        mask_e = (offs_e < width)[None, :]
+        mask = (offs_t < count)[:, None] & mask_e
+        offs_t = offs_t.to(tl.int64)[:, None]
+        rows = tl.load(x_ptr + offs_t * stride_x + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+        rows = normalize_rows(rows, mask_e, width, weight, bias, eps)
+        tl.store(out_ptr + offs_t * stride_out + offs_e[None, :], rows.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, num_tokens: Tensor | None) -> None:
+    """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself."""
+    blocks = row_blocks(x.shape[1])
+    launch(
+        _layer_norm_kernel,
+        (triton.cdiv(x.shape[0], blocks["BLOCK_ROWS"]),),
+        x.device,
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        out_ptr=out,
+        num_tokens_ptr=num_tokens,
+        stride_x=x.stride(0),
+        stride_out=out.stride(0),
+        num_tokens=x.shape[0],
+        width=x.shape[1],
+        eps=eps,
+        **blocks,
+    )

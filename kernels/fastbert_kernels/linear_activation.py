@@ -1,0 +1,129 @@
+"""activation(x W^T + b): x [T, K], W [N, K], b [N] -> [T, N], in float32, float16 or bfloat16.
+
+One persistent launch: each program takes output tiles in turn, row by row of tiles, so that the programs that run at a
+time read the same rows of x while all of W stays in the L2 cache. Bias, residual and activation happen in float32 on
+the accumulator, before the only rounding. GELU: Hendrycks and Gimpel 2016.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.activation import ACTIVATIONS, activate
+from fastbert_kernels.launch import (
+    check,
+    check_shape,
+    choose,
+    launch,
+    num_processors,
+    operands,
+    precision,
+    with_unit_stride,
+)
+from fastbert_kernels.layer_norm import live_tokens
+from fastbert_kernels.matmul import matmul_tiles
+
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _linear_kernel(
+    x,  # [T, K], pointer or descriptor
+    weight,  # [N, K], pointer or descriptor
+    bias_ptr,  # [N]
+    residual_ptr,  # [T, N] or None
+    out_ptr,  # [T, N]
+    num_tokens_ptr,  # int32 [1] or None
+    stride_x,
+    stride_weight,
+    stride_residual,
+    stride_out,
+    num_tokens,
+    num_outputs,
+    num_inputs,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    count = live_tokens(num_tokens_ptr, num_tokens)
+    tiles_n = tl.cdiv(num_outputs, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n, tl.num_programs(0)):
+        row = tile // tiles_n * BLOCK_T
+        col = tile % tiles_n * BLOCK_N
+        result, _, _ = matmul_tiles(
+            x, weight, row, col, count, num_outputs, num_inputs, stride_x, stride_weight,
+            BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+        offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        offs_n = col + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_outputs
+        mask = (offs_t < count) & mask_n[None, :]
+        result += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offs_t * stride_residual + offs_n[None, :], mask=mask, other=0.0)
+            result += residual.to(tl.float32)
+        result = activate(result, ACTIVATION, EXACT)
+        tl.store(out_ptr + offs_t * stride_out + offs_n[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def linear(
+    operation: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str,
+    num_tokens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """activation(x W^T + b + residual) -> [T, N] in the residual's dtype, or x's without one."""
+    check(operation, x, weight, bias, residual, num_tokens)
+    (size, num_inputs), num_outputs = x.shape, weight.shape[0]
+    check_shape(operation, "weight", weight, num_outputs, num_inputs)
+    check_shape(operation, "bias", bias, num_outputs)
+    out = x.new_empty(size, num_outputs, dtype=x.dtype if residual is None else residual.dtype)
+    if out.numel() == 0:
+        return out
+    x, weight = with_unit_stride(x), with_unit_stride(weight)
+    residual = None if residual is None else with_unit_stride(residual)
+    config = choose(operation, x, size)
+    descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, config["BLOCK_N"])
+    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(num_outputs, config["BLOCK_N"])
+    launch(
+        _linear_kernel,
+        (min(tiles, num_processors(x.device) * config["programs"]),),
+        x.device,
+        x=x_operand,
+        weight=weight_operand,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        out_ptr=out,
+        num_tokens_ptr=num_tokens,
+        stride_x=x.stride(0),
+        stride_weight=weight.stride(0),
+        stride_residual=0 if residual is None else residual.stride(0),
+        stride_out=out.stride(0),
+        num_tokens=size,
+        num_outputs=num_outputs,
+        num_inputs=num_inputs,
+        ACTIVATION=activation,
+        EXACT=out.dtype == torch.float32,
+        PRECISION=precision(x),
+        DESCRIPTORS=descriptors,
+        BLOCK_T=config["BLOCK_T"],
+        BLOCK_N=config["BLOCK_N"],
+        BLOCK_K=config["BLOCK_K"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return out
+
+
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str, num_tokens: Tensor | None = None
+) -> Tensor:
+    """activation(x W^T + b): x [T, K], weight [N, K], bias [N] -> [T, N].
+
+    activation: "gelu" (exact), "gelu_tanh", "relu", "tanh" or "none". num_tokens int32 [1], on the device: rows from it
+    on are neither read nor written. Raises ValueError or TypeError for another activation, shape, dtype or device.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear_activation: activation {activation!r} is unknown; choose one of {ACTIVATIONS}")
+    return linear("linear_activation", x, weight, bias, None, activation, num_tokens)

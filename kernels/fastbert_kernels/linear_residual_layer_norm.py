@@ -1,0 +1,192 @@
+"""LayerNorm(x W^T + b + residual): x [T, K], W [E, K], residual [T, E] -> [T, E] in the residual's dtype.
+
+One launch where a program can hold whole rows of the output, so that the sum before LayerNorm never leaves the chip:
+in 16 bits up to E = 384 (three accumulators of 128 columns, no spills on sm_80 and sm_90). For 768 columns and more,
+or in float32 with its three products, the accumulators spill; there a GEMM with bias and residual in its epilogue
+writes the sum, rounded as eager PyTorch rounds it, and a second launch normalizes it in place. Which of the two runs
+depends on E, the dtype and the device alone, so that a row's bits do not depend on the batch.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import (
+    MAX_ROW,
+    check,
+    check_shape,
+    choose,
+    launch,
+    num_processors,
+    operands,
+    precision,
+    with_unit_stride,
+)
+from fastbert_kernels.layer_norm import layer_norm, live_tokens
+from fastbert_kernels.linear_activation import linear
+from fastbert_kernels.matmul import matmul_tiles
+
+
+@triton.jit
+def _plus_bias_and_residual(
+    tile, col, offs_t, count, bias_ptr, residual_ptr, stride_residual, width, BLOCK_N: tl.constexpr
+):
+    """The accumulator [T, N] of columns from col on, plus bias and residual; zeros past the width."""
+    offs_n = col + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < width
+    mask = (offs_t < count) & mask_n[None, :]
+    tile += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    residual = tl.load(residual_ptr + offs_t * stride_residual + offs_n[None, :], mask=mask, other=0.0)
+    return tl.where(mask_n[None, :], tile + residual.to(tl.float32), 0.0)
+
+
+@triton.jit
+def _centered(tile, col, mean, width, BLOCK_N: tl.constexpr):
+    return tl.where((col + tl.arange(0, BLOCK_N) < width)[None, :], tile - mean[:, None], 0.0)
+
+
+@triton.jit
+def _store_normalized(
+    tile, col, offs_t, count, rstd, norm_weight_ptr, norm_bias_ptr, out_ptr, stride_out, width, BLOCK_N: tl.constexpr
+):
+    offs_n = col + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < width
+    weight = tl.load(norm_weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    bias = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    normalized = (tile * rstd[:, None] * weight + bias).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs_t * stride_out + offs_n[None, :], normalized, mask=(offs_t < count) & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _linear_residual_layer_norm_kernel(
+    x,  # [T, K], pointer or descriptor
+    weight,  # [E, K], pointer or descriptor
+    bias_ptr,  # [E]
+    residual_ptr,  # [T, E]
+    norm_weight_ptr,  # [E]
+    norm_bias_ptr,  # [E]
+    out_ptr,  # [T, E]
+    num_tokens_ptr,  # int32 [1] or None
+    stride_x,
+    stride_weight,
+    stride_residual,
+    stride_out,
+    num_tokens,
+    width,
+    num_inputs,
+    eps,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    count = live_tokens(num_tokens_ptr, num_tokens)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T), tl.num_programs(0)):
+        row = tile * BLOCK_T
+        first, second, third = matmul_tiles(
+            x, weight, row, 0, count, width, num_inputs, stride_x, stride_weight,
+            BLOCK_T, BLOCK_N, BLOCK_K, TILES, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+        offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        first = _plus_bias_and_residual(
+            first, 0, offs_t, count, bias_ptr, residual_ptr, stride_residual, width, BLOCK_N
+        )
+        total = tl.sum(first, axis=1)
+        if TILES > 1:
+            second = _plus_bias_and_residual(
+                second, BLOCK_N, offs_t, count, bias_ptr, residual_ptr, stride_residual, width, BLOCK_N
+            )
+            total += tl.sum(second, axis=1)
+        if TILES > 2:
+            third = _plus_bias_and_residual(
+                third, 2 * BLOCK_N, offs_t, count, bias_ptr, residual_ptr, stride_residual, width, BLOCK_N
+            )
+            total += tl.sum(third, axis=1)
+        mean = total / width
+        first = _centered(first, 0, mean, width, BLOCK_N)
+        squares = tl.sum(first * first, axis=1)
+        if TILES > 1:
+            second = _centered(second, BLOCK_N, mean, width, BLOCK_N)
+            squares += tl.sum(second * second, axis=1)
+        if TILES > 2:
+            third = _centered(third, 2 * BLOCK_N, mean, width, BLOCK_N)
+            squares += tl.sum(third * third, axis=1)
+        rstd = tl.rsqrt(squares / width + eps)
+        _store_normalized(
+            first, 0, offs_t, count, rstd, norm_weight_ptr, norm_bias_ptr, out_ptr, stride_out, width, BLOCK_N
+        )
+        if TILES > 1:
+            _store_normalized(
+                second, BLOCK_N, offs_t, count, rstd, norm_weight_ptr, norm_bias_ptr, out_ptr, stride_out, width,
+                BLOCK_N,
+            )  # fmt: skip
+        if TILES > 2:
+            _store_normalized(
+                third, 2 * BLOCK_N, offs_t, count, rstd, norm_weight_ptr, norm_bias_ptr, out_ptr, stride_out, width,
+                BLOCK_N,
+            )  # fmt: skip
+
+
+def linear_residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """LayerNorm(x W^T + b + residual): x [T, K], weight [E, K], bias [E], residual [T, E] -> [T, E].
+
+    norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on are neither read nor written.
+    Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
+    """
+    operation = "linear_residual_layer_norm"
+    check(operation, x, weight, bias, residual, norm_weight, norm_bias, num_tokens)
+    (size, num_inputs), width = x.shape, weight.shape[0]
+    check_shape(operation, "weight", weight, width, num_inputs)
+    check_shape(operation, "bias", bias, width)
+    check_shape(operation, "residual", residual, size, width)
+    check_shape(operation, "norm_weight", norm_weight, width)
+    check_shape(operation, "norm_bias", norm_bias, width)
+    if width > MAX_ROW:
+        raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
+    config = choose(operation, x, width)
+    if config is None:
+        summed = linear("linear_residual", x, weight, bias, residual, "none", num_tokens)
+        if summed.numel():
+            layer_norm(summed, norm_weight, norm_bias, eps, summed, num_tokens)
+        return summed
+    out = residual.new_empty(size, width)
+    if out.numel() == 0:
+        return out
+    x, weight, residual = with_unit_stride(x), with_unit_stride(weight), with_unit_stride(residual)
+    block_n = min(config["BLOCK_N"], max(16, triton.next_power_of_2(width)))
+    descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, block_n)
+    launch(
+        _linear_residual_layer_norm_kernel,
+        (min(triton.cdiv(size, config["BLOCK_T"]), num_processors(x.device) * config["programs"]),),
+        x.device,
+        x=x_operand,
+        weight=weight_operand,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        norm_weight_ptr=norm_weight,
+        norm_bias_ptr=norm_bias,
+        out_ptr=out,
+        num_tokens_ptr=num_tokens,
+        stride_x=x.stride(0),
+        stride_weight=weight.stride(0),
+        stride_residual=residual.stride(0),
+        stride_out=out.stride(0),
+        num_tokens=size,
+        width=width,
+        num_inputs=num_inputs,
+        eps=eps,
+        TILES=triton.cdiv(width, block_n),
+        PRECISION=precision(x),
+        DESCRIPTORS=descriptors,
+        BLOCK_T=config["BLOCK_T"],
+        BLOCK_N=block_n,
+        BLOCK_K=config["BLOCK_K"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return out

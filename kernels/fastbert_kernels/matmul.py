@@ -1,0 +1,70 @@
+"""The GEMM main loop, the one of the package: tiles of x W^T for x [T, K] and W [N, K], accumulated in float32.
+
+Operands come through pointers (cp.async, sm_80 on) or through host tensor descriptors (TMA, sm_90 on). K is cut into
+BLOCK_K from its start to its end for every shape, so that a row's bits do not depend on the rows beside it.
+
+float32 takes three TF32 products an element ("tf32x3": Ootomo and Yokota 2022), 16-bit types one exact product.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# Triton's interpreter multiplies bfloat16 as if it were uint16 (seen in 3.6 to 3.9), so there it is widened first.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """a [M, K] times b [K, N] plus the float32 accumulator [M, N]."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_tile(
+    operand, row, inner, num_rows, num_inner, stride_row, ROWS: tl.constexpr, INNER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """operand[row : row + ROWS, inner : inner + INNER], zeros past num_inner, anything past num_rows."""
+    if DESCRIPTORS:
+        tile = operand.load([row, inner])
+    else:
+        # The last row again instead of a mask: rows past the end are never stored.
+        offs_row = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
+        offs_inner = inner + tl.arange(0, INNER)
+        pointers = operand + offs_row[:, None] * stride_row + offs_inner[None, :]
+        tile = tl.load(pointers, mask=offs_inner[None, :] < num_inner, other=0.0)
+    return tile
+
+
+@triton.jit
+def matmul_tiles(
+    x, weight, row, col, num_rows, num_cols, num_inner, stride_x, stride_weight,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """x[row :] times the weight rows [col :] -> three accumulators [BLOCK_T, BLOCK_N], the first TILES of them filled.
+
+    They stand side by side in the output; a width like 384 is no power of two and so cannot be one tile.
+    x and weight are pointers, or descriptors of blocks [BLOCK_T, BLOCK_K] and [BLOCK_N, BLOCK_K].
+    """
+    first = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    second = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    third = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for inner in range(0, num_inner, BLOCK_K):
+        rows = _load_tile(x, row, inner, num_rows, num_inner, stride_x, BLOCK_T, BLOCK_K, DESCRIPTORS)
+        cols = _load_tile(weight, col, inner, num_cols, num_inner, stride_weight, BLOCK_N, BLOCK_K, DESCRIPTORS)
+        first = dot(rows, cols.T, first, PRECISION)
+        if TILES > 1:
+            cols = _load_tile(
+                weight, col + BLOCK_N, inner, num_cols, num_inner, stride_weight, BLOCK_N, BLOCK_K, DESCRIPTORS
+            )
+            second = dot(rows, cols.T, second, PRECISION)
+        if TILES > 2:
+            cols = _load_tile(
+                weight, col + 2 * BLOCK_N, inner, num_cols, num_inner, stride_weight, BLOCK_N, BLOCK_K, DESCRIPTORS
+            )
+            third = dot(rows, cols.T, third, PRECISION)
+    return first, second, third

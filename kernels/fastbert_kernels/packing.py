@@ -1,0 +1,173 @@
+"""Where the tokens of a padded batch [B, S] lie in the packed one, planned and undone on the device.
+
+The number of kept tokens stays there: buffers have the capacity B * S, and rows past the count belong to no token.
+Prefix sums as in ByteTransformer (Zhai et al. 2022): one launch counts each row's tokens, a second sums the rows before
+its own and writes indices; no program waits for another, so that there is nothing to order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import check, check_shape, launch, with_unit_stride
+from fastbert_kernels.layer_norm import live_tokens, row_blocks
+
+BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["stride_row", "seq_len"], do_not_specialize_on_alignment=["mask_ptr"])
+def _row_lengths_kernel(
+    mask_ptr,  # [B, S]
+    lengths_ptr,  # int32 [B]
+    stride_row,
+    stride_column,
+    seq_len,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    kept = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, seq_len, BLOCK):
+        offs_s = start + tl.arange(0, BLOCK)
+        values = tl.load(
+            mask_ptr + row * stride_row + offs_s.to(tl.int64) * stride_column, mask=offs_s < seq_len, other=0
+        )
+        kept += (values != 0).to(tl.int32)
+    tl.store(lengths_ptr + row, tl.sum(kept, axis=0))
+
+
+@triton.jit(do_not_specialize=["stride_row", "seq_len"], do_not_specialize_on_alignment=["mask_ptr", "cu_seqlens_ptr"])
+def _packing_plan_kernel(
+    mask_ptr,  # [B, S]
+    lengths_ptr,  # int32 [B]
+    indices_ptr,  # int64 [B * S]
+    cu_seqlens_ptr,  # int32 [B + 1]
+    stride_row,
+    stride_column,
+    seq_len,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    num_places = tl.num_programs(0).to(tl.int64) * seq_len
+    before = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, tl.program_id(0), BLOCK):
+        offs_b = start + tl.arange(0, BLOCK)
+        before += tl.load(lengths_ptr + offs_b, mask=offs_b < tl.program_id(0), other=0).to(tl.int64)
+    kept = tl.sum(before, axis=0)
+    if row == 0:
+        tl.store(cu_seqlens_ptr, 0)
+    for start in range(0, seq_len, BLOCK):
+        offs_s = start + tl.arange(0, BLOCK)
+        inside = offs_s < seq_len
+        values = tl.load(mask_ptr + row * stride_row + offs_s.to(tl.int64) * stride_column, mask=inside, other=0)
+        keep = inside & (values != 0)
+        count = tl.cumsum(keep.to(tl.int32), axis=0)
+        place = row * seq_len + offs_s
+        tl.store(indices_ptr + kept + count - 1, place, mask=keep)
+        # The n-th dropped place of the batch is the n-th entry from the end.
+        dropped = place - (kept + count)
+        tl.store(indices_ptr + num_places - 1 - dropped, place, mask=inside & (values == 0))
+        kept += tl.sum(keep.to(tl.int32), axis=0)
+    tl.store(cu_seqlens_ptr + row + 1, kept.to(tl.int32))
+
+
+def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """mask [B, S] of bool, integers or floats, zero for padding -> indices int64 [B * S], cu_seqlens int32 [B + 1].
+
+    indices is a permutation of the flattened batch: the kept places in their order, then the others. cu_seqlens bounds
+    the rows' tokens, its last entry is the number of all of them. Raises ValueError for a mask that is not [B, S] or
+    has 2^31 places or more.
+    """
+    if mask.ndim != 2 or mask.numel() >= 2**31:
+        raise ValueError(f"packing_plan: mask is {list(mask.shape)}, expected [B, S] of fewer than 2^31 places")
+    batch_size, seq_len = mask.shape
+    indices = torch.empty(mask.numel(), dtype=torch.int64, device=mask.device)
+    if mask.numel() == 0:
+        return indices, torch.zeros(batch_size + 1, dtype=torch.int32, device=mask.device)
+    lengths, cu_seqlens = (
+        torch.empty(size, dtype=torch.int32, device=mask.device) for size in (batch_size, batch_size + 1)
+    )
+    strides = {"stride_row": mask.stride(0), "stride_column": mask.stride(1), "seq_len": seq_len, "BLOCK": BLOCK}
+    launch(_row_lengths_kernel, (batch_size,), mask.device, mask_ptr=mask, lengths_ptr=lengths, **strides)
+    launch(
+        _packing_plan_kernel,
+        (batch_size,),
+        mask.device,
+        mask_ptr=mask,
+        lengths_ptr=lengths,
+        indices_ptr=indices,
+        cu_seqlens_ptr=cu_seqlens,
+        **strides,
+    )
+    return indices, cu_seqlens
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_places"],
+    do_not_specialize_on_alignment=["indices_ptr", "num_tokens_ptr"],
+)
+def _unpack_kernel(
+    hidden_ptr,  # [T, E]
+    indices_ptr,  # int64 [T]
+    out_ptr,  # [B * S, E]
+    num_tokens_ptr,  # int32 [1] or None
+    stride_hidden,
+    num_tokens,
+    num_places,
+    width,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    count = live_tokens(num_tokens_ptr, num_tokens)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    place = tl.load(indices_ptr + token, mask=token < num_tokens, other=num_places)
+    inside = (place >= 0) & (place < num_places)
+    for start in range(0, width, BLOCK_E):
+        offs_e = start + tl.arange(0, BLOCK_E)
+        mask_e = (offs_e < width)[None, :]
+        # Rows past the count are not read: zeros go to their places.
+        rows = tl.load(
+            hidden_ptr + token[:, None] * stride_hidden + offs_e[None, :],
+            mask=(token < count)[:, None] & mask_e,
+            other=0.0,
+        )
+        tl.store(out_ptr + place[:, None] * width + offs_e[None, :], rows, mask=inside[:, None] & mask_e)
+
+
+def unpack(
+    hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int, num_tokens: Tensor | None = None
+) -> Tensor:
+    """hidden [T, ...] to its places in [B, S, ...], zeros elsewhere.
+
+    indices int64 [T]: the place of each row in the flattened batch, no two alike. None says that nothing was dropped:
+    then the result is a view of hidden. num_tokens int32 [1], on the device: the places of rows from it on get zeros.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    """
+    if indices is None:
+        return hidden.unflatten(0, (batch_size, seq_len))
+    check("unpack", hidden, indices, num_tokens)
+    size, num_places = hidden.shape[0], batch_size * seq_len
+    check_shape("unpack", "indices", indices, size)
+    # A permutation of all places fills them all.
+    new = hidden.new_empty if size == num_places else hidden.new_zeros
+    out = new(batch_size, seq_len, *hidden.shape[1:])
+    if out.numel() == 0 or size == 0:
+        return out
+    width = out[0, 0].numel()
+    hidden = with_unit_stride(hidden.reshape(size, width))
+    blocks = row_blocks(min(width, BLOCK))
+    launch(
+        _unpack_kernel,
+        (triton.cdiv(size, blocks["BLOCK_ROWS"]),),
+        hidden.device,
+        hidden_ptr=hidden,
+        indices_ptr=indices,
+        out_ptr=out,
+        num_tokens_ptr=num_tokens,
+        stride_hidden=hidden.stride(0),
+        num_tokens=size,
+        num_places=num_places,
+        width=width,
+        **blocks,
+    )
+    return out

@@ -1,0 +1,103 @@
+"""One vector a sequence, straight from packed tokens: the first token or the mean, with or without L2 norm.
+
+Sums and norms are float32; a sequence's tokens are added in one order, from its own start, so that its vector does not
+depend on the batch. The norm is guarded by 1e-12 as in torch.nn.functional.normalize. Limit: E of at most 16384.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import MAX_ROW, check, check_shape, launch, with_unit_stride
+from fastbert_kernels.layer_norm import row_blocks
+
+MODES = ("first", "mean")
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_rows"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "indices_ptr"],
+)
+def _pool_kernel(
+    hidden_ptr,  # [T, E], or [P, E] with indices into it
+    cu_seqlens_ptr,  # int32 [N + 1]
+    indices_ptr,  # int64 [T] or None
+    out_ptr,  # [N, E]
+    stride_hidden,
+    num_tokens,
+    num_rows,
+    width,
+    MEAN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    # Bounds come from outside: whatever they are, nothing is read past the buffers.
+    start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0).to(tl.int64)
+    length = tl.maximum(tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens) - start, 0)
+    pooled_length = length
+    if not MEAN:
+        pooled_length = tl.minimum(length, 1)
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < width
+    pooled = tl.zeros((BLOCK_E,), tl.float32)
+    for token in range(0, pooled_length, BLOCK_ROWS):
+        offs_t = token + tl.arange(0, BLOCK_ROWS)
+        live = offs_t < pooled_length
+        rows = start + offs_t
+        if indices_ptr is not None:
+            rows = tl.load(indices_ptr + rows, mask=live, other=0)
+            live = live & (rows >= 0) & (rows < num_rows)
+        tile = tl.load(
+            hidden_ptr + rows[:, None] * stride_hidden + offs_e[None, :],
+            mask=live[:, None] & mask_e[None, :],
+            other=0.0,
+        )
+        pooled += tl.sum(tile.to(tl.float32), axis=0)
+    pooled = pooled / tl.maximum(pooled_length, 1).to(tl.float32)
+    if NORMALIZE:
+        norm = tl.sqrt(tl.sum(pooled * pooled, axis=0))
+        pooled = pooled / tl.maximum(norm, 1e-12)
+    tl.store(out_ptr + sequence * width + offs_e, pooled.to(out_ptr.dtype.element_ty), mask=mask_e)
+
+
+def pool(
+    hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, indices: Tensor | None = None
+) -> Tensor:
+    """hidden [T, E], cu_seqlens int32 [N + 1] on the device -> [N, E]; a sequence without tokens gives zeros.
+
+    mode: "first" or "mean". indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is
+    packed. Raises ValueError for another mode or E above 16384, TypeError for dtypes.
+    """
+    if mode not in MODES:
+        raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
+    check("pool", hidden, cu_seqlens, indices)
+    num_rows, width = hidden.shape
+    check_shape("pool", "hidden", hidden, num_rows, width)
+    if width > MAX_ROW:
+        raise ValueError(f"pool: rows of {width} elements are longer than {MAX_ROW}")
+    num_sequences = cu_seqlens.shape[0] - 1
+    if num_rows == 0 or width == 0:
+        return hidden.new_zeros(num_sequences, width)
+    out = hidden.new_empty(num_sequences, width)
+    if num_sequences == 0:
+        return out
+    hidden = with_unit_stride(hidden)
+    launch(
+        _pool_kernel,
+        (num_sequences,),
+        hidden.device,
+        hidden_ptr=hidden,
+        cu_seqlens_ptr=cu_seqlens,
+        indices_ptr=indices,
+        out_ptr=out,
+        stride_hidden=hidden.stride(0),
+        num_tokens=num_rows if indices is None else indices.shape[0],
+        num_rows=num_rows,
+        width=width,
+        MEAN=mode == "mean",
+        NORMALIZE=normalize,
+        **row_blocks(width),
+    )
+    return out

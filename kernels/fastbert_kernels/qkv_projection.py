@@ -1,0 +1,125 @@
+"""x W_q^T + b_q, x W_k^T + b_k and x W_v^T + b_v in one launch: x [T, E], three W [E, E], three b [E] -> [T, 3, H, D].
+
+The three weights stay three tensors: every output tile lies in one of them and picks its pointer or descriptor. One
+persistent launch, tiles in the order of `linear_activation`, so that x is read from memory once for all three.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import (
+    check,
+    check_shape,
+    choose,
+    launch,
+    num_processors,
+    operands,
+    precision,
+    with_unit_stride,
+)
+from fastbert_kernels.layer_norm import live_tokens
+from fastbert_kernels.matmul import matmul_tiles
+
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _qkv_projection_kernel(
+    x,  # [T, K], pointer or descriptor, as are the weights
+    q_weight,  # [E, K]
+    k_weight,  # [E, K]
+    v_weight,  # [E, K]
+    q_bias_ptr,  # [E]
+    k_bias_ptr,  # [E]
+    v_bias_ptr,  # [E]
+    out_ptr,  # [T, 3, E]
+    num_tokens_ptr,  # int32 [1] or None
+    stride_x,
+    stride_weight,
+    num_tokens,
+    width,
+    num_inputs,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    count = live_tokens(num_tokens_ptr, num_tokens)
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n * 3, tl.num_programs(0)):
+        row = tile // (tiles_n * 3) * BLOCK_T
+        part = tile // tiles_n % 3
+        col = tile % tiles_n * BLOCK_N
+        # Statements, not conditional expressions: those cannot choose between descriptors.
+        weight = q_weight
+        bias_ptr = q_bias_ptr
+        if part == 1:
+            weight = k_weight
+            bias_ptr = k_bias_ptr
+        elif part == 2:
+            weight = v_weight
+            bias_ptr = v_bias_ptr
+        result, _, _ = matmul_tiles(
+            x, weight, row, col, count, width, num_inputs, stride_x, stride_weight,
+            BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+        offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        offs_n = col + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
+        result += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        out_ptrs = out_ptr + (offs_t * 3 + part) * width + offs_n[None, :]
+        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=(offs_t < count) & mask_n[None, :])
+
+
+def qkv_projection(
+    x: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
+    num_heads: int, num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [T, K], three weights [E, K] and biases [E] -> queries, keys and values [T, 3, H, D].
+
+    num_tokens int32 [1], on the device: rows from it on are neither read nor written. Raises ValueError or TypeError
+    for tensors whose shapes, dtypes or devices do not fit.
+    """
+    check("qkv_projection", x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_tokens)
+    (size, num_inputs), width = x.shape, q_weight.shape[0]
+    for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
+        check_shape("qkv_projection", f"{name}_weight", weight, width, num_inputs)
+        check_shape("qkv_projection", f"{name}_bias", bias, width)
+    if width % num_heads:
+        raise ValueError(f"qkv_projection: a width of {width} cannot be cut into {num_heads} heads")
+    out = x.new_empty(size, 3, num_heads, width // num_heads)
+    if out.numel() == 0:
+        return out
+    x, weights = with_unit_stride(x), tuple(map(with_unit_stride, (q_weight, k_weight, v_weight)))
+    if len({weight.stride(0) for weight in weights}) > 1:
+        weights = tuple(weight.contiguous() for weight in weights)
+    config = choose("qkv_projection", x, size)
+    descriptors, x_operand, weight_operands = operands(x, weights, config, config["BLOCK_N"])
+    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
+    launch(
+        _qkv_projection_kernel,
+        (min(tiles, num_processors(x.device) * config["programs"]),),
+        x.device,
+        x=x_operand,
+        q_weight=weight_operands[0],
+        k_weight=weight_operands[1],
+        v_weight=weight_operands[2],
+        q_bias_ptr=q_bias,
+        k_bias_ptr=k_bias,
+        v_bias_ptr=v_bias,
+        out_ptr=out,
+        num_tokens_ptr=num_tokens,
+        stride_x=x.stride(0),
+        stride_weight=weights[0].stride(0),
+        num_tokens=size,
+        width=width,
+        num_inputs=num_inputs,
+        PRECISION=precision(x),
+        DESCRIPTORS=descriptors,
+        BLOCK_T=config["BLOCK_T"],
+        BLOCK_N=config["BLOCK_N"],
+        BLOCK_K=config["BLOCK_K"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return out
