@@ -29,23 +29,36 @@ def is_tracing() -> bool:
     return is_compiling() or torch._C._is_tracing()
 
 
+def is_transforming() -> bool:
+    """Whether functorch's transforms or forward-mode derivatives look into the ops."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def may_overwrite() -> bool:
     """Whether results may be written over tensors made here: nobody records, traces, transforms or autocasts them.
 
     Fresh memory costs page faults: at 1024 x 1536 floats, GELU in place takes two thirds of the time.
     """
-    return not (
-        torch.is_grad_enabled()
-        or is_tracing()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return not (torch.is_grad_enabled() or is_tracing() or torch._C._is_any_autocast_enabled() or is_transforming())
+
+
+def clear_past(hidden, num_tokens):
+    """hidden [T, ...] with zeros from row num_tokens on, where it is given: what stands there must not matter."""
+    if num_tokens is None:
+        return hidden
+    past = torch.arange(hidden.shape[0], device=hidden.device) >= num_tokens
+    return hidden.masked_fill(past.view(-1, *[1] * (hidden.ndim - 1)), 0)
+
+
+def packing_plan(mask):
+    keep = (mask != 0).flatten()
+    cu_seqlens = F.pad((mask != 0).sum(1).cumsum(0), (1, 0)).int()
+    return torch.argsort(keep, stable=True, descending=True), cu_seqlens
 
 
 def embed_layer_norm(
     input_ids, token_type_ids, position_ids, inputs_embeds, indices,
-    word_table, position_table, token_type_table, weight, bias, eps, padding_idx=None,
+    word_table, position_table, token_type_table, weight, bias, eps, padding_idx=None, num_tokens=None,
 ):  # fmt: skip
     seq_len = (inputs_embeds if input_ids is None else input_ids).shape[1]
 
@@ -66,13 +79,13 @@ def embed_layer_norm(
         hidden = hidden + F.embedding(indices % seq_len, position_table)
     else:
         hidden = (hidden.unflatten(0, (-1, seq_len)) + position_table[:seq_len]).flatten(0, 1) if seq_len else hidden
-    return torch.layer_norm(hidden, weight.shape, weight, bias, eps)
+    return clear_past(torch.layer_norm(hidden, weight.shape, weight, bias, eps), num_tokens)
 
 
-def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads):
-    num_tokens, hidden_size = x.shape[0], q_weight.shape[0]
+def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, num_tokens=None):
+    x, hidden_size = clear_past(x, num_tokens), q_weight.shape[0]
     if may_overwrite():
-        qkv = x.new_empty(num_tokens, 3, hidden_size)
+        qkv = x.new_empty(x.shape[0], 3, hidden_size)
         q, k, v = qkv.unbind(1)
         F.linear(x, q_weight, q_bias, out=q)
         F.linear(x, k_weight, k_bias, out=k)
@@ -80,40 +93,48 @@ def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_
     else:
         q, k, v = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
         qkv = torch.stack((q, k, v), 1)
-    return qkv.view(num_tokens, 3, num_heads, hidden_size // num_heads)
+    return clear_past(qkv.view(x.shape[0], 3, num_heads, hidden_size // num_heads), num_tokens)
 
 
-def attention(qkv, cu_seqlens, max_seqlen, scale, mask=None, implementation="sdpa"):
-    (num_tokens, _, num_heads, head_size), num_sequences = qkv.shape, cu_seqlens.shape[0] - 1
-    if mask is None and num_tokens != num_sequences * max_seqlen:
-        return varlen_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, scale, 0.0, implementation)
+def attention(qkv, cu_seqlens, max_seqlen, scale, mask=None, implementation="sdpa", num_tokens=None):
+    (size, _, num_heads, head_size), num_sequences = qkv.shape, cu_seqlens.shape[0] - 1
+    if mask is None and (num_tokens is not None or size != num_sequences * max_seqlen):
+        q, k, v = clear_past(qkv, num_tokens).unbind(1)
+        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, 0.0, implementation, num_tokens)
     qkv = qkv.view(num_sequences, max_seqlen, 3, num_heads, head_size)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # [N, H, S, D]
     context, _ = _attend(q, k, v, mask, scale, 0.0, implementation)
-    return context.transpose(1, 2).reshape(num_tokens, num_heads * head_size)
+    return context.transpose(1, 2).reshape(size, num_heads * head_size)
 
 
-def linear_activation(x, weight, bias, activation):
-    hidden = F.linear(x, weight, bias)
-    return ACTIVATIONS[activation](hidden, out=hidden if may_overwrite() else None)
+def linear_activation(x, weight, bias, activation, num_tokens=None):
+    hidden = F.linear(clear_past(x, num_tokens), weight, bias)
+    return clear_past(ACTIVATIONS[activation](hidden, out=hidden if may_overwrite() else None), num_tokens)
 
 
-def linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps):
-    hidden = F.linear(x, weight, bias)
+def linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, num_tokens=None):
+    hidden, residual = F.linear(clear_past(x, num_tokens), weight, bias), clear_past(residual, num_tokens)
     hidden = hidden.add_(residual) if may_overwrite() else hidden + residual
-    return torch.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, eps)
+    return clear_past(torch.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, eps), num_tokens)
 
 
-def unpack(hidden, indices, batch_size, seq_len):
+def unpack(hidden, indices, batch_size, seq_len, num_tokens=None):
     if indices is not None:
+        hidden = clear_past(hidden, num_tokens)
         hidden = hidden.new_zeros(batch_size * seq_len, *hidden.shape[1:]).index_copy_(0, indices, hidden)
     return hidden.unflatten(0, (batch_size, seq_len))
 
 
-def pool(hidden, cu_seqlens, mode, normalize=False):
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()[:, None]
+def pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
     if mode not in ("first", "mean"):
         raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
+    if mode == "first" and indices is not None:
+        # The rows of the first tokens alone: a gather of all of them would copy the hidden states.
+        starts = indices[cu_seqlens[:-1].long().clamp(max=indices.shape[0] - 1)] if len(indices) else cu_seqlens[:-1]
+    else:
+        hidden = hidden if indices is None else hidden[indices]
+        starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens.diff()[:, None]
     if hidden.shape[0] == 0:
         return hidden.new_zeros(len(starts), *hidden.shape[1:])
     if mode == "first":
@@ -121,8 +142,9 @@ def pool(hidden, cu_seqlens, mode, normalize=False):
     else:
         tokens = torch.arange(hidden.shape[0], device=hidden.device)
         sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
-        pooled = torch.zeros(len(starts), hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        pooled = pooled.index_add_(0, sequence, hidden.float()) / lengths.clamp(min=1)
+        # Rows past the last sequence are added to one more, which is dropped.
+        pooled = torch.zeros(len(starts) + 1, hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        pooled = pooled.index_add_(0, sequence, hidden.float())[:-1] / lengths.clamp(min=1)
     if normalize:
         # In float32: the guard against a division by zero is 1e-12, which is zero in float16.
         pooled = F.normalize(pooled.float(), dim=-1)
@@ -141,18 +163,18 @@ def padded_attention(
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float,
-    implementation: str,
+    implementation: str, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention within each sequence of q, k, v [T, H, D] -> context [T, E].
+    """Attention within each sequence of q, k, v [T, H, D] -> context [T, E]; rows from num_tokens on are unspecified.
 
     On the CPU every sequence takes a call of its own, unless they are so short that the calls cost more than padding
     them for one masked call. Elsewhere they are padded, for the host does not know the lengths.
     """
-    num_tokens, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
+    size, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
     mask, place = None, None
-    if num_tokens != num_sequences * max_seqlen:
+    if num_tokens is not None or size != num_sequences * max_seqlen:
         short = q.shape[1] * q.shape[2] * max_seqlen**2 < SHORT_ATTENTION
-        if q.device.type == "cpu" and not is_tracing() and not short:
+        if q.device.type == "cpu" and num_tokens is None and not is_tracing() and not short:
             # split, not slices: the backward of a slice fills a whole [T, H, D] with zeros, once a sequence.
             lengths = cu_seqlens.diff().tolist()
             sequences = zip(lengths, *(x[None].split(lengths, 1) for x in (q, k, v)), strict=True)
@@ -162,11 +184,16 @@ def varlen_attention(
                 if length
             ]
             return torch.cat(context, 1)[0]
-        token = torch.arange(num_tokens, device=q.device)
+        token = torch.arange(size, device=q.device)
         sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
         place = sequence * max_seqlen + token - cu_seqlens[sequence]
+        lengths = cu_seqlens.diff()
+        if num_tokens is not None:
+            # Rows past the count share the first place of a sequence of their own.
+            place = place.clamp(max=num_sequences * max_seqlen)
+            lengths, num_sequences = F.pad(lengths, (0, 1)), num_sequences + 1
         # A sequence without tokens attends to a zero: its softmax over nothing would be NaN.
-        mask = (torch.arange(max_seqlen, device=q.device) < cu_seqlens.diff()[:, None].clamp(min=1))[:, None, None]
+        mask = (torch.arange(max_seqlen, device=q.device) < lengths[:, None].clamp(min=1))[:, None, None]
     q, k, v = (unpack(x, place, num_sequences, max_seqlen) for x in (q, k, v))
     context = padded_attention(q, k, v, scale, mask, dropout, implementation)[0].flatten(0, 1)
     return context if place is None else context[place]

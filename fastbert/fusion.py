@@ -192,9 +192,9 @@ def explain(model: nn.Module) -> Explanation:
         for op in block.ops_used:
             if refused or weight is None:
                 backend, reason = "modules", refused or "it has no parameters"
-            elif chosen == "eager":
-                backend, reason = "eager", "backend 'eager' is chosen"
-            elif reason := ops.why_not_triton(op, weight.device, weight.dtype):
+            elif reason := ops.why_eager(
+                op, weight.device, weight.dtype, block.attention.self.attention_head_size if op == "attention" else 0
+            ):
                 backend = "eager"
             else:
                 backend = "triton"

@@ -146,7 +146,7 @@ def _check_packed(cu_seqlens: Tensor, cu_seqlens_of_keys: Tensor | None, attenti
 
 
 def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenLayout, batch: Batch) -> None:
-    """Raise IndexError for the first kept index that an embedding table on the CPU refused, if one is to blame."""
+    """Raise IndexError for the first kept index that an embedding table refused, if one is to blame."""
     for name, limit, way_out in (
         ("input_ids", config.vocab_size, "do tokenizer and model come from one checkpoint?"),
         ("token_type_ids", config.type_vocab_size, "the model knows no more token types"),
@@ -155,7 +155,7 @@ def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenL
         values = layout.clear(getattr(batch, name))
         if values is None:
             continue
-        values = layout.pack(values)
+        values = layout.clear_past_tokens(layout.pack(values))
         bad = values[(values < 0) | (values >= limit)]
         if len(bad):
             raise IndexError(f"{name} holds {bad[0].item()}, allowed are 0 to {limit - 1}: {way_out}") from None

@@ -111,7 +111,8 @@ class BertSelfAttention(nn.Module):
         if layout.padded:
             return padded_attention(q, k, v, self.scaling, layout.mask, dropout, layout.implementation)
         bounds = (layout.cu_seqlens, layout.max_seqlen)
-        return varlen_attention(q, k, v, *bounds, self.scaling, dropout, layout.implementation), None
+        context = varlen_attention(q, k, v, *bounds, self.scaling, dropout, layout.implementation, layout.num_tokens)
+        return context, None
 
 
 class BertSelfOutput(nn.Module):
@@ -206,22 +207,27 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
         return self.output(self.intermediate(attention_output), attention_output)
 
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
-        x = hidden_states.flatten(0, 1) if layout.padded else hidden_states  # [T, E]
-        # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
-        x = ops.linear_residual_layer_norm(
-            ops.attention(
-                ops.qkv_projection(
-                    x, *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
-                    self.num_attention_heads,
+        count, bounds = layout.num_tokens, (layout.cu_seqlens, layout.max_seqlen)
+
+        def compute(x, *weights):
+            qkv, (attended, norm1, up, down, norm2) = weights[:6], zip(weights[6::2], weights[7::2], strict=True)
+            # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
+            x = ops.linear_residual_layer_norm(
+                ops.attention(
+                    ops.qkv_projection(x, *qkv, self.num_attention_heads, count),
+                    *bounds, p.self_attention.scaling, layout.mask, layout.implementation, count,
                 ),
-                layout.cu_seqlens, layout.max_seqlen, p.self_attention.scaling, layout.mask, layout.implementation,
-            ),
-            *parameters_of(p.self_output_dense), x, *parameters_of(p.self_output_norm), p.self_output_norm.eps,
+                *attended, x, *norm1, p.self_output_norm.eps, count,
+            )  # fmt: skip
+            y = ops.linear_activation(x, *up, self.fused_activation, count)  # [T, F]
+            return ops.linear_residual_layer_norm(y, *down, x, *norm2, p.output_norm.eps, count)
+
+        x = ops.in_one_node(
+            compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states,
+            *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
+            *parameters_of(p.self_output_dense), *parameters_of(p.self_output_norm),
+            *parameters_of(p.intermediate_dense), *parameters_of(p.output_dense), *parameters_of(p.output_norm),
         )  # fmt: skip
-        y = ops.linear_activation(x, *parameters_of(p.intermediate_dense), self.fused_activation)  # [T, F]
-        x = ops.linear_residual_layer_norm(
-            y, *parameters_of(p.output_dense), x, *parameters_of(p.output_norm), p.output_norm.eps
-        )
         return x.view(hidden_states.shape) if layout.padded else x
 
 
@@ -270,7 +276,7 @@ class BertEncoder(nn.Module):
             return layer(hidden_states, layout, attentions=attentions)
         if must_see_padding(layer):
             return layout.pack(layer(layout.unpack(hidden_states), layout.as_padded()))
-        return layer(hidden_states, layout)
+        return layer(layout.clear_past_tokens(hidden_states), layout)
 
 
 class BertPooler(FusableBlock):
@@ -335,8 +341,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             self.config, self.embeddings, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q"),
         )  # fmt: skip
+        ops.raise_bad_ids(batch.layout.cu_seqlens.device)
         output_attentions = option("output_attentions", kwargs, self.config, False)
-
         layout = replace(batch.layout, implementation=self.config._attn_implementation)
         # What hooks the encoder, or wants attention weights, sees nothing dropped.
         encoder_layout = layout.as_padded() if output_attentions or has_hooks(self.encoder) else layout
@@ -364,13 +370,12 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             if parts is not None:
                 _, words, positions, types, norm, _ = parts
                 hidden_states = ops.embed_layer_norm(
-                    **inputs, indices=layout.indices,
+                    **inputs, indices=layout.indices, num_tokens=layout.num_tokens,
                     word_table=words.weight, position_table=positions.weight, token_type_table=types.weight,
                     weight=norm.weight, bias=norm.bias, eps=norm.eps, padding_idx=words.padding_idx,
                 )  # fmt: skip
-                return (
-                    hidden_states.unflatten(0, (layout.batch_size, layout.seq_len)) if layout.padded else hidden_states
-                )
+                shape = layout.batch_size, layout.seq_len
+                return hidden_states.unflatten(0, shape) if layout.padded else hidden_states
             ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
             if layout.padded or must_see_padding(embeddings):
                 inputs = {name: layout.as_padded().clear(values) for name, values in inputs.items()}

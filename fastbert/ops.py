@@ -3,24 +3,30 @@
 A call is served by the kernel of the same name in `fastbert_kernels` where its tensors, its options and this machine
 allow it, and by its twin in `fastbert.eager` otherwise. `backend` (or FASTBERT_BACKEND, read when this module is
 first imported, with the first model) overrides the choice. Letters as in `fastbert.tokens`.
+
+num_tokens, an int32 [1] on the device, is how many of the T rows count where the host does not know it: kernels neither
+read nor write the rows from there on, the eager twins take and return zeros there.
 """
 
 import functools
 import logging
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastbert import eager
+from fastbert import eager, library
 
 BACKENDS = ("auto", "triton", "eager")
 OPS = (
+    "packing_plan",
     "embed_layer_norm",
     "qkv_projection",
     "attention",
@@ -29,6 +35,11 @@ OPS = (
     "unpack",
     "pool",
 )
+
+MAX_HEAD_SIZE = 128
+NEED_CUDA = "the kernels need a CUDA device"
+# Whether an index out of range raises in the call that met it, which waits for the device.
+CHECK_IDS = os.environ.get("FASTBERT_CHECK") == "1"
 
 logger = logging.getLogger("fastbert")
 
@@ -89,16 +100,25 @@ def fall_back(what: str, reason: str, device: torch.device) -> None:
 
 def why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no kernel serves this op for such tensors on this machine; None if one does."""
-    if device.type != "cuda":
-        return f"the tensors are on {device.type!r} and the kernels need a CUDA device"
-    return _why_not_on_cuda(op, device.index, dtype)
+    return _why_not_triton(op, device.type, device.index, dtype)
+
+
+# A traced graph takes the answer as a constant: what torch.compiler.assume_constant_result sets, without its import of
+# the whole of torch._dynamo.
+why_not_triton._dynamo_marked_constant = True
 
 
 @functools.cache
-def _why_not_on_cuda(op: str, device_index: int | None, dtype: torch.dtype) -> str | None:
+def _why_not_triton(op: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
+    if device_type not in ("cuda", "cpu"):
+        return f"the tensors are on {device_type!r} and {NEED_CUDA}"
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if torch.version.cuda and torch.cuda.get_device_capability(device_index) < (8, 0):
+    if device_type == "cpu" and not import_module("fastbert_kernels").INTERPRETED:
+        return (
+            f"the tensors are on 'cpu' and {NEED_CUDA}, or TRITON_INTERPRET=1 before Triton is imported, to debug them"
+        )
+    if device_type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device_index) < (8, 0):
         return "Triton emits matrix instructions from compute capability 8.0 on"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
@@ -107,49 +127,158 @@ def _why_not_on_cuda(op: str, device_index: int | None, dtype: torch.dtype) -> s
     return None
 
 
-def _serving(op: str, tensor: Tensor, refused: str | None = None):
-    """The function that serves a call of `op` on tensors like this one; `refused` says what only eager can do."""
-    name = _choice.name
-    if name == "eager" or (name == "auto" and tensor.device.type == "cpu"):
-        return getattr(eager, op)
-    current_backend()
+def why_not_head_size(head_size: int) -> str | None:
+    """Why no kernel attends with heads of this size; None if one does."""
+    return f"heads of {head_size} are larger than {MAX_HEAD_SIZE}" if head_size > MAX_HEAD_SIZE else None
+
+
+def _wants_kernels(device: torch.device) -> bool:
+    """Whether the chosen back end asks kernels first for tensors on this device."""
+    name = current_backend()
+    return name == "triton" or (name == "auto" and device.type != "cpu")
+
+
+def why_eager(op: str, device: torch.device, dtype: torch.dtype, head_size: int = 0) -> str | None:
+    """Why the eager twin serves a call of `op` on such tensors; None if a kernel does."""
+    if _wants_kernels(device):
+        return why_not_triton(op, device, dtype) or why_not_head_size(head_size)
+    chosen = current_backend()
+    return "backend 'eager' is chosen" if chosen == "eager" else f"the tensors are on 'cpu' and {NEED_CUDA}"
+
+
+def packs_on_device(device: torch.device) -> bool:
+    """Whether a mask on this device is packed there, without the host ever knowing how many tokens are kept."""
+    return why_eager("packing_plan", device, torch.float32) is None
+
+
+def _kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | None:
+    """What serves a call of `op` on tensors like this one: the kernel's launcher, the op of `fastbert.library` where
+    somebody traces or records it, None for the eager twin. `refused` says what only eager can do."""
+    if not _wants_kernels(tensor.device):
+        return None
+    if not eager.is_tracing() and eager.is_transforming():
+        refused = "a function transform or a forward-mode derivative is active"
     reason = refused or why_not_triton(op, tensor.device, tensor.dtype)
-    if reason is None:
-        return getattr(import_module("fastbert_kernels"), op)
-    fall_back(op, reason, tensor.device)
-    return getattr(eager, op)
+    if reason is not None:
+        fall_back(op, reason, tensor.device)
+        return None
+    if eager.is_tracing() or torch.is_grad_enabled():
+        return getattr(torch.ops.fastbert, op)
+    return getattr(import_module("fastbert_kernels"), op)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as it casts the arguments of `torch.nn.functional.linear`."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A computation of many ops as one node: forward in the kernels, backward through the eager twins, recomputed."""
+
+    @staticmethod
+    def forward(ctx, compute, *tensors):
+        device_type = tensors[0].device.type
+        ctx.compute = compute
+        ctx.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        ctx.save_for_backward(*tensors)
+        return compute(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        enabled, dtype = ctx.autocast
+        with backend("eager"), torch.autocast(grad.device.type, dtype, enabled):
+            found = library.gradients(ctx.compute, ctx.saved_tensors, ctx.needs_input_grad[1:], grad)
+        return None, *found
+
+
+def in_one_node(compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """compute(*tensors), where kernels serve it and a gradient may be asked for as one node of autograd.
+
+    A node an op costs 43 to 61 microseconds each; and only the tensors given here are kept for the backward.
+    """
+    x = tensors[0]
+    if not torch.is_grad_enabled() or eager.is_tracing() or eager.is_transforming():
+        return compute(*tensors)
+    if why_eager("qkv_projection", x.device, x.dtype) is not None:
+        return compute(*tensors)
+    return _Recomputed.apply(compute, *tensors)
+
+
+def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
+    """Raise IndexError if kernels on this device have met an index out of range since the last call of this function.
+
+    The outputs of such a text are NaN. Without `wait` kernels that still run are not waited for, so that the error
+    comes with a later call.
+    """
+    kernels = sys.modules.get("fastbert_kernels")
+    if kernels is None or eager.is_tracing():
+        return
+    if wait and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for name, value, limit in kernels.take_bad_ids(device):
+        raise IndexError(
+            f"{name} held {value}, allowed are 0 to {limit - 1}: the outputs of that text, in this call or an earlier "
+            "one, are NaN; FASTBERT_CHECK=1 in the environment raises in the call itself"
+        )
+
+
+def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of a padded batch lie in the packed one: mask [B, S], zero for padding -> indices, cu_seqlens.
+
+    indices int64 [B * S] is a permutation of the flattened batch, the kept places first and in their order;
+    cu_seqlens int32 [B + 1] bounds each text's tokens among them. Zhai et al. 2022 (ByteTransformer), section III.
+    """
+    if not packs_on_device(mask.device):
+        return eager.packing_plan(mask)
+    if eager.is_tracing():
+        return torch.ops.fastbert.packing_plan(mask)
+    return import_module("fastbert_kernels").packing_plan(mask)
 
 
 def embed_layer_norm(
     input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
-    weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None,
+    weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum of the word, token type and position embeddings of the kept tokens, layer-normalized -> [T, E].
 
     input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
     token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps all.
     The tables are [V, E], [max positions, E], [types, E]; weight and bias [E]. The word row of padding_idx gets no
-    gradient.
+    gradient. An index out of range raises IndexError in eager on the CPU; in a kernel see `raise_bad_ids`.
     Devlin et al. 2019, section 3; LayerNorm: Ba et al. 2016.
     """
-    return _serving("embed_layer_norm", word_table)(
-        input_ids, token_type_ids, position_ids, inputs_embeds, indices,
-        word_table, position_table, token_type_table, weight, bias, eps, padding_idx,
-    )  # fmt: skip
+    inputs = input_ids, token_type_ids, position_ids, inputs_embeds, indices
+    tables = word_table, position_table, token_type_table, weight, bias, eps
+    kernel = _kernel("embed_layer_norm", word_table)
+    if kernel is None:
+        return eager.embed_layer_norm(*inputs, *tables, padding_idx, num_tokens)
+    hidden = kernel(*inputs, *tables, padding_idx, num_tokens)
+    if CHECK_IDS:
+        raise_bad_ids(hidden.device, wait=True)
+    return hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
 
 
 def qkv_projection(
     x: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
-    num_heads: int,
+    num_heads: int, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [T, E], three weights [E, E] and biases [E] -> queries, keys and values [T, 3, H, D]."""
-    return _serving("qkv_projection", x)(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads)
+    tensors = x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
+    kernel = _kernel("qkv_projection", x)
+    if kernel is None:
+        return eager.qkv_projection(*tensors, num_heads, num_tokens)
+    return kernel(*_autocast(*tensors), num_heads, num_tokens)
 
 
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    mask: Tensor | None = None, implementation: str = "sdpa",
+    mask: Tensor | None = None, implementation: str = "sdpa", num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale * Q K^T) V of each head within each sequence: qkv [T, 3, H, D], cu_seqlens int32 [N + 1] -> [T, E].
 
@@ -157,33 +286,67 @@ def attention(
     implementation, "sdpa" or "eager", chooses the eager path's attention. Vaswani et al. 2017, section 3.2.
     """
     refused = "a mask of attention scores cannot be packed" if mask is not None else None
-    return _serving("attention", qkv, refused)(qkv, cu_seqlens, max_seqlen, scale, mask, implementation)
+    kernel = _kernel("attention", qkv, refused or why_not_head_size(qkv.shape[-1]))
+    if kernel is None:
+        return eager.attention(qkv, cu_seqlens, max_seqlen, scale, mask, implementation, num_tokens)
+    return kernel(qkv, cu_seqlens, max_seqlen, scale)
 
 
-def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str, num_tokens: Tensor | None = None
+) -> Tensor:
     """activation(x W^T + b): x [T, E], weight [F, E], bias [F] -> [T, F].
 
     activation: "gelu" (exact, by erf), "gelu_tanh", "relu", "tanh" or "none". GELU: Hendrycks and Gimpel 2016.
     """
-    return _serving("linear_activation", x)(x, weight, bias, activation)
+    kernel = _kernel("linear_activation", x)
+    if kernel is None:
+        return eager.linear_activation(x, weight, bias, activation, num_tokens)
+    return kernel(*_autocast(x, weight, bias), activation, num_tokens)
 
 
 def linear_residual_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """LayerNorm(x W^T + b + residual): x [T, F], weight [E, F], bias [E], residual [T, E] -> [T, E].
+
+    Under autocast the product is in its dtype, and the sum and LayerNorm are float32, as autocast runs LayerNorm.
+    """
+    norm = norm_weight, norm_bias, eps
+    kernel = _kernel("linear_residual_layer_norm", x)
+    if kernel is None:
+        return eager.linear_residual_layer_norm(x, weight, bias, residual, *norm, num_tokens)
+    if torch.is_autocast_enabled(x.device.type):
+        residual = residual.float()
+    return kernel(*_autocast(x, weight, bias), residual, *norm, num_tokens)
+
+
+def unpack(
+    hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int, num_tokens: Tensor | None = None
 ) -> Tensor:
-    """LayerNorm(x W^T + b + residual): x [T, F], weight [E, F], bias [E], residual [T, E] -> [T, E]."""
-    return _serving("linear_residual_layer_norm", x)(x, weight, bias, residual, norm_weight, norm_bias, eps)
+    """hidden [T, ...] to its places in [B, S, ...], zeros elsewhere.
+
+    indices int64 [T], no two alike: the place of each row; None if nothing was dropped, then the result is a view.
+    """
+    if indices is None:
+        return hidden.unflatten(0, (batch_size, seq_len))
+    kernel = _kernel("unpack", hidden)
+    if kernel is None:
+        return eager.unpack(hidden, indices, batch_size, seq_len, num_tokens)
+    return kernel(hidden, indices, batch_size, seq_len, num_tokens)
 
 
-def unpack(hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int) -> Tensor:
-    """hidden [T, ...] to its places in [B, S, ...], zeros elsewhere; indices int64 [T], None if nothing was dropped."""
-    return _serving("unpack", hidden)(hidden, indices, batch_size, seq_len)
-
-
-def pool(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False) -> Tensor:
+def pool(
+    hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, indices: Tensor | None = None
+) -> Tensor:
     """One vector a sequence: hidden [T, E], cu_seqlens int32 [N + 1] -> [N, E].
 
     mode "first" takes the first token, "mean" the mean in float32; normalize divides by the L2 norm. A sequence without
-    tokens gives zeros. Raises ValueError for another mode.
+    tokens gives zeros. indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is packed.
+    Raises ValueError for another mode.
     """
-    return _serving("pool", hidden)(hidden, cu_seqlens, mode, normalize)
+    kernel = _kernel("pool", hidden)
+    if kernel is None:
+        return eager.pool(hidden, cu_seqlens, mode, normalize, indices)
+    return kernel(hidden, cu_seqlens, mode, normalize, indices)

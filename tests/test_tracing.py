@@ -96,7 +96,7 @@ def test_compile_ignores_what_stands_at_padding():
     assert not expected[MASKS["left"] == 0].any()
 
 
-def test_compile_honours_the_back_end():
+def test_compile_honours_the_back_end(no_interpreter):
     ours, _ = pair()
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     with fastbert.backend("triton"), pytest.raises(Exception, match="backend 'triton' cannot serve"):

@@ -9,11 +9,13 @@ from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_
 from fastbert_kernels.launch import MAX_ROW
 from fastbert_kernels.linear_activation import linear_activation
 from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm
+from fastbert_kernels.matmul import INTERPRETED
 from fastbert_kernels.packing import packing_plan, unpack
 from fastbert_kernels.pool import pool
 from fastbert_kernels.qkv_projection import qkv_projection
 
 __all__ = [
+    "INTERPRETED",
     "MAX_HEAD_SIZE",
     "MAX_ROW",
     "BadId",

@@ -170,15 +170,15 @@ def _embed_layer_norm_kernel(
 def embed_layer_norm(
     input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
-    weight: Tensor, bias: Tensor, eps: float, num_tokens: Tensor | None = None,
+    weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """LayerNorm of the summed embeddings of the kept tokens -> [T, E] in the word table's dtype.
 
     input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
     token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps every
     place. The tables are [V, E], [max positions, E], [types, E]; weight and bias [E]. num_tokens int32 [1], on the
-    device: rows from it on are neither read nor written. Raises ValueError or TypeError for shapes, dtypes or devices
-    that do not fit.
+    device: rows from it on are neither read nor written. padding_idx concerns gradients alone. Raises ValueError or
+    TypeError for shapes, dtypes or devices that do not fit.
     """
     operation = "embed_layer_norm"
     embeds = input_ids is None
