@@ -20,6 +20,7 @@ _HOME = {
     "BertForTokenClassification": "heads",
     "backend": "ops",
     "explain": "fusion",
+    "warmup": "compilation",
 }
 __all__ = sorted(_HOME)
 

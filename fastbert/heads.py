@@ -11,6 +11,7 @@ from transformers.modeling_outputs import MultipleChoiceModelOutput, QuestionAns
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
+from fastbert import ops
 from fastbert.configuration import BertConfig
 from fastbert.model import BertModel, BertPreTrainedModel
 
@@ -20,13 +21,33 @@ def _classifier_dropout(config: BertConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
 
 
+class Projection(nn.Linear):
+    """A head's linear layer in the op of the encoder's, so that logits do not depend on the batch either.
+
+    With gradients it is nn.Linear's own forward, whose backward has nothing to compute again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or type(self.weight) is not nn.Parameter or type(self.bias) is not nn.Parameter:
+            return super().forward(x)
+        return ops.linear_activation(x.flatten(0, -2), self.weight, self.bias, "none").unflatten(0, x.shape[:-1])
+
+
+def _projected(head: nn.Module) -> nn.Module:
+    """A head of transformers' with its linear layers as `Projection`s."""
+    for module in head.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Projection
+    return head
+
+
 class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
     """Masked language modeling and next sentence prediction: logits [B, S, V] and [B, 2]."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
-        self.cls = hf.BertPreTrainingHeads(config)
+        self.cls = _projected(hf.BertPreTrainingHeads(config))
         self.post_init()
 
 
@@ -36,7 +57,7 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.cls = hf.BertOnlyMLMHead(config)
+        self.cls = _projected(hf.BertOnlyMLMHead(config))
         self.post_init()
 
 
@@ -46,7 +67,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
-        self.cls = hf.BertOnlyNSPHead(config)
+        self.cls = _projected(hf.BertOnlyNSPHead(config))
         self.post_init()
 
 
@@ -58,7 +79,7 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
         self.num_labels = config.num_labels
         self.bert = BertModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = Projection(config.hidden_size, config.num_labels)
         self.post_init()
 
 
@@ -70,7 +91,7 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=False)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = Projection(config.hidden_size, config.num_labels)
         self.post_init()
 
 
@@ -81,7 +102,7 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
         super().__init__(config)
         self.bert = BertModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.classifier = Projection(config.hidden_size, 1)
         self.post_init()
 
     @can_return_tuple
@@ -132,7 +153,7 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = Projection(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple

