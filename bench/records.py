@@ -1,8 +1,9 @@
 """The records of benchmarks: one JSON line for each case and provider, in bench/results/<device>/<suite>.jsonl.
 
-Every record has suite, kind ("latency" or "memory"), case, provider, baseline, ratio (baseline / provider: higher is
-better) and what `provenance` adds. Latencies add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error
-and error_ratio (error / the baseline's); memory adds peak_bytes and baseline_peak_bytes.
+Every record has suite, kind ("latency", "memory" or "kernel"), case, provider, baseline, ratio (baseline / provider:
+higher is better) and what `provenance` adds. Latencies and kernels add median_s, q20_s, q80_s and baseline_median_s in
+seconds, rounds, error and error_ratio (error / the baseline's); kernels also flops_per_s, bytes_per_s, of_roof (the
+least time the measured roofs allow / the median) and the roofs; memory adds peak_bytes and baseline_peak_bytes.
 """
 
 import json

@@ -134,7 +134,7 @@ def pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
     else:
         hidden = hidden if indices is None else hidden[indices]
         starts = cu_seqlens[:-1].long()
-    lengths = cu_seqlens.diff()[:, None]
+    lengths, wide = cu_seqlens.diff()[:, None], torch.promote_types(hidden.dtype, torch.float32)
     if hidden.shape[0] == 0:
         return hidden.new_zeros(len(starts), *hidden.shape[1:])
     if mode == "first":
@@ -143,11 +143,11 @@ def pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
         tokens = torch.arange(hidden.shape[0], device=hidden.device)
         sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
         # Rows past the last sequence are added to one more, which is dropped.
-        pooled = torch.zeros(len(starts) + 1, hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        pooled = pooled.index_add_(0, sequence, hidden.float())[:-1] / lengths.clamp(min=1)
+        pooled = torch.zeros(len(starts) + 1, hidden.shape[1], dtype=wide, device=hidden.device)
+        pooled = pooled.index_add_(0, sequence, hidden.to(wide))[:-1] / lengths.clamp(min=1)
     if normalize:
         # In float32: the guard against a division by zero is 1e-12, which is zero in float16.
-        pooled = F.normalize(pooled.float(), dim=-1)
+        pooled = F.normalize(pooled.to(wide), dim=-1)
     return pooled.to(hidden.dtype)
 
 

@@ -24,6 +24,16 @@ def test_the_bench_checks_its_results():
     assert before == {path: path.read_bytes() for path in records.RESULTS.rglob("*") if path.is_file()}
 
 
+def test_the_bench_of_kernels_checks_its_results():
+    """Every kernel at toy sizes, in the interpreter where there is no GPU."""
+    pytest_itself = Path(sys.executable).with_name("pytest")
+    command = [pytest_itself, "bench/bench_kernels.py", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
+
+
 def test_the_readme_shows_what_the_records_say():
     tables = [
         report.overview(report.by_case(records.read(path), "latency"))
