@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
@@ -200,6 +201,35 @@ def test_a_text_has_the_same_bits_in_any_batch(dtype, packed_on):
         assert torch.equal(permuted.last_hidden_state, outputs.last_hidden_state[order])
         changed = together["input_ids"].masked_fill(together["attention_mask"] == 0, 60)
         assert torch.equal(ours(changed, together["attention_mask"])[0], outputs[0])
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"])
+def test_logits_have_the_same_bits_in_any_batch(head, packed_on):
+    ours, _, _ = models(f"BertFor{head}")
+    lengths = (5, 12, 1)
+    together = texts_of(lengths, 12)
+    with torch.no_grad():
+        logits = ours(**together)[0]
+        for row, length in enumerate(lengths):
+            alone = ours(together["input_ids"][row : row + 1, :length])[0]
+            expected = logits[row] if head == "SequenceClassification" else logits[row, :length]
+            assert torch.equal(alone[0], expected)
+
+
+def test_eight_threads_at_once():
+    ours, _, _ = models()
+    inputs = [texts_of((length, 4), 12) for length in range(1, 9)]
+    with torch.no_grad():
+        expected = [ours(**given).last_hidden_state for given in inputs]
+
+    def run(given):
+        with torch.no_grad(), fastbert.backend("triton"):
+            return ours(**given).last_hidden_state
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(run, inputs))
+    for ours_alone, ours_among in zip(expected, found, strict=True):
+        assert torch.equal(ours_alone, ours_among)
 
 
 def mask_of(length, seq_len):

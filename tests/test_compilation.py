@@ -1,0 +1,27 @@
+"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_sizes_that_vary_compile_nothing_new(dtype, tmp_path):
+    script = Path(__file__).with_name("compile_only.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(script), dtype],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    warmed, served = map(json.loads, run.stdout.splitlines())
+    assert served == warmed
+    # For few tokens or many, with their count on the device or without.
+    assert served["_qkv_projection_kernel"] == 4
+    assert served["_attention_fwd_kernel"] == served["_packing_plan_kernel"] == served["_pool_kernel"] == 1
