@@ -9,10 +9,10 @@ from torch import nn
 def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
     """Run a model on batches of these shapes (B, S), so that a service's first requests find the kernels compiled.
 
-    model: on the device, in the dtype and in the mode in which it will serve. Sizes that vary do not compile again:
-    of the kernels there is one variant for few tokens and one for many, so that the smallest and the largest batch
-    are enough. Each shape runs without padding, with a mask on the model's device, and with one on the host. Raises
-    what the model raises for such a batch, ValueError for one that is too long.
+    model: on the device, in the dtype and in the mode in which it will serve. Sizes that vary do not compile again: of
+    the kernels there is one variant for few rows and one for many (of tokens in the encoder, of texts in the pooler),
+    so that the smallest and the largest batch are enough. Each shape runs without padding, with a mask on the model's
+    device, and with one on the host. Raises what the model raises for such a batch: ValueError for one too long.
     """
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -215,12 +215,13 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     The outputs of such a text are NaN. Without `wait` kernels that still run are not waited for, so that the error
     comes with a later call.
     """
-    kernels = sys.modules.get("fastbert_kernels")
-    if kernels is None or eager.is_tracing():
+    # Not there before the first kernel, nor while another thread still imports it.
+    take_bad_ids = getattr(sys.modules.get("fastbert_kernels"), "take_bad_ids", None)
+    if take_bad_ids is None or eager.is_tracing():
         return
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
-    for name, value, limit in kernels.take_bad_ids(device):
+    for name, value, limit in take_bad_ids(device):
         raise IndexError(
             f"{name} held {value}, allowed are 0 to {limit - 1}: the outputs of that text, in this call or an earlier "
             "one, are NaN; FASTBERT_CHECK=1 in the environment raises in the call itself"

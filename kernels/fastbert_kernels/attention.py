@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import check, check_shape, choose, launch, precision, with_unit_stride
+from fastbert_kernels.launch import check, check_shape, choose, launch, precision, shape_of, with_unit_stride
 from fastbert_kernels.matmul import dot
 
 MAX_HEAD_SIZE = 128
@@ -39,7 +39,8 @@ def _attention_fwd_kernel(
     head = tl.program_id(1)
     # Bounds come from outside: whatever they are, nothing is read or written past the buffer.
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
-    length = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens) - start
+    end = tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0)
+    length = tl.minimum(end, num_tokens) - start
     offs_q = tl.program_id(0) % query_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     if tl.program_id(0) % query_blocks * BLOCK_Q < length:
         offs_d = tl.arange(0, BLOCK_D)
@@ -80,7 +81,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     Raises ValueError for a head size above 128 or a scale that is not positive, TypeError for dtypes.
     """
     check("attention", qkv, cu_seqlens)
-    num_tokens, _, num_heads, head_size = qkv.shape
+    num_tokens, _, num_heads, head_size = shape_of("attention", "qkv", qkv, "T 3 H D")
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
     if not 0 < head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
@@ -98,7 +99,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
         (num_sequences * query_blocks, num_heads),
         qkv.device,
         qkv_ptr=qkv,
-        cu_seqlens_ptr=cu_seqlens,
+        cu_seqlens_ptr=cu_seqlens.contiguous(),
         out_ptr=out,
         stride_qkv_token=qkv.stride(0),
         stride_qkv_part=qkv.stride(1),

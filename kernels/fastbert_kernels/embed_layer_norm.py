@@ -36,9 +36,12 @@ def _bad_id_buffer(device: torch.device) -> Tensor:
 
     Zero stands for none: no index of 0 is ever out of range.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     buffer = _buffers.get(device)
     if buffer is None:
-        buffer = torch.zeros(len(INPUTS), 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # a tensor that may be cleared in any mode
+            buffer = torch.zeros(len(INPUTS), 2, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         buffer = _buffers.setdefault(device, buffer)  # one for all threads
     return buffer
 
@@ -52,9 +55,11 @@ def take_bad_ids(device: torch.device) -> list[BadId]:
     if not buffer.any():
         return []
     with _taking:
-        found = [BadId(name, *row) for name, row in zip(INPUTS, buffer.tolist(), strict=True) if row[0]]
-        buffer.zero_()
-    return found
+        # A kernel that still runs may have written one of the two only.
+        found = [(row, BadId(INPUTS[row], *values)) for row, values in enumerate(buffer.tolist()) if all(values)]
+        for row, _ in found:
+            buffer[row] = 0
+    return [bad_id for _, bad_id in found]
 
 
 @triton.jit
@@ -189,7 +194,8 @@ def embed_layer_norm(
     if given is None:
         raise ValueError(f"{operation}: pass input_ids or inputs_embeds")
     (batch_size, seq_len), width = given.shape[:2], word_table.shape[1]
-    check(operation, word_table, position_table, token_type_table, weight, bias, given, indices, num_tokens)
+    check(operation, word_table, position_table, token_type_table, weight, bias, given, token_type_ids, position_ids)
+    check(operation, word_table, indices, num_tokens)
     for name, ids in zip(INPUTS, (input_ids, token_type_ids, position_ids), strict=True):
         if ids is not None:
             check_shape(operation, name, ids, batch_size, seq_len)
@@ -216,12 +222,12 @@ def embed_layer_norm(
         token_type_ids_ptr=token_type_ids,
         position_ids_ptr=position_ids,
         inputs_embeds_ptr=inputs_embeds,
-        indices_ptr=indices,
+        indices_ptr=None if indices is None else indices.contiguous(),
         word_table_ptr=word_table,
         position_table_ptr=position_table,
         token_type_table_ptr=token_type_table,
-        weight_ptr=weight,
-        bias_ptr=bias,
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
         out_ptr=out,
         bad_ids_ptr=_bad_id_buffer(out.device),
         num_tokens_ptr=num_tokens,

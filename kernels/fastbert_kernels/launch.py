@@ -84,6 +84,13 @@ def check(operation: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{operation}: tensors lie on {first.device} and {other.device}")
 
 
+def shape_of(operation: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
+    """The shape of a tensor that has a dimension for each of the letters; raises ValueError for another number."""
+    if x.ndim != len(letters.split()):
+        raise ValueError(f"{operation}: {name} is {list(x.shape)}, expected [{letters.replace(' ', ', ')}]")
+    return x.shape
+
+
 def check_shape(operation: str, name: str, x: Tensor, *shape: int) -> None:
     """Raise ValueError where a tensor has another shape than the operation needs."""
     if x.shape != shape:
@@ -95,6 +102,12 @@ def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _addressable_by_tma(x: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, one after another."""
+    stride, unit = x.stride()
+    return unit == 1 and stride >= x.shape[1] and x.data_ptr() % 16 == 0 and stride * x.itemsize % 16 == 0
+
+
 def operands(
     x: Tensor, weights: tuple[Tensor, ...], config: dict, block_n: int
 ) -> tuple[bool, Tensor | TensorDescriptor, tuple[Tensor | TensorDescriptor, ...]]:
@@ -103,8 +116,7 @@ def operands(
     for weight in weights:
         if weight.dtype != x.dtype:
             raise TypeError(f"the input is {x.dtype} and a weight {weight.dtype}: a GEMM takes one dtype")
-    addressable = all(y.data_ptr() % 16 == 0 and y.stride(0) * y.itemsize % 16 == 0 for y in (x, *weights))
-    if not (config["descriptors"] and addressable):
+    if not config["descriptors"] or not all(map(_addressable_by_tma, (x, *weights))):
         return False, x, weights
     blocks = [config["BLOCK_T"], config["BLOCK_K"]], [block_n, config["BLOCK_K"]]
     return (

@@ -19,6 +19,7 @@ from fastbert_kernels.launch import (
     num_processors,
     operands,
     precision,
+    shape_of,
     with_unit_stride,
 )
 from fastbert_kernels.layer_norm import live_tokens
@@ -75,7 +76,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """activation(x W^T + b + residual) -> [T, N] in the residual's dtype, or x's without one."""
     check(operation, x, weight, bias, residual, num_tokens)
-    (size, num_inputs), num_outputs = x.shape, weight.shape[0]
+    (size, num_inputs), num_outputs = shape_of(operation, "x", x, "T K"), weight.shape[0]
     check_shape(operation, "weight", weight, num_outputs, num_inputs)
     check_shape(operation, "bias", bias, num_outputs)
     out = x.new_empty(size, num_outputs, dtype=x.dtype if residual is None else residual.dtype)
@@ -92,7 +93,7 @@ def linear(
         x.device,
         x=x_operand,
         weight=weight_operand,
-        bias_ptr=bias,
+        bias_ptr=bias.contiguous(),
         residual_ptr=residual,
         out_ptr=out,
         num_tokens_ptr=num_tokens,

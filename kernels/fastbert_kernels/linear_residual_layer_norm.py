@@ -20,6 +20,7 @@ from fastbert_kernels.launch import (
     num_processors,
     operands,
     precision,
+    shape_of,
     with_unit_stride,
 )
 from fastbert_kernels.layer_norm import layer_norm, live_tokens
@@ -140,7 +141,7 @@ def linear_residual_layer_norm(
     """
     operation = "linear_residual_layer_norm"
     check(operation, x, weight, bias, residual, norm_weight, norm_bias, num_tokens)
-    (size, num_inputs), width = x.shape, weight.shape[0]
+    (size, num_inputs), width = shape_of(operation, "x", x, "T K"), weight.shape[0]
     check_shape(operation, "weight", weight, width, num_inputs)
     check_shape(operation, "bias", bias, width)
     check_shape(operation, "residual", residual, size, width)
@@ -166,10 +167,10 @@ def linear_residual_layer_norm(
         x.device,
         x=x_operand,
         weight=weight_operand,
-        bias_ptr=bias,
+        bias_ptr=bias.contiguous(),
         residual_ptr=residual,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
+        norm_weight_ptr=norm_weight.contiguous(),
+        norm_bias_ptr=norm_bias.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
         stride_x=x.stride(0),

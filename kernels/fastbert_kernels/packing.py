@@ -161,7 +161,7 @@ def unpack(
         (triton.cdiv(size, blocks["BLOCK_ROWS"]),),
         hidden.device,
         hidden_ptr=hidden,
-        indices_ptr=indices,
+        indices_ptr=indices.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
         stride_hidden=hidden.stride(0),

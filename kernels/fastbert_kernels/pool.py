@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import MAX_ROW, check, check_shape, launch, with_unit_stride
+from fastbert_kernels.launch import MAX_ROW, check, launch, shape_of, with_unit_stride
 from fastbert_kernels.layer_norm import row_blocks
 
 MODES = ("first", "mean")
@@ -73,8 +73,7 @@ def pool(
     if mode not in MODES:
         raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
     check("pool", hidden, cu_seqlens, indices)
-    num_rows, width = hidden.shape
-    check_shape("pool", "hidden", hidden, num_rows, width)
+    num_rows, width = shape_of("pool", "hidden", hidden, "T E")
     if width > MAX_ROW:
         raise ValueError(f"pool: rows of {width} elements are longer than {MAX_ROW}")
     num_sequences = cu_seqlens.shape[0] - 1
@@ -89,8 +88,8 @@ def pool(
         (num_sequences,),
         hidden.device,
         hidden_ptr=hidden,
-        cu_seqlens_ptr=cu_seqlens,
-        indices_ptr=indices,
+        cu_seqlens_ptr=cu_seqlens.contiguous(),
+        indices_ptr=None if indices is None else indices.contiguous(),
         out_ptr=out,
         stride_hidden=hidden.stride(0),
         num_tokens=num_rows if indices is None else indices.shape[0],

@@ -16,6 +16,7 @@ from fastbert_kernels.launch import (
     num_processors,
     operands,
     precision,
+    shape_of,
     with_unit_stride,
 )
 from fastbert_kernels.layer_norm import live_tokens
@@ -81,11 +82,11 @@ def qkv_projection(
     for tensors whose shapes, dtypes or devices do not fit.
     """
     check("qkv_projection", x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_tokens)
-    (size, num_inputs), width = x.shape, q_weight.shape[0]
+    (size, num_inputs), width = shape_of("qkv_projection", "x", x, "T K"), q_weight.shape[0]
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
         check_shape("qkv_projection", f"{name}_weight", weight, width, num_inputs)
         check_shape("qkv_projection", f"{name}_bias", bias, width)
-    if width % num_heads:
+    if num_heads < 1 or width % num_heads:
         raise ValueError(f"qkv_projection: a width of {width} cannot be cut into {num_heads} heads")
     out = x.new_empty(size, 3, num_heads, width // num_heads)
     if out.numel() == 0:
@@ -104,9 +105,9 @@ def qkv_projection(
         q_weight=weight_operands[0],
         k_weight=weight_operands[1],
         v_weight=weight_operands[2],
-        q_bias_ptr=q_bias,
-        k_bias_ptr=k_bias,
-        v_bias_ptr=v_bias,
+        q_bias_ptr=q_bias.contiguous(),
+        k_bias_ptr=k_bias.contiguous(),
+        v_bias_ptr=v_bias.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
         stride_x=x.stride(0),

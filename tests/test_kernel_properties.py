@@ -1,0 +1,364 @@
+"""Properties of the launchers that no tolerance is needed for: what a row's bits depend on, what is read and written,
+what is refused."""
+
+import re
+
+import pytest
+import torch
+from cases import DTYPES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import (
+    ACTIVATIONS,
+    DEVICE,
+    ERRORS,
+    LARGEST,
+    LAYOUTS,
+    MARKS,
+    OPS,
+    TABLES,
+    bounds,
+    check,
+    check_plan,
+    count,
+    example,
+    guarded_outputs,
+    layer,
+    normal,
+)
+from torch import Tensor
+
+import fastbert_kernels
+from fastbert_kernels import packing_plan, take_bad_ids, unpack
+
+pytestmark = MARKS
+
+PROJECTIONS = ("linear_activation", "qkv_projection", "linear_residual_layer_norm", "linear_residual_layer_norm wide")
+LENGTHS = (5, 64, 0, 1, 70, 3)
+
+
+@pytest.fixture(autouse=True)
+def _guard():
+    with guarded_outputs():
+        yield
+
+
+def projection(op: str, dtype: torch.dtype, tokens: int):
+    """A launcher and arguments with that many rows, and the names of the arguments that have them."""
+    launcher, arguments = example(op, dtype)
+    rows = [name for name in ("x", "residual") if name in arguments]
+    return launcher, arguments | {name: normal(tokens, arguments[name].shape[1], dtype=dtype) for name in rows}, rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", PROJECTIONS)
+def test_rows_do_not_depend_on_other_rows(op, dtype):
+    """Alone, at any place of a tile, and in a buffer so large that another configuration serves it."""
+    launcher, arguments, rows = projection(op, dtype, 1100)
+    expected = launcher(**arguments)
+    for start, stop in ((0, 1), (62, 67), (64, 128), (500, 1100), (1099, 1100)):
+        part = launcher(**arguments | {name: arguments[name][start:stop] for name in rows})
+        assert torch.equal(part, expected[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", PROJECTIONS)
+def test_rows_of_nan_stay_where_they_are(op, dtype):
+    launcher, arguments, rows = projection(op, dtype, 70)
+    expected = launcher(**arguments)
+    for name in rows:
+        arguments[name][[0, 31, 69]] = float("nan")
+    out = launcher(**arguments)
+    assert out[[0, 31, 69]].isnan().all()
+    others = [row for row in range(70) if row not in (0, 31, 69)]
+    assert torch.equal(out[others], expected[others])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65, 70, 1000])
+@pytest.mark.parametrize("op", PROJECTIONS)
+def test_rows_past_the_count_are_neither_read_nor_written(op, num_tokens):
+    launcher, arguments, rows = projection(op, torch.bfloat16, 70)
+    expected = launcher(**arguments)
+    for name in rows:
+        arguments[name][num_tokens:] = float("nan")
+    out = launcher(**arguments, num_tokens=count(num_tokens))
+    assert torch.equal(out[:num_tokens], expected[:num_tokens])
+    assert out[num_tokens:].isnan().all()
+    for name in rows:
+        arguments[name][num_tokens:] = 0
+    out = launcher(**arguments, num_tokens=count(num_tokens))
+    assert out[num_tokens:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [16, 80])
+def test_sequences_do_not_depend_on_each_other(head_size, dtype):
+    """Alone, in any order, with another bound of the longest one, between sequences of NaN."""
+    texts = normal(sum(LENGTHS), 3, 2, head_size, dtype=dtype).split(LENGTHS)
+
+    def attend(numbers, max_seqlen=70):
+        lengths = [LENGTHS[n] for n in numbers]
+        qkv = torch.cat([texts[n] for n in numbers])
+        return fastbert_kernels.attention(qkv, bounds(lengths), max_seqlen, 0.25).split(lengths)
+
+    together = attend(range(6))
+    for order in ((5, 4, 3, 2, 1, 0), (2, 4, 2, 0), (1,), (3, 3, 5), (0,)):
+        for number, out in zip(order, attend(order, 200), strict=True):
+            assert torch.equal(out, together[number])
+    for number in (1, 3, 5):
+        texts[number].fill_(float("nan"))
+    for number, out in enumerate(attend(range(6))):
+        assert out.isnan().all() if number in (1, 3, 5) else torch.equal(out, together[number])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["first", "mean"])
+def test_pooled_vectors_do_not_depend_on_each_other(mode, dtype):
+    texts = normal(sum(LENGTHS), 312, dtype=dtype).split(LENGTHS)
+
+    def pool(numbers):
+        lengths = [LENGTHS[n] for n in numbers]
+        return fastbert_kernels.pool(torch.cat([texts[n] for n in numbers]), bounds(lengths), mode, True)
+
+    together = pool(range(6))
+    for order in ((5, 4, 3, 2, 1, 0), (4,), (1, 1), (2, 0)):
+        assert torch.equal(pool(order), together[list(order)])
+    texts[1].fill_(float("nan"))
+    out = pool(range(6))
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2, 3, 4, 5]], together[[0, 2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_text_does_not_depend_on_its_batch(embeds, dtype):
+    """Bit for bit the same alone, in a batch in any order, and padded on the right, on the left or on both sides."""
+    texts = [torch.randint(0, 11, (length,)).to(DEVICE) for length in (5, 70, 1, 33)]
+    alone = [layer([text], [slice(0, len(text))], len(text), dtype, embeds)[0] for text in texts]
+    assert all(out.isfinite().all() for out in alone)
+    for order, seq_len, side in (((0, 1, 2, 3), 70, 0.0), ((2, 3, 1, 0), 75, 0.5), ((3, 0), 40, 1.0)):
+        chosen = [texts[n] for n in order]
+        starts = [int((seq_len - len(text)) * side) for text in chosen]
+        places = [slice(start, start + len(text)) for start, text in zip(starts, chosen, strict=True)]
+        for number, out in zip(order, layer(chosen, places, seq_len, dtype, embeds), strict=True):
+            assert torch.equal(out, alone[number]), (order, number)
+    assert take_bad_ids(DEVICE) == []
+
+
+def test_indices_of_dropped_places_are_not_looked_at():
+    _, arguments = example("embed_layer_norm", torch.float32)
+    kept = arguments["indices"][:40]
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        arguments[name].view(-1)[arguments["indices"][40:]] = -99
+    assert fastbert_kernels.embed_layer_norm(**arguments | {"indices": kept}).isfinite().all()
+    assert fastbert_kernels.embed_layer_norm(**arguments, num_tokens=count(40))[:40].isfinite().all()
+    assert take_bad_ids(DEVICE) == []
+
+
+def tensors_of(op: str) -> list[str]:
+    return [name for name, x in example(op, torch.float32)[1].items() if isinstance(x, Tensor)]
+
+
+OPERANDS = [(op, name) for op in OPS for name in tensors_of(op)]
+# Places and bounds that are all alike are none.
+LAID_OUT = [
+    (*operand, layout)
+    for operand in OPERANDS
+    for layout in LAYOUTS
+    if layout != "contiguous" and not (layout == "expanded" and operand[1] in ("indices", "cu_seqlens"))
+]
+
+
+@pytest.mark.parametrize(("op", "name", "layout"), LAID_OUT)
+def test_an_operand_may_lie_anyhow_in_memory(op, name, layout):
+    launcher, arguments = example(op, torch.float16)
+    copy = LAYOUTS[layout](arguments[name])
+    outputs = [launcher(**arguments | {name: x}) for x in (copy, copy.contiguous())]
+    if op == "packing_plan":
+        outputs = [torch.cat(plan) for plan in outputs]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operands_are_only_read(op):
+    launcher, arguments = example(op, torch.float16)
+    kept = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+    launcher(**arguments)
+    assert all(torch.equal(x, arguments[name]) for name, x in kept.items())
+
+
+@pytest.mark.parametrize(("op", "name"), [pair for pair in OPERANDS if pair[0] != "packing_plan"])
+def test_operands_lie_on_one_device(op, name):
+    launcher, arguments = example(op, torch.float32)
+    with pytest.raises(ValueError, match=f"{op.split()[0]}: tensors lie on .* and "):
+        launcher(**arguments | {name: arguments[name].to("meta")})
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "packing_plan"])
+def test_float64_is_refused(op):
+    launcher, arguments = example(op, torch.float64)
+    with pytest.raises(TypeError, match="dtype torch.float64 is not served, only float32, float16 and bfloat16"):
+        launcher(**arguments)
+
+
+@pytest.mark.parametrize(("op", "changes", "error", "message"), ERRORS)
+def test_what_does_not_fit_is_refused(op, changes, error, message):
+    launcher, arguments = example(op, torch.float32)
+    for name, value in changes.items():
+        if isinstance(value, torch.dtype):
+            value = arguments[name].to(value)
+        elif isinstance(value, tuple):
+            value = torch.zeros(value, device=DEVICE)
+        arguments[name] = value
+    with pytest.raises(error, match=re.escape(message)):
+        launcher(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "meant"),
+    [
+        ([-5, 3, 9], [0, 3, 9]),
+        ([0, 3, 1000], [0, 3, 9]),
+        ([0, 3, LARGEST], [0, 3, 9]),
+        ([-LARGEST - 1, 9, -7, 0], [0, 9, 9, 9]),
+        ([0, 9, 20, 30, LARGEST], [0, 9, 9, 9, 9]),
+        ([0, 9, 4], [0, 9, 9]),
+        ([0, 9, -LARGEST - 1], [0, 9, 9]),
+        ([0, 9, LARGEST, -LARGEST - 1], [0, 9, 9, 9]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["attention", "pool"])
+def test_hostile_bounds(op, hostile, meant):
+    """Bounds that are negative, past the buffer or falling mean the rows between them that there are."""
+    shape = (3, 2, 16) if op == "attention" else (48,)
+    x = torch.cat((normal(9, *shape), torch.full((200, *shape), float("nan"), device=DEVICE)))[:9]
+    rest = {"attention": {"max_seqlen": 9, "scale": 0.25}, "pool": {"mode": "mean"}}[op]
+    outputs = [
+        getattr(fastbert_kernels, op)(x, torch.tensor(values, dtype=torch.int32, device=DEVICE), **rest)
+        for values in (hostile, meant)
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (3,), (0, 5, 0, 2)], ids=str)
+def test_rows_outside_of_sequences_are_neither_read_nor_written(lengths):
+    qkv, stop = normal(9, 3, 2, 16), sum(lengths)
+    expected = fastbert_kernels.attention(qkv[:stop], bounds(lengths), 9, 0.25)
+    qkv[stop:] = float("nan")
+    out = fastbert_kernels.attention(qkv, bounds(lengths), 9, 0.25)
+    assert torch.equal(out[:stop], expected)
+    qkv[stop:] = 0
+    assert fastbert_kernels.attention(qkv, bounds(lengths), 9, 0.25)[stop:].isnan().all()
+
+
+def test_pool_reads_no_rows_that_do_not_exist():
+    hidden = normal(5, 48)
+    with_zeros = torch.cat((hidden, torch.zeros_like(hidden)))
+    outputs = [
+        fastbert_kernels.pool(rows, bounds((5,)), "mean", indices=torch.tensor(indices, device=DEVICE))
+        for rows, indices in ((hidden, [1, -1, 5, 2**40, 3]), (with_zeros, [1, 6, 5, 7, 3]))
+    ]
+    assert torch.equal(*outputs)
+
+
+drawn = settings(
+    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@drawn
+@given(
+    tokens=st.integers(1, 140),
+    columns=st.tuples(st.integers(1, 100), st.integers(16, 140)),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))),
+)
+def test_drawn_linear_activation(tokens, columns, activation, dtype, layouts):
+    torch.manual_seed(0)
+    inputs, outputs = columns
+    x, weight = (
+        LAYOUTS[layout](normal(rows, inputs, dtype=dtype))
+        for layout, rows in zip(layouts, (tokens, outputs), strict=True)
+    )
+    check("linear_activation", x=x, weight=weight, bias=normal(outputs, dtype=dtype), activation=activation)
+
+
+@drawn
+@given(
+    lengths=st.lists(st.integers(0, 80), min_size=1, max_size=4),
+    num_heads=st.integers(1, 3),
+    head_size=st.integers(1, 128),
+    dtype=st.sampled_from(DTYPES),
+    gaps=st.tuples(*[st.integers(0, 3)] * 3),
+)
+def test_drawn_attention(lengths, num_heads, head_size, dtype, gaps):
+    torch.manual_seed(0)
+    shape = 3, num_heads, head_size
+    buffer = torch.full((sum(lengths), *map(sum, zip(shape, gaps, strict=True))), float("nan"), dtype=dtype)
+    qkv = buffer.to(DEVICE)[:, :3, :num_heads, gaps[2] :].copy_(normal(sum(lengths), *shape))
+    check("attention", qkv=qkv, cu_seqlens=bounds(lengths), max_seqlen=max(lengths), scale=head_size**-0.5)
+
+
+@drawn
+@given(
+    st.integers(1, 20).flatmap(
+        lambda seq_len: st.lists(st.lists(st.booleans(), min_size=seq_len, max_size=seq_len), min_size=1, max_size=5)
+    ),
+    st.sampled_from(list(LAYOUTS)),
+)
+def test_drawn_masks(rows, layout):
+    """Planned, embedded in packed form and put back, tokens have the bits that they have without packing."""
+    torch.manual_seed(0)
+    mask = LAYOUTS[layout](torch.tensor(rows, device=DEVICE))
+    check_plan(mask)
+    indices, cu_seqlens = packing_plan(mask)
+    _, arguments = example("embed_layer_norm", torch.float16)
+    arguments |= {"token_type_ids": None, "position_ids": None, "position_table": normal(20, 48, dtype=torch.float16)}
+    arguments["input_ids"] = torch.randint(0, 11, mask.shape).to(DEVICE)
+    everything = fastbert_kernels.embed_layer_norm(**arguments | {"indices": None}).unflatten(0, mask.shape)
+    packed = fastbert_kernels.embed_layer_norm(**arguments | {"indices": indices}, num_tokens=cu_seqlens[-1:])
+    padded = unpack(packed, indices, *mask.shape, cu_seqlens[-1:])
+    assert torch.equal(padded, torch.where(mask[..., None], everything, 0))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("op", OPS)
+def test_launches_on_a_device_that_is_not_current(op):
+    launcher, arguments = example(op, torch.float32)
+    there = {name: x.to("cuda:1") if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    outputs = [launcher(**values) for values in (arguments, there)]
+    here, there = (torch.cat(out) if op == "packing_plan" else out for out in outputs)
+    assert there.device == torch.device("cuda", 1)
+    assert torch.equal(here, there.to(DEVICE))
+    assert torch.cuda.current_device() == 0
+
+
+GEMM_KEYS = {"BLOCK_T", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "programs", "descriptors"}
+ATTENTION_KEYS = {"BLOCK_Q", "BLOCK_KEYS", "num_warps", "num_stages"}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_configurations(name):
+    """What batch invariance and the kernels ask of every configuration file."""
+    assert TABLES[name].keys() == TABLES["default"].keys()
+    for operation, widths in TABLES[name].items():
+        assert widths.keys() == {"16", "32"}
+        for width, entries in widths.items():
+            reach = [LARGEST if entry["up_to"] is None else entry["up_to"] for entry in entries]
+            assert reach == sorted(set(reach))
+            configs = [entry["config"] for entry in entries]
+            if operation == "attention":
+                assert all(config.keys() == ATTENTION_KEYS for config in configs)
+                assert reach[-1] == fastbert_kernels.MAX_HEAD_SIZE
+                continue
+            assert all(config.keys() == GEMM_KEYS for config in configs)
+            # One order of K, and in 16 bits one matrix instruction: wgmma and tcgen05 take 64 rows or more.
+            assert len({config["BLOCK_K"] for config in configs}) <= 1
+            if width == "16" and name in ("sm_90", "sm_100"):
+                assert all(config["BLOCK_T"] >= 64 for config in configs)
+            if operation == "linear_residual_layer_norm":
+                assert all(limit <= 3 * config["BLOCK_N"] for limit, config in zip(reach, configs, strict=True))
+            else:
+                assert reach[-1] == LARGEST
