@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers.models.bert.modeling_bert import BertForMultipleChoice
 
 
 def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
@@ -12,14 +13,17 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
     model: on the device, in the dtype and in the mode in which it will serve. Sizes that vary do not compile again: of
     the kernels there is one variant for few rows and one for many (of tokens in the encoder, of texts in the pooler),
     so that the smallest and the largest batch are enough. Each shape runs without padding, with a mask on the model's
-    device, and with one on the host. Raises what the model raises for such a batch: ValueError for one too long.
+    device, and with one on the host, with token types and without; ids and mask of int64, as tokenizers send them.
+    inputs_embeds, position_ids and other dtypes compile with their first batch. Raises what the model raises for such
+    a batch: ValueError for one too long.
     """
     device = next(model.parameters()).device
     with torch.no_grad():
         for batch_size, seq_len in shapes:
-            size = (batch_size, 1, seq_len) if "MultipleChoice" in type(model).__name__ else (batch_size, seq_len)
+            size = (batch_size, 1, seq_len) if isinstance(model, BertForMultipleChoice) else (batch_size, seq_len)
             input_ids = torch.zeros(size, dtype=torch.long, device=device)
             mask = torch.ones(size, dtype=torch.long)
             mask[:, seq_len // 2 + 1 :] = 0
             for attention_mask in (None, mask.to(device), mask):
                 model(input_ids=input_ids, attention_mask=attention_mask)
+                model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=input_ids)

@@ -64,7 +64,7 @@ def embed_layer_norm(
 
     def kept(tensor):  # [B, S, ...] -> [T, ...]
         tensor = tensor.flatten(0, 1)
-        return tensor if indices is None else tensor[indices]
+        return clear_past(tensor if indices is None else tensor[indices], num_tokens)
 
     hidden = (
         F.embedding(kept(input_ids), word_table, padding_idx) if input_ids is not None else kept(inputs_embeds)

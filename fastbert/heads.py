@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from fastbert import ops
 from fastbert.configuration import BertConfig
 from fastbert.model import BertModel, BertPreTrainedModel
+from fastbert.tokens import copied_to
 
 
 def _classifier_dropout(config: BertConfig) -> nn.Dropout:
@@ -177,7 +178,7 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         logits = self.qa_outputs(outputs.last_hidden_state)
         padding = None
         if attention_mask is not None and attention_mask.ndim == 2:
-            padding = (attention_mask.to(logits.device) == 0).expand(logits.shape[:2])
+            padding = (copied_to(logits.device, attention_mask) == 0).expand(logits.shape[:2])
             logits = logits.masked_fill(padding[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = (x.squeeze(-1).contiguous() for x in logits.split(1, dim=-1))
         loss = None

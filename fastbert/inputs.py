@@ -85,7 +85,7 @@ def read_batch(
         longest = seq_len if position_ids is None else 0
     else:
         _check_packed(cu_seqlens, cu_seqlens_of_keys, attention_mask)
-        layout = layout_from_cu_seqlens(cu_seqlens.to(device), max_seqlen, batch_size, seq_len)
+        layout = layout_from_cu_seqlens(cu_seqlens, max_seqlen, batch_size, seq_len, device)
         longest = layout.max_seqlen
         position_ids = layout.restarting_positions() if position_ids is None else position_ids
     num_positions = _num_positions(config, embeddings)
@@ -155,7 +155,7 @@ def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenL
         values = layout.clear(getattr(batch, name))
         if values is None:
             continue
-        values = layout.clear_past_tokens(layout.pack(values))
+        values = layout.pack_cleared(values)
         bad = values[(values < 0) | (values >= limit)]
         if len(bad):
             raise IndexError(f"{name} holds {bad[0].item()}, allowed are 0 to {limit - 1}: {way_out}") from None

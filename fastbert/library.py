@@ -77,12 +77,31 @@ def gradients(compute: Callable[..., Tensor], inputs: tuple, wanted: tuple[bool,
     return [next(found) if want else None for want in wanted]
 
 
+def _embed_within_bounds(input_ids, token_type_ids, position_ids, inputs_embeds, indices, *others):
+    """The eager twin with every index in its table: one that is not would end the process on a GPU. The kernel has made
+    that token NaN and kept the index for the error."""
+    word_table, position_table, token_type_table, *_ = others
+    return eager.embed_layer_norm(
+        *(
+            ids if ids is None else ids.clamp(0, table.shape[0] - 1)
+            for ids, table in (
+                (input_ids, word_table),
+                (token_type_ids, token_type_table),
+                (position_ids, position_table),
+            )
+        ),
+        inputs_embeds,
+        indices,
+        *others,
+    )
+
+
 def _twin(name: str) -> Callable[..., Tensor]:
     if name == "attention":
         return lambda qkv, cu_seqlens, max_seqlen, scale: eager.attention(
             qkv, cu_seqlens, max_seqlen, scale, num_tokens=cu_seqlens[-1:]
         )
-    return getattr(eager, name)
+    return _embed_within_bounds if name == "embed_layer_norm" else getattr(eager, name)
 
 
 def _define(name: str) -> None:

@@ -382,7 +382,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 return layout.pack(embeddings(**inputs))
             if inputs["position_ids"] is None:
                 inputs["position_ids"] = layout.columns()
-            return embeddings(**{name: x if x is None else layout.pack(x) for name, x in inputs.items()})
+            return embeddings(**{name: x if x is None else layout.pack_cleared(x) for name, x in inputs.items()})
         except IndexError:
             if not is_tracing():
                 raise_out_of_range(self.config, embeddings, layout, batch)

@@ -213,7 +213,7 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     """Raise IndexError if kernels on this device have met an index out of range since the last call of this function.
 
     The outputs of such a text are NaN. Without `wait` kernels that still run are not waited for, so that the error
-    comes with a later call.
+    comes with a later call. A traced graph has no place for it: there the next call that is not traced raises.
     """
     # Not there before the first kernel, nor while another thread still imports it.
     take_bad_ids = getattr(sys.modules.get("fastbert_kernels"), "take_bad_ids", None)
@@ -221,10 +221,12 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
         return
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
-    for name, value, limit in take_bad_ids(device):
+    found = take_bad_ids(device)
+    if found:
+        values = ", ".join(f"{name} held {value}, allowed are 0 to {limit - 1}" for name, value, limit in found)
         raise IndexError(
-            f"{name} held {value}, allowed are 0 to {limit - 1}: the outputs of that text, in this call or an earlier "
-            "one, are NaN; FASTBERT_CHECK=1 in the environment raises in the call itself"
+            f"{values}: the outputs of that text, in this call or an earlier one, are NaN; FASTBERT_CHECK=1 in the "
+            "environment raises in the call itself"
         )
 
 

@@ -24,6 +24,16 @@ def shapes_may_depend_on_data(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not is_tracing()
 
 
+def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on a device, without waiting for what the device has still to do.
+
+    A copy from ordinary host memory may go ahead: the driver has read it before the call returns. From pinned memory,
+    or to the host, the values might change or not have arrived.
+    """
+    free = tensor.device.type == "cpu" and device.type == "cuda" and not tensor.is_pinned()
+    return tensor.to(device, non_blocking=free)
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """How one batch is laid out inside the encoder.
@@ -33,8 +43,8 @@ class TokenLayout:
     padded says that hidden states are [B, S, E] and not [T, E]; then keep (bool [B, S]) marks the tokens that are not
     padding, and mask ([B or 1, H or 1, S or 1, S], bool with True for "attend", or additive) goes to attention.
     implementation ("sdpa" or "eager") is the eager path's attention.
-    num_tokens int32 [1], where only the device knows it, is how many of the T = B * S packed rows are tokens; indices
-    is then a permutation of all places, the kept ones first.
+    num_tokens int32 [1], where only the device knows it, is how many of the T = B * S packed rows are tokens; indices,
+    if there is one, is then a permutation of all places, the kept ones first.
     """
 
     batch_size: int
@@ -60,6 +70,8 @@ class TokenLayout:
         layout = self.to(hidden_states.device)
         if layout.padded:
             return layout.clear(hidden_states)
+        if layout.indices is None:
+            hidden_states = clear_past(hidden_states, layout.num_tokens)
         return ops.unpack(hidden_states, layout.indices, layout.batch_size, layout.seq_len, layout.num_tokens)
 
     def first_tokens(self, sequence_output: Tensor) -> Tensor:
@@ -72,6 +84,10 @@ class TokenLayout:
         if layout.indices is None and layout.cu_seqlens.shape[0] == layout.batch_size + 1 and layout.seq_len:
             return sequence_output[:, 0]
         return ops.pool(sequence_output.flatten(0, 1), layout.cu_seqlens, "first", indices=layout.indices)
+
+    def pack_cleared(self, values: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...] with zeros in the rows that are no tokens: an index at padding may be anything."""
+        return self.clear_past_tokens(self.pack(values))
 
     def clear_past_tokens(self, hidden_states: Tensor) -> Tensor:
         """[T, E] with zeros in the rows that are no tokens, for modules that take every row for one."""
@@ -117,7 +133,8 @@ class TokenLayout:
         if self.cu_seqlens.device == device:
             return self
         moved = {name: getattr(self, name) for name in ("cu_seqlens", "indices", "keep", "mask", "num_tokens")}
-        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
+        moved = {name: copied_to(device, tensor) for name, tensor in moved.items() if tensor is not None}
+        return replace(self, **moved)
 
 
 def layout_from_mask(
@@ -136,10 +153,10 @@ def layout_from_mask(
     if batch_size == 0 or seq_len == 0:
         return every_token
     if attention_mask.ndim > 2:
-        return replace(every_token, padded=True, mask=_score_mask(attention_mask.to(device)))
+        return replace(every_token, padded=True, mask=_score_mask(copied_to(device, attention_mask)))
     keep = (attention_mask != 0).expand(batch_size, seq_len)
     if not shapes_may_depend_on_data(attention_mask):
-        keep = keep.to(device)
+        keep = copied_to(device, keep)
         if ops.packs_on_device(device):
             return _planned_on_device(every_token, keep)
         return replace(every_token, padded=True, keep=keep, mask=_key_mask(keep))
@@ -171,10 +188,13 @@ def as_layout(layout: TokenLayout | Tensor | None, hidden_states: Tensor, num_he
     return layout_from_mask(layout, batch_size, seq_len, num_heads, hidden_states.device).as_padded()
 
 
-def layout_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, batch_size: int, seq_len: int) -> TokenLayout:
+def layout_from_cu_seqlens(
+    cu_seqlens: Tensor, max_seqlen: int | None, batch_size: int, seq_len: int, device: torch.device
+) -> TokenLayout:
     """The layout of texts that are already packed end to end into one row, as `DataCollatorWithFlattening` sends them.
 
-    cu_seqlens: integers [N + 1] from 0 to S, never falling; batch_size must be 1. Raises ValueError otherwise.
+    cu_seqlens: integers [N + 1] from 0 to S, never falling; batch_size must be 1. Raises ValueError otherwise, but for
+    bounds that the host does not know: what they leave out at the end is zeros then.
     """
     if batch_size != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
@@ -186,8 +206,11 @@ def layout_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, batch_siz
         if bounds[0] != 0 or bounds[-1] != seq_len or bounds != sorted(bounds):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {seq_len} tokens of the row, got {bounds}")
         max_seqlen = max(after - before for before, after in pairwise(bounds))
-    # Without the host's knowledge of the lengths, a sequence can be as long as the row.
-    return TokenLayout(batch_size, seq_len, cu_seqlens.to(torch.int32), seq_len if max_seqlen is None else max_seqlen)
+        return TokenLayout(batch_size, seq_len, cu_seqlens.to(torch.int32), max_seqlen).to(device)
+    # Without the host's knowledge of the lengths, a sequence can be as long as the row, and the last end before it.
+    cu_seqlens = copied_to(device, cu_seqlens).to(torch.int32)
+    longest = seq_len if max_seqlen is None else max_seqlen
+    return TokenLayout(batch_size, seq_len, cu_seqlens, longest, num_tokens=cu_seqlens[-1:])
 
 
 def check_mask(mask: Tensor, batch_size: int, seq_len: int, num_heads: int) -> None:

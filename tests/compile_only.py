@@ -61,9 +61,12 @@ def main(dtype: str) -> None:
     def forward(shape):
         mask = torch.ones(shape, dtype=torch.int32)
         mask[:, -1] = 0
+        ids = torch.zeros(shape, dtype=torch.long)
         with fastbert.backend("triton"), torch.no_grad():  # both hold for their thread alone
             fastbert.warmup(model, [shape])
-            model(torch.zeros(shape, dtype=torch.long), mask)
+            for types in (None, ids):
+                for attention_mask in (None, mask, mask.long()):
+                    model(ids, attention_mask, types)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(forward, [(1, 16), (16, 128)] * 4))

@@ -14,6 +14,10 @@ from torch import nn
 import fastbert
 from fastbert import eager, ops
 
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU there is no interpreter; test_triton.py runs kernels on the device"
+)
+
 
 def test_unknown_names_are_refused():
     with (
@@ -30,6 +34,7 @@ def test_an_explicit_choice_that_cannot_be_served_raises_with_the_reason(no_inte
     assert ours(**batch()).last_hidden_state.isfinite().all()
 
 
+@interpreted
 def test_an_explicit_choice_refuses_a_layer_that_must_run_through_its_modules():
     ours, _ = pair()
     ours.encoder.layer[0].register_forward_hook(lambda *_: None)
@@ -77,6 +82,7 @@ def test_the_environment_chooses(name, message):
     assert message in run.stderr
 
 
+@interpreted
 def test_options_that_kernels_lack_fall_back(caplog):
     ours, _ = pair()
     ops._say_once.cache_clear()
@@ -185,6 +191,7 @@ def test_explain_says_what_serves_every_block_and_op(no_interpreter):
     assert any("bert.encoder.layer.1-2" in line for line in str(fastbert.explain(ours)).splitlines())
 
 
+@interpreted
 def test_explain_of_kernels_and_of_a_quantized_model():
     ours, _ = pair()
     quantized = torch.ao.quantization.quantize_dynamic(ours, {nn.Linear}, dtype=torch.qint8)

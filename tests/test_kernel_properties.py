@@ -24,6 +24,7 @@ from kernel_cases import (
     example,
     guarded_outputs,
     layer,
+    linear_residual_arguments,
     normal,
 )
 from torch import Tensor
@@ -287,6 +288,54 @@ def test_drawn_linear_activation(tokens, columns, activation, dtype, layouts):
 
 @drawn
 @given(
+    tokens=st.integers(1, 140),
+    heads=st.tuples(st.integers(1, 4), st.integers(1, 40)),
+    num_inputs=st.integers(1, 100),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+def test_drawn_qkv_projection(tokens, heads, num_inputs, dtype, layout):
+    torch.manual_seed(0)
+    num_heads, width = heads[0], heads[0] * heads[1]
+    parameters = {}
+    for part in "qkv":
+        parameters[f"{part}_weight"] = LAYOUTS[layout](normal(width, num_inputs, dtype=dtype))
+        parameters[f"{part}_bias"] = normal(width, dtype=dtype)
+    check("qkv_projection", x=normal(tokens, num_inputs, dtype=dtype), **parameters, num_heads=num_heads)
+
+
+@drawn
+@given(
+    tokens=st.integers(1, 140),
+    width=st.integers(2, 500),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))),
+)
+def test_drawn_linear_residual_layer_norm(tokens, width, dtype, layouts):
+    torch.manual_seed(0)
+    arguments = linear_residual_arguments(tokens, width, dtype, dtype)
+    for name, layout in zip(("x", "residual"), layouts, strict=True):
+        arguments[name] = LAYOUTS[layout](arguments[name])
+    check("linear_residual_layer_norm", **arguments)
+
+
+@drawn
+@given(
+    lengths=st.lists(st.integers(0, 80), min_size=1, max_size=4).filter(any),
+    width=st.integers(1, 300),
+    mode=st.sampled_from(("first", "mean")),
+    normalize=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+def test_drawn_pool(lengths, width, mode, normalize, dtype, layout):
+    torch.manual_seed(0)
+    hidden = LAYOUTS[layout](normal(sum(lengths), width, dtype=dtype))
+    check("pool", hidden=hidden, cu_seqlens=bounds(tuple(lengths)), mode=mode, normalize=normalize)
+
+
+@drawn
+@given(
     lengths=st.lists(st.integers(0, 80), min_size=1, max_size=4),
     num_heads=st.integers(1, 3),
     head_size=st.integers(1, 128),
@@ -354,7 +403,7 @@ def test_configurations(name):
                 assert reach[-1] == fastbert_kernels.MAX_HEAD_SIZE
                 continue
             assert all(config.keys() == GEMM_KEYS for config in configs)
-            # One order of K, and in 16 bits one matrix instruction: wgmma and tcgen05 take 64 rows or more.
+            # One order of K; and of the matrix instructions none but wgmma and tcgen05, which take 64 rows or more.
             assert len({config["BLOCK_K"] for config in configs}) <= 1
             if width == "16" and name in ("sm_90", "sm_100"):
                 assert all(config["BLOCK_T"] >= 64 for config in configs)

@@ -34,8 +34,8 @@ from fastbert_kernels import BadId, launch, packing_plan, take_bad_ids, unpack
 
 pytestmark = MARKS
 
-TOKENS = (1, 2, 63, 64, 65, 127, 129)
-LENGTHS = ((1,), (0, 0), (5, 1, 9, 0, 3), (0, 0, 65, 129, 0), (64,), (128, 127, 2), (300,), (16, 16, 16))
+TOKENS = (1, 2, 63, 64, 65, 127, 128, 129, 512)
+LENGTHS = ((1,), (0, 0), (5, 1, 9, 0, 3), (0, 0, 65, 129, 0), (64,), (128, 127, 2), (512, 513), (16, 16, 16))
 HALVES = (torch.float16, torch.bfloat16)
 MASK_VALUES = (
     ("bool", True), ("int64", 1), ("int32", -(2**31)), ("uint8", 200), ("float32", 0.25), ("float16", float("nan"))

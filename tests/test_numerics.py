@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import OP_FACTOR, check_close
+from kernel_cases import DEVICE
 
 from fastbert_kernels import linear_activation
 
@@ -41,9 +42,9 @@ def test_gelu_without_erf_is_exact_to_the_rounding(dtype):
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     # Not bfloat16's subnormals, below 1e-38, which GPUs and the interpreter flush to zero.
     values = values[values.isfinite() & (values.abs() <= 8) & ((values == 0) | (values.abs() > 1e-37))]
-    identity = torch.eye(16, dtype=dtype)
-    x = F.pad(values, (0, -len(values) % 16)).view(-1, 16)
-    ours = linear_activation(x, identity, torch.zeros(16, dtype=dtype), "gelu").flatten()[: len(values)].double()
+    x = F.pad(values, (0, -len(values) % 16)).view(-1, 16).to(DEVICE)
+    identity, zeros = torch.eye(16, dtype=dtype, device=DEVICE), torch.zeros(16, dtype=dtype, device=DEVICE)
+    ours = linear_activation(x, identity, zeros, "gelu").flatten()[: len(values)].double().cpu()
     truth = values.double() * torch.special.erfc(-values.double() / math.sqrt(2)) / 2
     rounding = torch.finfo(dtype).eps * truth.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     # Half of a rounding is the best there is; in the interpreter bfloat16 is cut off and may take a whole one.

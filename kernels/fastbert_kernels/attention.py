@@ -41,8 +41,9 @@ def _attention_fwd_kernel(
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
     end = tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0)
     length = tl.minimum(end, num_tokens) - start
-    offs_q = tl.program_id(0) % query_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    if tl.program_id(0) % query_blocks * BLOCK_Q < length:
+    first = tl.program_id(0) % query_blocks * BLOCK_Q
+    if first < length:
+        offs_q = first + tl.arange(0, BLOCK_Q)
         offs_d = tl.arange(0, BLOCK_D)
         offs_key = tl.arange(0, BLOCK_KEYS)
         mask_d = (offs_d < head_size)[None, :]

@@ -7,6 +7,8 @@ An operation's entries for one operand width are tried in their order; the first
 import functools
 import json
 import logging
+import math
+import re
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,12 +37,15 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def configurations(name: str) -> dict:
-    """The launch configurations of an architecture; those of default.json, said once, where it has no file."""
+    """The launch configurations of an architecture, or of its family's first from sm_90 on; those of default.json,
+    with one warning, where there are none."""
     folder = Path(__file__).parent / "configs"
-    path = folder / f"{name}.json"
-    if not path.exists():
-        logger.info("no launch configurations for %s: using %s", name, folder / "default.json")
-        path = folder / "default.json"
+    family = re.sub(r"^sm_(9|10)\d$", r"sm_\g<1>0", name)
+    for path in (folder / f"{name}.json", folder / f"{family}.json"):
+        if path.exists():
+            return json.loads(path.read_text())
+    path = folder / "default.json"
+    logger.warning("no launch configurations for %s: using %s, which nobody has tuned for it", name, path)
     return json.loads(path.read_text())
 
 
@@ -124,6 +129,29 @@ def operands(
         TensorDescriptor.from_tensor(x, blocks[0]),
         tuple(TensorDescriptor.from_tensor(weight, blocks[1]) for weight in weights),
     )
+
+
+def gemm_options(x: Tensor, config: dict, block_n: int, unit: int, descriptors: bool) -> dict:
+    """What the kernels around the main loop of `matmul` take beside their operands."""
+    return {
+        "UNIT": unit,
+        "PRECISION": precision(x),
+        "DESCRIPTORS": descriptors,
+        "BLOCK_T": config["BLOCK_T"],
+        "BLOCK_N": block_n,
+        "BLOCK_K": config["BLOCK_K"],
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+    }
+
+
+def common_unit(x: Tensor, *sizes: int) -> int:
+    """The largest number of elements, up to 16 bytes, that divides all these sizes and strides.
+
+    Kernels get them as multiples of it and so know how wide their accesses may be; Triton itself asks for 16 elements
+    or nothing, which leaves single elements for a width like 312.
+    """
+    return math.gcd(16 // x.itemsize, *sizes)
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device, **arguments) -> None:

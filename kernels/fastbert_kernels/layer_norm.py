@@ -38,7 +38,7 @@ def live_tokens(num_tokens_ptr, num_tokens):
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _layer_norm_kernel(
-    x_ptr,  # [T, E], overwritten
+    x_ptr,  # [T, E]
     weight_ptr,  # [E]
     bias_ptr,  # [E]
     out_ptr,  # [T, E], may be x

@@ -15,10 +15,11 @@ from fastbert_kernels.launch import (
     check,
     check_shape,
     choose,
+    common_unit,
+    gemm_options,
     launch,
     num_processors,
     operands,
-    precision,
     shape_of,
     with_unit_stride,
 )
@@ -26,7 +27,10 @@ from fastbert_kernels.layer_norm import live_tokens
 from fastbert_kernels.matmul import matmul_tiles
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+@triton.jit(
+    do_not_specialize=["stride_x", "stride_weight", "stride_residual", "stride_out", "num_tokens"],
+    do_not_specialize_on_alignment=["num_tokens_ptr"],
+)
 def _linear_kernel(
     x,  # [T, K], pointer or descriptor
     weight,  # [N, K], pointer or descriptor
@@ -34,7 +38,7 @@ def _linear_kernel(
     residual_ptr,  # [T, N] or None
     out_ptr,  # [T, N]
     num_tokens_ptr,  # int32 [1] or None
-    stride_x,
+    stride_x,  # in UNITs, like every stride and width
     stride_weight,
     stride_residual,
     stride_out,
@@ -43,19 +47,22 @@ def _linear_kernel(
     num_inputs,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    num_outputs *= UNIT
+    num_inputs *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(num_outputs, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n, tl.num_programs(0)):
         row = tile // tiles_n * BLOCK_T
         col = tile % tiles_n * BLOCK_N
         result, _, _ = matmul_tiles(
-            x, weight, row, col, count, num_outputs, num_inputs, stride_x, stride_weight,
+            x, weight, row, col, count, num_outputs, num_inputs, stride_x * UNIT, stride_weight * UNIT,
             BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
@@ -64,10 +71,11 @@ def _linear_kernel(
         mask = (offs_t < count) & mask_n[None, :]
         result += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + offs_t * stride_residual + offs_n[None, :], mask=mask, other=0.0)
-            result += residual.to(tl.float32)
+            places = offs_t * (stride_residual * UNIT) + offs_n[None, :]
+            result += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
         result = activate(result, ACTIVATION, EXACT)
-        tl.store(out_ptr + offs_t * stride_out + offs_n[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
+        places = offs_t * (stride_out * UNIT) + offs_n[None, :]
+        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def linear(
@@ -87,6 +95,8 @@ def linear(
     config = choose(operation, x, size)
     descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, config["BLOCK_N"])
     tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(num_outputs, config["BLOCK_N"])
+    stride_residual = 0 if residual is None else residual.stride(0)
+    unit = common_unit(x, x.stride(0), weight.stride(0), stride_residual, num_outputs, num_inputs)
     launch(
         _linear_kernel,
         (min(tiles, num_processors(x.device) * config["programs"]),),
@@ -97,22 +107,16 @@ def linear(
         residual_ptr=residual,
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0),
-        stride_weight=weight.stride(0),
-        stride_residual=0 if residual is None else residual.stride(0),
-        stride_out=out.stride(0),
+        stride_x=x.stride(0) // unit,
+        stride_weight=weight.stride(0) // unit,
+        stride_residual=stride_residual // unit,
+        stride_out=num_outputs // unit,
         num_tokens=size,
-        num_outputs=num_outputs,
-        num_inputs=num_inputs,
+        num_outputs=num_outputs // unit,
+        num_inputs=num_inputs // unit,
         ACTIVATION=activation,
         EXACT=out.dtype == torch.float32,
-        PRECISION=precision(x),
-        DESCRIPTORS=descriptors,
-        BLOCK_T=config["BLOCK_T"],
-        BLOCK_N=config["BLOCK_N"],
-        BLOCK_K=config["BLOCK_K"],
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        **gemm_options(x, config, config["BLOCK_N"], unit, descriptors),
     )
     return out
 

@@ -16,10 +16,11 @@ from fastbert_kernels.launch import (
     check,
     check_shape,
     choose,
+    common_unit,
+    gemm_options,
     launch,
     num_processors,
     operands,
-    precision,
     shape_of,
     with_unit_stride,
 )
@@ -58,7 +59,10 @@ def _store_normalized(
     tl.store(out_ptr + offs_t * stride_out + offs_n[None, :], normalized, mask=(offs_t < count) & mask_n[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+@triton.jit(
+    do_not_specialize=["stride_x", "stride_weight", "stride_residual", "stride_out", "num_tokens"],
+    do_not_specialize_on_alignment=["num_tokens_ptr"],
+)
 def _linear_residual_layer_norm_kernel(
     x,  # [T, K], pointer or descriptor
     weight,  # [E, K], pointer or descriptor
@@ -68,7 +72,7 @@ def _linear_residual_layer_norm_kernel(
     norm_bias_ptr,  # [E]
     out_ptr,  # [T, E]
     num_tokens_ptr,  # int32 [1] or None
-    stride_x,
+    stride_x,  # in UNITs, like every stride and width
     stride_weight,
     stride_residual,
     stride_out,
@@ -77,17 +81,22 @@ def _linear_residual_layer_norm_kernel(
     num_inputs,
     eps,
     TILES: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    width *= UNIT
+    num_inputs *= UNIT
+    stride_residual *= UNIT
+    stride_out *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T), tl.num_programs(0)):
         row = tile * BLOCK_T
         first, second, third = matmul_tiles(
-            x, weight, row, 0, count, width, num_inputs, stride_x, stride_weight,
+            x, weight, row, 0, count, width, num_inputs, stride_x * UNIT, stride_weight * UNIT,
             BLOCK_T, BLOCK_N, BLOCK_K, TILES, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
@@ -161,6 +170,7 @@ def linear_residual_layer_norm(
     x, weight, residual = with_unit_stride(x), with_unit_stride(weight), with_unit_stride(residual)
     block_n = min(config["BLOCK_N"], max(16, triton.next_power_of_2(width)))
     descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, block_n)
+    unit = common_unit(x, x.stride(0), weight.stride(0), residual.stride(0), width, num_inputs)
     launch(
         _linear_residual_layer_norm_kernel,
         (min(triton.cdiv(size, config["BLOCK_T"]), num_processors(x.device) * config["programs"]),),
@@ -173,21 +183,15 @@ def linear_residual_layer_norm(
         norm_bias_ptr=norm_bias.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0),
-        stride_weight=weight.stride(0),
-        stride_residual=residual.stride(0),
-        stride_out=out.stride(0),
+        stride_x=x.stride(0) // unit,
+        stride_weight=weight.stride(0) // unit,
+        stride_residual=residual.stride(0) // unit,
+        stride_out=width // unit,
         num_tokens=size,
-        width=width,
-        num_inputs=num_inputs,
+        width=width // unit,
+        num_inputs=num_inputs // unit,
         eps=eps,
         TILES=triton.cdiv(width, block_n),
-        PRECISION=precision(x),
-        DESCRIPTORS=descriptors,
-        BLOCK_T=config["BLOCK_T"],
-        BLOCK_N=block_n,
-        BLOCK_K=config["BLOCK_K"],
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        **gemm_options(x, config, block_n, unit, descriptors),
     )
     return out

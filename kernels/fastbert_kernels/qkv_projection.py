@@ -12,10 +12,11 @@ from fastbert_kernels.launch import (
     check,
     check_shape,
     choose,
+    common_unit,
+    gemm_options,
     launch,
     num_processors,
     operands,
-    precision,
     shape_of,
     with_unit_stride,
 )
@@ -23,7 +24,9 @@ from fastbert_kernels.layer_norm import live_tokens
 from fastbert_kernels.matmul import matmul_tiles
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+@triton.jit(
+    do_not_specialize=["stride_x", "stride_weight", "num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"]
+)
 def _qkv_projection_kernel(
     x,  # [T, K], pointer or descriptor, as are the weights
     q_weight,  # [E, K]
@@ -34,17 +37,20 @@ def _qkv_projection_kernel(
     v_bias_ptr,  # [E]
     out_ptr,  # [T, 3, E]
     num_tokens_ptr,  # int32 [1] or None
-    stride_x,
+    stride_x,  # in UNITs, like every stride and width
     stride_weight,
     num_tokens,
     width,
     num_inputs,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    width *= UNIT
+    num_inputs *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(width, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n * 3, tl.num_programs(0)):
@@ -61,7 +67,7 @@ def _qkv_projection_kernel(
             weight = v_weight
             bias_ptr = v_bias_ptr
         result, _, _ = matmul_tiles(
-            x, weight, row, col, count, width, num_inputs, stride_x, stride_weight,
+            x, weight, row, col, count, width, num_inputs, stride_x * UNIT, stride_weight * UNIT,
             BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
@@ -97,6 +103,7 @@ def qkv_projection(
     config = choose("qkv_projection", x, size)
     descriptors, x_operand, weight_operands = operands(x, weights, config, config["BLOCK_N"])
     tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
+    unit = common_unit(x, x.stride(0), weights[0].stride(0), width, num_inputs)
     launch(
         _qkv_projection_kernel,
         (min(tiles, num_processors(x.device) * config["programs"]),),
@@ -110,17 +117,11 @@ def qkv_projection(
         v_bias_ptr=v_bias.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0),
-        stride_weight=weights[0].stride(0),
+        stride_x=x.stride(0) // unit,
+        stride_weight=weights[0].stride(0) // unit,
         num_tokens=size,
-        width=width,
-        num_inputs=num_inputs,
-        PRECISION=precision(x),
-        DESCRIPTORS=descriptors,
-        BLOCK_T=config["BLOCK_T"],
-        BLOCK_N=config["BLOCK_N"],
-        BLOCK_K=config["BLOCK_K"],
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        width=width // unit,
+        num_inputs=num_inputs // unit,
+        **gemm_options(x, config, config["BLOCK_N"], unit, descriptors),
     )
     return out
