@@ -1,4 +1,5 @@
-"""Runs a model with kernels that are compiled for sm_90 and not launched; prints how many variants of each there are.
+"""Runs a model with kernels that are compiled for sm_90 and not launched; prints how many variants of each there are,
+twice, and of each variant the bytes that spill and the matrix instructions.
 
 Triton decides by the arguments of a launch whether it has to compile again. No GPU is needed for that, only a driver
 that says which one there would be. The model's outputs mean nothing here. test_compilation.py runs this in a process of
@@ -6,11 +7,16 @@ its own, without the interpreter.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 import transformers
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -47,6 +53,24 @@ def variants() -> dict[str, int]:
     return {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in kernels}
 
 
+def machine_code() -> list[tuple[str, int, int]]:
+    """Of each variant: kernel, bytes of stack a thread, number of HGMMA instructions."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = []
+    for kernel in kernels:
+        for compiled in kernel.device_caches[0][0].values():
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(compiled.asm["cubin"])
+                file.flush()
+                usage, listing = (
+                    subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+                    for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+                )
+            stack = int(re.search(r"STACK:(\d+)", usage)[1])
+            found.append((kernel.fn.__name__, stack, len(re.findall(r"\bHGMMA\b", listing))))
+    return found
+
+
 def main(dtype: str) -> None:
     driver.set_active(CompileOnlyDriver())
     fastbert_kernels.INTERPRETED = True  # so that CPU tensors are served
@@ -74,6 +98,7 @@ def main(dtype: str) -> None:
     for shape in ((1, 1), (1, 17), (2, 16), (3, 5), (8, 128), (9, 128), (7, 333), (64, 64), (512, 3)):
         forward(shape)
     print(json.dumps(variants()))
+    print(json.dumps(machine_code()))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
+PRODUCTS = (
+    "_attention_fwd_kernel",
+    "_linear_kernel",
+    "_linear_residual_layer_norm_kernel",
+    "_qkv_projection_kernel",
+)
+
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_sizes_that_vary_compile_nothing_new(dtype, tmp_path):
+def test_sizes_that_vary_compile_nothing_new_and_nothing_spills(dtype, tmp_path):
     script = Path(__file__).with_name("compile_only.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -20,8 +27,11 @@ def test_sizes_that_vary_compile_nothing_new(dtype, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    warmed, served = map(json.loads, run.stdout.splitlines())
+    warmed, served, machine_code = map(json.loads, run.stdout.splitlines())
     assert served == warmed
     # For few tokens or many, with their count on the device or without.
     assert served["_qkv_projection_kernel"] == 4
     assert served["_attention_fwd_kernel"] == served["_packing_plan_kernel"] == served["_pool_kernel"] == 1
+    for kernel, stack, matrix_instructions in machine_code:
+        assert stack == 0, f"{kernel} spills {stack} bytes a thread"
+        assert (matrix_instructions > 0) == (kernel in PRODUCTS), f"{kernel}: {matrix_instructions} HGMMA"

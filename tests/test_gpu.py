@@ -152,11 +152,13 @@ def test_a_text_has_the_same_bits_in_every_batch(size, dtype):
             assert all(torch.equal(out, alone[number]) for number, out in zip(numbers, outputs, strict=True)), layout
 
 
-@pytest.mark.parametrize("mask", [None, *MASKS])
+@pytest.mark.parametrize("mask_on", ["cpu", DEVICE], ids=["host", "device"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head", HEADS)
-def test_a_forward_does_not_wait_for_the_device(head, mask):
+def test_a_forward_does_not_wait_for_the_device(head, mask, mask_on):
     ours = pair(head)[0].to(DEVICE)
     inputs = to_device(inputs_for(head, mask))
+    inputs["attention_mask"] = inputs["attention_mask"].to(mask_on)
     with torch.no_grad():
         expected = ours(**inputs)
         torch.cuda.set_sync_debug_mode("error")
