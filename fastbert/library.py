@@ -81,19 +81,12 @@ def _embed_within_bounds(input_ids, token_type_ids, position_ids, inputs_embeds,
     """The eager twin with every index in its table: one that is not would end the process on a GPU. The kernel has made
     that token NaN and kept the index for the error."""
     word_table, position_table, token_type_table, *_ = others
-    return eager.embed_layer_norm(
-        *(
-            ids if ids is None else ids.clamp(0, table.shape[0] - 1)
-            for ids, table in (
-                (input_ids, word_table),
-                (token_type_ids, token_type_table),
-                (position_ids, position_table),
-            )
-        ),
-        inputs_embeds,
-        indices,
-        *others,
+    tables = word_table, token_type_table, position_table
+    known = (
+        ids if ids is None else ids.clamp(0, len(table) - 1)
+        for ids, table in zip((input_ids, token_type_ids, position_ids), tables, strict=True)
     )
+    return eager.embed_layer_norm(*known, inputs_embeds, indices, *others)
 
 
 def _twin(name: str) -> Callable[..., Tensor]:

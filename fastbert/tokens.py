@@ -30,7 +30,8 @@ def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
     A copy from ordinary host memory may go ahead: the driver has read it before the call returns. From pinned memory,
     or to the host, the values might change or not have arrived.
     """
-    free = tensor.device.type == "cpu" and device.type == "cuda" and not tensor.is_pinned()
+    # accelerate names devices by strings and numbers.
+    free = tensor.device.type == "cpu" and torch.device(device).type == "cuda" and not tensor.is_pinned()
     return tensor.to(device, non_blocking=free)
 
 

@@ -71,7 +71,8 @@ def configured(monkeypatch):
 def test_linear_activation(tokens, shape, activation, dtype, layout):
     inputs, outputs = shape
     x = LAYOUTS[layout](normal(tokens, inputs, dtype=dtype))
-    weight, bias = normal(outputs, inputs, dtype=dtype), normal(outputs, dtype=dtype)
+    # Sums of the size of one: of far smaller results than one the rule has no floor.
+    weight, bias = normal(outputs, inputs, dtype=dtype) / inputs**0.5, normal(outputs, dtype=dtype)
     check("linear_activation", x=x, weight=weight, bias=bias, activation=activation)
 
 

@@ -185,7 +185,7 @@ def texts_of(lengths, seq_len):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_text_has_the_same_bits_in_any_batch(dtype, packed_on):
-    ours, _, _ = models(dtype=dtype)
+    ours, _, _ = models(dtype=dtype, num_hidden_layers=1)
     lengths = (5, 12, 1, 9, 12, 3)
     together = texts_of(lengths, 12)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_a_text_has_the_same_bits_in_any_batch(dtype, packed_on):
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"])
 def test_logits_have_the_same_bits_in_any_batch(head, packed_on):
-    ours, _, _ = models(f"BertFor{head}")
+    ours, _, _ = models(f"BertFor{head}", num_hidden_layers=1)
     lengths = (5, 12, 1)
     together = texts_of(lengths, 12)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_logits_have_the_same_bits_in_any_batch(head, packed_on):
 
 
 def test_eight_threads_at_once():
-    ours, _, _ = models()
+    ours, _, _ = models(num_hidden_layers=1)
     inputs = [texts_of((length, 4), 12) for length in range(1, 9)]
     with torch.no_grad():
         expected = [ours(**given).last_hidden_state for given in inputs]
@@ -258,7 +258,7 @@ def pool_mean(hidden_states, mask):
 )
 def test_an_index_out_of_range(name, value, limit, packed_on):
     """That text is NaN, the others keep their bits, and the next call says which value it was."""
-    ours, _, _ = models()
+    ours, _, _ = models(num_hidden_layers=1)
     inputs = on_device(batch("right")) | {"position_ids": torch.arange(SEQ_LEN, device=DEVICE).repeat(BATCH, 1)}
     with torch.no_grad():
         clean = ours(**inputs)
@@ -279,7 +279,7 @@ def test_an_index_out_of_range(name, value, limit, packed_on):
 
 
 def test_several_indices_out_of_range_are_all_named():
-    ours, _, _ = models()
+    ours, _, _ = models(num_hidden_layers=1)
     inputs = on_device(batch(None))
     inputs["input_ids"][0, 0], inputs["token_type_ids"][1, 1] = -7, 5
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_several_indices_out_of_range_are_all_named():
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_an_index_out_of_range_in_training(compiled):
     """The backward looks rows up again, in plain PyTorch: it must not ask for one that is not there."""
-    ours, _, _ = models("BertForSequenceClassification")
+    ours, _, _ = models("BertForSequenceClassification", num_hidden_layers=1)
     inputs = on_device(inputs_for("BertForSequenceClassification", "right", with_labels=True))
     inputs["input_ids"][1, 9] = -100  # at padding: nothing reads it
     model = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
@@ -333,7 +333,7 @@ def test_ids_can_be_checked_at_once():
 
 
 def test_texts_packed_end_to_end(no_eager):
-    ours, _, _ = models()
+    ours, _, _ = models(num_hidden_layers=1)
     lengths = (5, 1, 6)
     inputs = batch(None)["input_ids"][:1].to(DEVICE)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
@@ -349,7 +349,7 @@ def test_texts_packed_end_to_end(no_eager):
 
 def test_texts_packed_end_to_end_of_which_only_the_device_knows(monkeypatch):
     """Their bounds cannot be checked then: what they leave out at the end is zeros."""
-    ours, _, _ = models()
+    ours, _, _ = models(num_hidden_layers=1)
     inputs = batch(None)["input_ids"][:1].to(DEVICE)
     with torch.no_grad():
         expected = ours(inputs[:, :9], cu_seq_lens_q=torch.tensor([0, 5, 9]).int())
@@ -361,7 +361,7 @@ def test_texts_packed_end_to_end_of_which_only_the_device_knows(monkeypatch):
 
 
 def test_packed_texts_that_the_host_bounds_may_be_longer_together_than_the_positions():
-    ours, _, _ = models()
+    ours, _, _ = models(num_hidden_layers=1)
     with torch.no_grad():
         outputs = ours(torch.ones(1, 30, dtype=torch.long, device=DEVICE), cu_seq_lens_q=torch.tensor([0, 10, 20, 30]))
     assert torch.equal(outputs.pooler_output[0], outputs.pooler_output[2])
