@@ -134,8 +134,9 @@ def why_not_head_size(head_size: int) -> str | None:
 
 def _wants_kernels(device: torch.device) -> bool:
     """Whether the chosen back end asks kernels first for tensors on this device."""
-    name = current_backend()
-    return name == "triton" or (name == "auto" and device.type != "cpu")
+    if _choice.name == "auto":
+        return device.type != "cpu"
+    return current_backend() == "triton"
 
 
 def why_eager(op: str, device: torch.device, dtype: torch.dtype, head_size: int = 0) -> str | None:
