@@ -400,6 +400,7 @@ def test_heads_that_are_too_large_are_refused_or_served_by_eager(monkeypatch):
     ours, theirs, truth = models(hidden_size=272, num_attention_heads=2)
     inputs = on_device(batch("right"))
     with torch.no_grad():
+        assert ops.MAX_HEAD_SIZE == fastbert_kernels.MAX_HEAD_SIZE
         with pytest.raises(RuntimeError, match="heads of 136 are larger than 128"):
             ours(**inputs)
         assert {row.backend for row in fastbert.explain(ours) if row.op == "attention"} == {"refused"}
