@@ -27,6 +27,7 @@ from kernel_cases import (
     linear_residual_arguments,
     normal,
 )
+from sanitizer import sanitized
 from torch import Tensor
 
 import fastbert_kernels
@@ -40,7 +41,7 @@ LENGTHS = (5, 64, 0, 1, 70, 3)
 
 @pytest.fixture(autouse=True)
 def _guard():
-    with guarded_outputs():
+    with guarded_outputs(), sanitized():
         yield
 
 

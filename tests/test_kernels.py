@@ -27,6 +27,7 @@ from kernel_cases import (
     normal,
     pairwise,
 )
+from sanitizer import sanitized
 from torch import Tensor
 
 import fastbert_kernels
@@ -45,7 +46,7 @@ MASK_VALUES = (
 @pytest.fixture(autouse=True)
 def _guard():
     take_bad_ids(DEVICE)
-    with guarded_outputs():
+    with guarded_outputs(), sanitized():
         yield
 
 
