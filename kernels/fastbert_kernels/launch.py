@@ -10,12 +10,15 @@ import logging
 import math
 import re
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,11 +31,21 @@ _launching = threading.Lock()
 
 
 def architecture(device: torch.device) -> str:
-    """The name of a device's configuration file: "sm_90", "gfx942"."""
-    if device.type != "cuda":
-        return INTERPRETED_ARCHITECTURE
+    """The name of a device's configuration file: "sm_90", "gfx942". On the meta device nothing runs: there it is the
+    target of Triton's active driver, for which kernels compile."""
+    if device.type == "cuda":
+        return _architecture_of_gpu(device)
+    return name_of(driver.active.get_current_target()) if device.type == "meta" else INTERPRETED_ARCHITECTURE
+
+
+@functools.cache
+def _architecture_of_gpu(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def name_of(target: GPUTarget) -> str:
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
 @functools.cache
@@ -50,14 +63,14 @@ def configurations(name: str) -> dict:
 
 
 @functools.cache
-def _entries(operation: str, device: torch.device, itemsize: int) -> tuple[dict, ...]:
-    table = configurations(architecture(device))
+def _entries(operation: str, name: str, itemsize: int) -> tuple[dict, ...]:
+    table = configurations(name)
     return tuple(table[operation].get("32" if itemsize == 4 else "16", ()))
 
 
 def choose(operation: str, x: Tensor, size: int) -> dict | None:
     """The launch configuration of an operation on tensors like x; None where no entry reaches the size."""
-    for entry in _entries(operation, x.device, x.dtype.itemsize):
+    for entry in _entries(operation, architecture(x.device), x.dtype.itemsize):
         if entry["up_to"] is None or size <= entry["up_to"]:
             return entry["config"]
     return None
@@ -74,7 +87,7 @@ def precision(x: Tensor) -> str:
 
     AMD's matrix instructions take float32 itself.
     """
-    if x.dtype != torch.float32 or torch.version.hip:
+    if x.dtype != torch.float32 or architecture(x.device).startswith("gfx"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
@@ -154,9 +167,25 @@ def common_unit(x: Tensor, *sizes: int) -> int:
     return math.gcd(16 // x.itemsize, *sizes)
 
 
+def run(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: dict) -> None:
+    kernel[grid](**arguments)
+
+
+@contextmanager
+def launching_by(instead: Callable[[triton.JITFunction, tuple[int, ...], dict], None]) -> Iterator[None]:
+    """Every launch, of all threads, goes to instead(kernel, grid, arguments): to be compiled only, or watched."""
+    global run
+    before, run = run, instead
+    try:
+        yield
+    finally:
+        run = before
+
+
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
     """kernel[grid](**arguments) on the tensors' device, which need not be the current one."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     # One at a time: of threads that need a kernel first, one compiles it; and the interpreter's state is global.
     with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[grid](**arguments)
+        # Products and sums in one rounding are what the numbers here rest on; Triton's default is about to change.
+        run(kernel, grid, arguments | {"enable_fp_fusion": True})
