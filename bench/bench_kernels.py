@@ -16,9 +16,9 @@ from workloads import DEVICE
 
 import fastbert_kernels
 from fastbert import eager
+from fastbert_kernels import roofline
 
-# hidden size, heads, feed-forward size
-MODELS = {"toy": (48, 3, 80), "minilm": (384, 12, 1536), "base": (768, 12, 3072), "large": (1024, 16, 4096)}
+MODELS = roofline.MODELS | {"toy": roofline.Model(1, 48, 3, 80)}
 SEQ_LEN, VOCAB = 128, 30522
 OPS = (
     "packing_plan",
@@ -59,9 +59,9 @@ TIMED = [
 ]
 
 
-def call_of(case: KernelCase, seed: int) -> tuple[str, tuple, float, float]:
-    """The op's name, its arguments, and the FLOPs and bytes that its call needs at least."""
-    width, heads, inner = MODELS[case.model]
+def call_of(case: KernelCase, seed: int) -> tuple[str, tuple]:
+    """The op's name and its arguments."""
+    _, width, heads, inner = MODELS[case.model]
     dtype, tokens = DTYPES[case.dtype], case.tokens
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
@@ -71,36 +71,32 @@ def call_of(case: KernelCase, seed: int) -> tuple[str, tuple, float, float]:
     def linear(outputs, inputs):
         return normal(outputs, inputs) * inputs**-0.5, normal(outputs)
 
-    def size_of(*tensors):
-        return sum(x.numel() * x.itemsize for x in tensors)
-
     x, norm = normal(tokens, width), (normal(width), normal(width), 1e-12)
     bounds = torch.arange(0, tokens + 1, SEQ_LEN, device=DEVICE, dtype=torch.int32)
     mask = torch.ones(tokens // SEQ_LEN, SEQ_LEN, device=DEVICE, dtype=torch.long)
     places = torch.arange(tokens, device=DEVICE)
     if case.op == "packing_plan":
-        return case.op, (mask,), 0.0, 2.0 * size_of(mask)
+        return case.op, (mask,)
     if case.op == "embed_layer_norm":
         ids = torch.randint(0, VOCAB, mask.shape, generator=generator, device=DEVICE)
         tables = normal(VOCAB, width), normal(SEQ_LEN, width), normal(2, width)
-        return case.op, (ids, mask, None, None, None, *tables, *norm), 0.0, 2.0 * size_of(x) + 2 * size_of(ids)
+        return case.op, (ids, mask, None, None, None, *tables, *norm)
     if case.op == "qkv_projection":
-        weights = (*linear(width, width), *linear(width, width), *linear(width, width))
-        return case.op, (x, *weights, heads), 6.0 * tokens * width**2, 4.0 * size_of(x) + size_of(*weights)
+        return case.op, (x, *linear(width, width), *linear(width, width), *linear(width, width), heads)
     if case.op == "attention":
-        qkv, scale = normal(tokens, 3, heads, width // heads), (width // heads) ** -0.5
-        return case.op, (qkv, bounds, SEQ_LEN, scale), 4.0 * tokens * SEQ_LEN * width, 4.0 * size_of(x)
+        return case.op, (normal(tokens, 3, heads, width // heads), bounds, SEQ_LEN, (width // heads) ** -0.5)
     if case.op == "linear_activation":
-        weights, outputs = linear(inner, width), tokens * inner * x.itemsize
-        return case.op, (x, *weights, "gelu"), 2.0 * tokens * width * inner, size_of(x, *weights) + outputs
+        return case.op, (x, *linear(inner, width), "gelu")
     if case.op in ("attention_output", "feed_forward_output"):
         hidden = normal(tokens, width if case.op == "attention_output" else inner)
-        weights, flops = linear(width, hidden.shape[1]), 2.0 * hidden.numel() * width
-        moved = size_of(hidden, *weights) + 2.0 * size_of(x)
-        return "linear_residual_layer_norm", (hidden, *weights, x, *norm), flops, moved
+        return "linear_residual_layer_norm", (hidden, *linear(width, hidden.shape[1]), x, *norm)
     if case.op == "unpack":
-        return case.op, (x, places, *mask.shape), 0.0, 2.0 * size_of(x)
-    return case.op, (x, bounds, "mean", True), 0.0, float(size_of(x))
+        return case.op, (x, places, *mask.shape)
+    return case.op, (x, bounds, "mean", True)
+
+
+def work_of(case: KernelCase) -> roofline.Work:
+    return roofline.work(case.op, MODELS[case.model], case.tokens // SEQ_LEN, SEQ_LEN, DTYPES[case.dtype].itemsize)
 
 
 def in_float64(arguments: tuple) -> tuple:
@@ -115,8 +111,8 @@ def error_of(output, truth) -> float:
 
 
 @cache
-def roofs() -> dict[str, float]:
-    """FLOP/s of a large product by dtype (random data; float32 as torch.backends has it) and bytes/s of a copy."""
+def roofs() -> roofline.Roofs:
+    """This device's, measured: a large product of random data by dtype (float32 as torch.backends has it), a copy."""
     found = {}
     for name, dtype in DTYPES.items():
         size = 4096 if name == "float32" else 8192
@@ -124,8 +120,7 @@ def roofs() -> dict[str, float]:
         found[name] = 2.0 * size**3 / median_seconds(lambda a=a, b=b: a @ b)
     source = torch.empty(2**30, device=DEVICE, dtype=torch.uint8)
     target = torch.empty_like(source)
-    found["copy"] = 2.0 * source.numel() / median_seconds(lambda: target.copy_(source))
-    return found
+    return roofline.Roofs(found, 2.0 * source.numel() / median_seconds(lambda: target.copy_(source)))
 
 
 def event_seconds(call: Callable) -> float:
@@ -164,7 +159,7 @@ def test_kernel(benchmark, case):
     if DEVICE.type == "cpu" and not fastbert_kernels.INTERPRETED:
         pytest.skip("kernels are timed on a GPU; without one, TRITON_INTERPRET=1 checks them at toy sizes")
     benchmark.group = f"{case.op} {case.model} {case.tokens} {case.dtype}"
-    name, arguments, flops, moved = call_of(case, 0)
+    name, arguments = call_of(case, 0)
     kernel, twin = getattr(fastbert_kernels, name), getattr(eager, name)
     truth = twin(*in_float64(arguments))
     error, twin_error = error_of(kernel(*arguments), truth), error_of(twin(*arguments), truth)
@@ -175,7 +170,8 @@ def test_kernel(benchmark, case):
         return
 
     del truth
-    sets = min(8, max(2, round(ROTATION_BYTES / max(moved, 1.0))))
+    needed = work_of(case)
+    sets = min(8, max(2, round(ROTATION_BYTES / needed.bytes)))
     inputs = [arguments, *(call_of(case, seed)[1] for seed in range(1, sets))]
     ours, calls = captured([lambda given=given: kernel(*given) for given in inputs])
     theirs, twin_calls = captured([lambda given=given: twin(*given) for given in inputs])
@@ -187,12 +183,12 @@ def test_kernel(benchmark, case):
     benchmark.pedantic(timed, setup=lambda: twin_seconds.append(event_seconds(theirs) / twin_calls), rounds=ROUNDS)
     median_s, twin_median_s = statistics.median(seconds), statistics.median(twin_seconds)
     q20_s, *_, q80_s = statistics.quantiles(seconds, n=5, method="inclusive")
-    floor_s = max(flops / roofs()[case.dtype], moved / roofs()["copy"])
+    floor_s = needed.seconds(case.dtype, roofs())
     records.write(
         {"suite": "kernels", "kind": "kernel", "case": asdict(case), "provider": "fastbert", "baseline": BASELINE}
         | {"median_s": median_s, "q20_s": q20_s, "q80_s": q80_s, "rounds": ROUNDS}
         | {"baseline_median_s": twin_median_s, "ratio": twin_median_s / median_s}
         | {"error": error, "error_ratio": error / twin_error if twin_error else None}
-        | {"flops_per_s": flops / median_s, "bytes_per_s": moved / median_s, "of_roof": floor_s / median_s}
-        | {"roofs": roofs()}
+        | {"flops_per_s": needed.flops / median_s, "bytes_per_s": needed.bytes / median_s}
+        | {"of_roof": floor_s / median_s, "roofs": roofs()._asdict()}
     )
