@@ -390,6 +390,15 @@ ERRORS = [
         ValueError,
         "embed_layer_norm: rows of 16385 elements are longer than 16384",
     ),
+    (
+        "embed_layer_norm",
+        dict.fromkeys(
+            ("input_ids", "token_type_ids", "position_ids"),
+            torch.ones(1, 1, dtype=torch.int64, device=DEVICE).expand(2**16, 2**15),
+        ),
+        ValueError,
+        "embed_layer_norm: 65536 x 32768 places, it takes fewer than 2^31",
+    ),
     ("unpack", {"indices": (69,)}, ValueError, "unpack: indices is [69], expected [70]"),
     ("pool", {"mode": "max"}, ValueError, "pool mode 'max' is unknown; choose 'first' or 'mean'"),
     ("pool", {"hidden": (2, 16385)}, ValueError, "pool: rows of 16385 elements are longer than 16384"),

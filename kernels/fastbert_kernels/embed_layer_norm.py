@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import MAX_ROW, check, check_shape, launch, with_unit_stride
+from fastbert_kernels.launch import MAX_ROW, check, check_shape, common_unit, launch, with_unit_stride
 from fastbert_kernels.layer_norm import live_tokens, normalize_rows, row_blocks
 
 INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -107,7 +107,7 @@ def _embed_layer_norm_kernel(
     stride_types_column,
     stride_positions_row,
     stride_positions_column,
-    stride_embeds_row,
+    stride_embeds_row,  # in UNITs, like the strides of the tables and the width
     stride_embeds_column,
     stride_word_table,
     stride_position_table,
@@ -119,9 +119,11 @@ def _embed_layer_norm_kernel(
     num_positions,
     num_types,
     eps,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    width *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     start = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     if start < count:
@@ -132,29 +134,30 @@ def _embed_layer_norm_kernel(
         if indices_ptr is not None:
             place = tl.load(indices_ptr + offs_t, mask=live, other=0)
         mask_e = (offs_e < width)[None, :]
-        row = place // seq_len
-        column = place % seq_len
+        # Divided in 32 bits: wider, a division is a subroutine.
+        row = (place.to(tl.int32) // seq_len).to(tl.int64)
+        column = (place.to(tl.int32) % seq_len).to(tl.int64)
         if input_ids_ptr is not None:
             ids = tl.load(input_ids_ptr + row * stride_ids_row + column * stride_ids_column, mask=live, other=0).to(
                 tl.int64
             )
             hidden = _add_rows(
-                tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32), word_table_ptr, stride_word_table, ids, live, num_words,
-                bad_ids_ptr, offs_e, mask_e,
+                tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32), word_table_ptr, stride_word_table * UNIT, ids, live,
+                num_words, bad_ids_ptr, offs_e, mask_e,
             )  # fmt: skip
         else:
-            embeds_ptrs = inputs_embeds_ptr + row * stride_embeds_row + column * stride_embeds_column
-            hidden = tl.load(embeds_ptrs[:, None] + offs_e[None, :], mask=live[:, None] & mask_e, other=0.0).to(
-                tl.float32
-            )
+            places = row * (stride_embeds_row * UNIT) + column * (stride_embeds_column * UNIT)
+            hidden = tl.load(
+                inputs_embeds_ptr + places[:, None] + offs_e[None, :], mask=live[:, None] & mask_e, other=0.0
+            ).to(tl.float32)
         types = tl.zeros((BLOCK_ROWS,), tl.int64)
         if token_type_ids_ptr is not None:
             types = tl.load(
                 token_type_ids_ptr + row * stride_types_row + column * stride_types_column, mask=live, other=0
             ).to(tl.int64)
         hidden = _add_rows(
-            hidden, token_type_table_ptr, stride_token_type_table, types, live, num_types, bad_ids_ptr + 2, offs_e,
-            mask_e,
+            hidden, token_type_table_ptr, stride_token_type_table * UNIT, types, live, num_types, bad_ids_ptr + 2,
+            offs_e, mask_e,
         )  # fmt: skip
         positions = column
         if position_ids_ptr is not None:
@@ -162,8 +165,8 @@ def _embed_layer_norm_kernel(
                 position_ids_ptr + row * stride_positions_row + column * stride_positions_column, mask=live, other=0
             ).to(tl.int64)
         hidden = _add_rows(
-            hidden, position_table_ptr, stride_position_table, positions, live, num_positions, bad_ids_ptr + 4, offs_e,
-            mask_e,
+            hidden, position_table_ptr, stride_position_table * UNIT, positions, live, num_positions, bad_ids_ptr + 4,
+            offs_e, mask_e,
         )  # fmt: skip
         weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
@@ -205,6 +208,8 @@ def embed_layer_norm(
         check_shape(operation, name, table, table.shape[0], width)
     check_shape(operation, "weight", weight, width)
     check_shape(operation, "bias", bias, width)
+    if batch_size * seq_len >= 2**31:
+        raise ValueError(f"{operation}: {batch_size} x {seq_len} places, it takes fewer than 2^31")
     if width > MAX_ROW:
         raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
     size = batch_size * seq_len if indices is None else indices.shape[0]
@@ -213,6 +218,10 @@ def embed_layer_norm(
         return out
     word_table, position_table, token_type_table = map(with_unit_stride, (word_table, position_table, token_type_table))
     inputs_embeds = with_unit_stride(inputs_embeds) if embeds else None
+    tables = {"word": word_table, "position": position_table, "token_type": token_type_table}
+    table_strides = {f"stride_{name}_table": table.stride(0) for name, table in tables.items()}
+    embeds_strides = _strides("embeds", inputs_embeds)
+    unit = common_unit(word_table, width, *table_strides.values(), *embeds_strides.values())
     blocks = row_blocks(width)
     launch(
         _embed_layer_norm_kernel,
@@ -234,17 +243,15 @@ def embed_layer_norm(
         **_strides("ids", input_ids),
         **_strides("types", token_type_ids),
         **_strides("positions", position_ids),
-        **_strides("embeds", inputs_embeds),
-        stride_word_table=word_table.stride(0),
-        stride_position_table=position_table.stride(0),
-        stride_token_type_table=token_type_table.stride(0),
+        **{name: stride // unit for name, stride in (embeds_strides | table_strides).items()},
         num_tokens=size,
         seq_len=seq_len,
-        width=width,
+        width=width // unit,
         num_words=word_table.shape[0],
         num_positions=position_table.shape[0],
         num_types=token_type_table.shape[0],
         eps=eps,
+        UNIT=unit,
         **blocks,
     )
     return out

@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import launch
+from fastbert_kernels.launch import common_unit, launch
 
 
 def row_blocks(width: int) -> dict:
     """Rows a program takes and warps it runs on, from the width alone, so that a row's bits never depend on others."""
     block = triton.next_power_of_2(width)
-    rows = max(1, min(16, 4096 // block))
+    rows = max(1, min(16, 2048 // block))
     return {"BLOCK_ROWS": rows, "BLOCK_E": block, "num_warps": 4 if rows * block <= 4096 else 8}
 
 
@@ -43,14 +43,16 @@ def _layer_norm_kernel(
     bias_ptr,  # [E]
     out_ptr,  # [T, E], may be x
     num_tokens_ptr,  # int32 [1] or None
-    stride_x,
+    stride_x,  # in UNITs, like every stride and width
     stride_out,
     num_tokens,
     width,
     eps,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    width *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     start = tl.program_id(0) * BLOCK_ROWS
     if start < count:
@@ -59,16 +61,18 @@ def _layer_norm_kernel(
         mask_e = (offs_e < width)[None, :]
         mask = (offs_t < count)[:, None] & mask_e
         offs_t = offs_t.to(tl.int64)[:, None]
-        rows = tl.load(x_ptr + offs_t * stride_x + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows = tl.load(x_ptr + offs_t * (stride_x * UNIT) + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
         rows = normalize_rows(rows, mask_e, width, weight, bias, eps)
-        tl.store(out_ptr + offs_t * stride_out + offs_e[None, :], rows.to(out_ptr.dtype.element_ty), mask=mask)
+        places = offs_t * (stride_out * UNIT) + offs_e[None, :]
+        tl.store(out_ptr + places, rows.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, num_tokens: Tensor | None) -> None:
     """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself."""
     blocks = row_blocks(x.shape[1])
+    unit = common_unit(x, x.stride(0), out.stride(0), x.shape[1])
     launch(
         _layer_norm_kernel,
         (triton.cdiv(x.shape[0], blocks["BLOCK_ROWS"]),),
@@ -78,10 +82,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor,
         bias_ptr=bias.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0),
-        stride_out=out.stride(0),
+        stride_x=x.stride(0) // unit,
+        stride_out=out.stride(0) // unit,
         num_tokens=x.shape[0],
-        width=x.shape[1],
+        width=x.shape[1] // unit,
         eps=eps,
+        UNIT=unit,
         **blocks,
     )

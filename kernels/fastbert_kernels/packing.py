@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import check, check_shape, launch, with_unit_stride
+from fastbert_kernels.launch import check, check_shape, common_unit, launch, with_unit_stride
 from fastbert_kernels.layer_norm import live_tokens, row_blocks
 
 BLOCK = 1024
@@ -111,13 +111,15 @@ def _unpack_kernel(
     indices_ptr,  # int64 [T]
     out_ptr,  # [B * S, E]
     num_tokens_ptr,  # int32 [1] or None
-    stride_hidden,
+    stride_hidden,  # in UNITs, as the width
     num_tokens,
     num_places,
     width,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    width *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     token = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     place = tl.load(indices_ptr + token, mask=token < num_tokens, other=num_places)
@@ -127,7 +129,7 @@ def _unpack_kernel(
         mask_e = (offs_e < width)[None, :]
         # Rows past the count are not read: zeros go to their places.
         rows = tl.load(
-            hidden_ptr + token[:, None] * stride_hidden + offs_e[None, :],
+            hidden_ptr + token[:, None] * (stride_hidden * UNIT) + offs_e[None, :],
             mask=(token < count)[:, None] & mask_e,
             other=0.0,
         )
@@ -155,6 +157,7 @@ def unpack(
         return out
     width = out[0, 0].numel()
     hidden = with_unit_stride(hidden.reshape(size, width))
+    unit = common_unit(hidden, hidden.stride(0), width)
     blocks = row_blocks(min(width, BLOCK))
     launch(
         _unpack_kernel,
@@ -164,10 +167,11 @@ def unpack(
         indices_ptr=indices.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_hidden=hidden.stride(0),
+        stride_hidden=hidden.stride(0) // unit,
         num_tokens=size,
         num_places=num_places,
-        width=width,
+        width=width // unit,
+        UNIT=unit,
         **blocks,
     )
     return out

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import MAX_ROW, check, launch, shape_of, with_unit_stride
+from fastbert_kernels.launch import MAX_ROW, check, common_unit, launch, shape_of, with_unit_stride
 from fastbert_kernels.layer_norm import row_blocks
 
 MODES = ("first", "mean")
@@ -23,15 +23,17 @@ def _pool_kernel(
     cu_seqlens_ptr,  # int32 [N + 1]
     indices_ptr,  # int64 [T] or None
     out_ptr,  # [N, E]
-    stride_hidden,
+    stride_hidden,  # in UNITs, as the width
     num_tokens,
     num_rows,
     width,
+    UNIT: tl.constexpr,
     MEAN: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    width *= UNIT
     sequence = tl.program_id(0).to(tl.int64)
     # Bounds come from outside: whatever they are, nothing is read past the buffers.
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0).to(tl.int64)
@@ -50,7 +52,7 @@ def _pool_kernel(
             rows = tl.load(indices_ptr + rows, mask=live, other=0)
             live = live & (rows >= 0) & (rows < num_rows)
         tile = tl.load(
-            hidden_ptr + rows[:, None] * stride_hidden + offs_e[None, :],
+            hidden_ptr + rows[:, None] * (stride_hidden * UNIT) + offs_e[None, :],
             mask=live[:, None] & mask_e[None, :],
             other=0.0,
         )
@@ -83,6 +85,7 @@ def pool(
     if num_sequences == 0:
         return out
     hidden = with_unit_stride(hidden)
+    unit = common_unit(hidden, hidden.stride(0), width)
     launch(
         _pool_kernel,
         (num_sequences,),
@@ -91,10 +94,11 @@ def pool(
         cu_seqlens_ptr=cu_seqlens.contiguous(),
         indices_ptr=None if indices is None else indices.contiguous(),
         out_ptr=out,
-        stride_hidden=hidden.stride(0),
+        stride_hidden=hidden.stride(0) // unit,
         num_tokens=num_rows if indices is None else indices.shape[0],
         num_rows=num_rows,
-        width=width,
+        width=width // unit,
+        UNIT=unit,
         MEAN=mode == "mean",
         NORMALIZE=normalize,
         **row_blocks(width),
