@@ -58,7 +58,8 @@ def _linear_kernel(
     num_inputs *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(num_outputs, BLOCK_N)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n, tl.num_programs(0)):
+    # What an epilogue needs, hoisted out of this loop, would take registers from the main loop.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n, tl.num_programs(0), disable_licm=True):
         row = tile // tiles_n * BLOCK_T
         col = tile % tiles_n * BLOCK_N
         result, _, _ = matmul_tiles(

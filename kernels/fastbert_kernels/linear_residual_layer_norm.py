@@ -93,7 +93,8 @@ def _linear_residual_layer_norm_kernel(
     stride_residual *= UNIT
     stride_out *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T), tl.num_programs(0)):
+    # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_T), tl.num_programs(0), disable_licm=True):
         row = tile * BLOCK_T
         first, second, third = matmul_tiles(
             x, weight, row, 0, count, width, num_inputs, stride_x * UNIT, stride_weight * UNIT,

@@ -53,19 +53,22 @@ def _qkv_projection_kernel(
     num_inputs *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(width, BLOCK_N)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n * 3, tl.num_programs(0)):
+    # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n * 3, tl.num_programs(0), disable_licm=True):
         row = tile // (tiles_n * 3) * BLOCK_T
         part = tile // tiles_n % 3
         col = tile % tiles_n * BLOCK_N
-        # Statements, not conditional expressions: those cannot choose between descriptors.
-        weight = q_weight
-        bias_ptr = q_bias_ptr
-        if part == 1:
-            weight = k_weight
-            bias_ptr = k_bias_ptr
-        elif part == 2:
-            weight = v_weight
-            bias_ptr = v_bias_ptr
+        if DESCRIPTORS:
+            # A statement: nothing else chooses between descriptors.
+            weight = q_weight
+            if part == 1:
+                weight = k_weight
+            elif part == 2:
+                weight = v_weight
+        else:
+            # No statement: Triton 3.6 for AMD compiles no pointers that come out of one.
+            weight = tl.where(part == 0, q_weight, tl.where(part == 1, k_weight, v_weight))
+        bias_ptr = tl.where(part == 0, q_bias_ptr, tl.where(part == 1, k_bias_ptr, v_bias_ptr))
         result, _, _ = matmul_tiles(
             x, weight, row, col, count, width, num_inputs, stride_x * UNIT, stride_weight * UNIT,
             BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
