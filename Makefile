@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format
+.PHONY: demo test bench report lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,10 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/pytest bench
 	$(BIN)/python bench/report.py
+
+# What every kernel compiles to, for every architecture: no GPU is needed.
+report: .venv/installed
+	$(BIN)/python -m fastbert_kernels.report > bench/results/compiled/README.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -54,7 +54,8 @@ def _qkv_projection_kernel(
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(width, BLOCK_N)
     # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n * 3, tl.num_programs(0), disable_licm=True):
+    tiles = tl.cdiv(count, BLOCK_T) * tiles_n * 3
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         row = tile // (tiles_n * 3) * BLOCK_T
         part = tile // tiles_n % 3
         col = tile % tiles_n * BLOCK_N
