@@ -1,6 +1,7 @@
 """Properties of the launchers that no tolerance is needed for: what a row's bits depend on, what is read and written,
 what is refused."""
 
+import mmap
 import re
 
 import pytest
@@ -32,6 +33,7 @@ from torch import Tensor
 
 import fastbert_kernels
 from fastbert_kernels import packing_plan, take_bad_ids, unpack
+from fastbert_kernels.layer_norm import layer_norm
 
 pytestmark = MARKS
 
@@ -46,10 +48,17 @@ def _guard():
 
 
 def projection(op: str, dtype: torch.dtype, tokens: int):
-    """A launcher and arguments with that many rows, and the names of the arguments that have them."""
+    """A launcher and arguments with that many rows, and the names of the arguments that have them.
+
+    There are four blocks of inputs or more: a sum of two would not tell their order.
+    """
     launcher, arguments = example(op, dtype)
     rows = [name for name in ("x", "residual") if name in arguments]
-    return launcher, arguments | {name: normal(tokens, arguments[name].shape[1], dtype=dtype) for name in rows}, rows
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.ndim == 2:
+            size, width = tokens if name in rows else len(x), x.shape[1] if name == "residual" else 200
+            arguments[name] = normal(size, width, dtype=dtype)
+    return launcher, arguments, rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +99,15 @@ def test_rows_past_the_count_are_neither_read_nor_written(op, num_tokens):
         arguments[name][num_tokens:] = 0
     out = launcher(**arguments, num_tokens=count(num_tokens))
     assert out[num_tokens:].isnan().all()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 13, 64])
+def test_layer_norm_writes_no_rows_past_the_count(num_tokens):
+    """Over a buffer of numbers: in its own place LayerNorm would make NaN of NaN."""
+    x, out = normal(70, 48), torch.full((70, 48), 7.0, device=DEVICE)
+    layer_norm(x, torch.ones_like(x[0]), torch.zeros_like(x[0]), 1e-12, out, count(num_tokens))
+    torch.testing.assert_close(out[:num_tokens], torch.layer_norm(x[:num_tokens], (48,), eps=1e-12))
+    assert (out[num_tokens:] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,6 +194,33 @@ def test_an_operand_may_lie_anyhow_in_memory(op, name, layout):
     launcher, arguments = example(op, torch.float16)
     copy = LAYOUTS[layout](arguments[name])
     outputs = [launcher(**arguments | {name: x}) for x in (copy, copy.contiguous())]
+    if op == "packing_plan":
+        outputs = [torch.cat(plan) for plan in outputs]
+    assert torch.equal(*outputs)
+
+
+# Linux's own number; `mmap` names it from Python 3.13 on.
+MAP_NORESERVE = 0x4000
+# Of two rows the stride itself would be 2^31, which no kernel is asked for.
+OPERANDS_OF_ROWS = [
+    (op, name) for op, name in OPERANDS for x in [example(op, torch.float32)[1][name]] if x.ndim > 1 and len(x) > 2
+]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU holds all of it: test_gpu.py")
+@pytest.mark.parametrize(("op", "name"), OPERANDS_OF_ROWS)
+def test_offsets_past_2_to_the_31(op, name):
+    """Half of the rows lie there, in memory of which only they exist; where 32 bits would put them there are zeros.
+
+    They are unaligned, so that pointers address them and no descriptor, which counts in 64 bits itself.
+    """
+    launcher, arguments = example(op, torch.float16)
+    x = arguments[name]
+    stride = 64 * -(-(2**31) // (64 * (len(x) // 2)))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, (2**31 + len(x) * stride) * x.itemsize, flags)
+    far = torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, (stride, *x.stride()[1:]), 2**31 + 1).copy_(x)
+    outputs = [launcher(**arguments | {name: operand}) for operand in (x, far)]
     if op == "packing_plan":
         outputs = [torch.cat(plan) for plan in outputs]
     assert torch.equal(*outputs)

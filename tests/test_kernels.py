@@ -84,6 +84,17 @@ def test_linear_of_one_column(dtype):
     check("linear_activation", x=x, weight=weight, bias=normal(20, dtype=dtype), activation="none")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["linear_activation", "qkv_projection", "linear_residual_layer_norm"])
+def test_rows_of_more_than_their_columns(op, dtype):
+    """Strides are multiples of 16 bytes and the number of inputs is not; no descriptor, which knows it, serves them."""
+    _, arguments = example(op, dtype)
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.shape[-1] == 40:
+            arguments[name] = x[:, 3:16]
+    check(op, **arguments)
+
+
 def activate(values: Tensor, activation: str) -> Tensor:
     """The activation alone, of values that come in as the bias."""
     x, weight = (values.new_zeros(size, 16) for size in (1, len(values)))
@@ -182,6 +193,27 @@ def test_eps_is_what_was_passed(width, eps, dtype):
     check("embed_layer_norm", **arguments)
 
 
+@pytest.mark.parametrize("spread", ["about a large mean", "about zero"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("width", [48, 400])
+def test_statistics_are_float32(width, dtype, spread):
+    """Rows whose mean, rounded to the dtype, would be off by half the spread, or whose squares are infinite there."""
+
+    def rows(count: int) -> Tensor:
+        bits = torch.randint(0, 2, (count, width))
+        values = bits + 1 / torch.finfo(dtype).eps if spread == "about a large mean" else 60_000 * bits - 30_000
+        return values.to(DEVICE, dtype)
+
+    arguments = linear_residual_arguments(9, width, dtype, dtype) | {"residual": rows(9)}
+    for name in ("x", "bias"):
+        arguments[name].zero_()
+    check("linear_residual_layer_norm", **arguments)
+    arguments = embed_arguments("int64", "int64", "int64", "contiguous", width, dtype) | {"word_table": rows(11)}
+    for name in ("position_table", "token_type_table"):
+        arguments[name].zero_()
+    check("embed_layer_norm", **arguments, indices=None)
+
+
 @pairwise(
     head_size=(1, 8, 16, 32, 64, 80, 96, 128),
     lengths=LENGTHS,
@@ -203,6 +235,14 @@ def test_attention_of_large_scores(dtype):
     qkv = normal(70, 3, 2, 32, dtype=dtype)
     qkv[:, :2] *= 60
     check("attention", qkv=qkv, cu_seqlens=bounds((65, 5)), max_seqlen=65, scale=1.0)
+
+
+@pytest.mark.parametrize(("dtype", "score"), [(torch.float16, -7.75), (torch.bfloat16, -5.625)], ids=str)
+def test_attention_to_a_long_tail(dtype, score):
+    """The weights of 64 keys of this score are less than half of the dtype's step at 64, what the first keys sum to."""
+    qkv = torch.zeros(21 * 64, 3, 1, 16)
+    qkv[:, 0, 0, 0], qkv[64:, 1, 0, 0], qkv[:, 2] = 1, score, 1
+    check("attention", qkv=qkv.to(DEVICE, dtype), cu_seqlens=bounds((21 * 64,)), max_seqlen=21 * 64, scale=1.0)
 
 
 @pytest.mark.parametrize("max_seqlen", [10, 128, 129, 500])
@@ -329,6 +369,12 @@ def test_pool(lengths, mode, normalize, width, dtype, layout, indexed):
     hidden = LAYOUTS[layout](normal(sum(lengths) + 5 * indexed, width, dtype=dtype))
     indices = torch.randperm(len(hidden)).to(DEVICE)[: sum(lengths)] if indexed else None
     check("pool", hidden=hidden, cu_seqlens=bounds(lengths), mode=mode, normalize=normalize, indices=indices)
+
+
+def test_a_mean_is_of_a_sum_in_float32():
+    """40 values of 60000, of which two already are infinite in float16."""
+    hidden = torch.full((40, 48), 60_000, dtype=torch.float16, device=DEVICE)
+    check("pool", hidden=hidden, cu_seqlens=bounds((40,)), mode="mean")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

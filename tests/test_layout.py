@@ -202,6 +202,16 @@ def test_a_fully_masked_query_is_finite(mask, attention, dtype):
     assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+def test_a_query_without_keys_attends_to_all(dtype, attention):
+    ours, _ = pair(attention=attention)
+    mask = torch.ones(1, 1, SEQ_LEN, SEQ_LEN, dtype=dtype)
+    expected = ours(**batch(None), attention_mask=mask).last_hidden_state
+    mask[..., 3, :] = 0
+    torch.testing.assert_close(ours(**batch(None), attention_mask=mask).last_hidden_state, expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_empty_batches_with_states_and_attentions(shape):
     ours, _ = pair()

@@ -45,6 +45,13 @@ def test_every_dropout_drops(part):
     assert not torch.allclose(ours(**inputs)[0], expected)
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MultipleChoice"])
+@pytest.mark.parametrize("classifier_dropout", [None, 0.0, 0.4])
+def test_a_classifier_has_its_own_dropout(classifier_dropout, head):
+    ours, theirs = pair(f"BertFor{head}", **DROPOUT, classifier_dropout=classifier_dropout)
+    assert ours.dropout.p == theirs.dropout.p == (0.3 if classifier_dropout is None else classifier_dropout)
+
+
 def test_mean_under_dropout_is_the_output_without(minilm):
     """Dropout scales by 1 / (1 - p): over many draws the embeddings' mean is what eval mode gives."""
     embeddings = deepcopy(minilm.embeddings)

@@ -442,6 +442,21 @@ def test_gradients_under_autocast():
         check_close(name, found[1][name], found[2][name].float(), found[0][name], factor=6.0)
 
 
+def test_a_recomputation_has_the_autocast_of_its_forward():
+    seen = []
+
+    def compute(x):
+        seen.append((torch.is_autocast_enabled(DEVICE), torch.get_autocast_dtype(DEVICE)))
+        return x * 2
+
+    x = torch.ones(2, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.float16):
+        output = ops.in_one_node(compute, x)
+    output.sum().backward()
+    assert seen == [(True, torch.float16)] * 2
+    assert x.grad.tolist() == [2, 2]
+
+
 def test_warmup(launches):
     ours, _, _ = models("BertForMultipleChoice")
     fastbert.warmup(ours, [(1, 4), (2, 3)])

@@ -1,0 +1,846 @@
+"""Planted bugs, each of which a test must fail for: one that survives is a test that is missing.
+
+    python tests/mutants.py [NAME ...]
+
+Each mutant changes one place in a copy of the tracked files, and the test named beside it runs there, as many mutants
+at a time as there are cores. The status is 1 if one survives, does not apply, or stops the test in another way than by
+failing it; and if a test fails without any mutant, for then nothing is proven.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+TIME_LIMIT = 600  # seconds for the tests of one mutant
+
+# Tests of another tree would say nothing about the copy.
+RUN_PYTEST = """
+import sys
+from pathlib import Path
+import pytest
+
+status = pytest.main(sys.argv[1:])
+imported = [Path(sys.modules[name].__file__) for name in ("fastbert", "fastbert_kernels")]
+sys.exit(status if all(path.is_relative_to(Path.cwd()) for path in imported) else pytest.ExitCode.INTERNAL_ERROR)
+"""
+
+
+class Mutant(NamedTuple):
+    """A bug: `original`, which stands once in the file, becomes `replacement`; the test must fail for it."""
+
+    name: str
+    file: str
+    original: str
+    replacement: str
+    test: str  # "test_file.py::test_function", of one that takes long "test_file.py::test_function[case]"
+
+
+MUTANTS = [
+    Mutant(
+        "activation-gelu-by-tanh",
+        "kernels/fastbert_kernels/activation.py",
+        "x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))",
+        "x = x / (1.0 + tl.exp2(-x * (2.302208198144325 + 0.1029432395800235 * x * x)))",
+        "test_kernels.py::test_linear_activation",
+    ),
+    Mutant(
+        "activation-coefficient-of-the-tail",
+        "kernels/fastbert_kernels/activation.py",
+        "- 0.0539378435",
+        "- 0.0531378435",
+        "test_kernels.py::test_gelu_of_every_size_is_a_rounding_away",
+    ),
+    Mutant(
+        "activation-relu-of-nan",
+        "kernels/fastbert_kernels/activation.py",
+        "x = tl.where(x < 0, 0.0, x)",
+        "x = tl.where(x > 0, x, 0.0)",
+        "test_kernels.py::test_activation_of_special_values",
+    ),
+    Mutant(
+        "activation-tanh-without-its-series",
+        "kernels/fastbert_kernels/activation.py",
+        "square < 0.01",
+        "square < 0.0",
+        "test_kernels.py::test_activation_of_small_values",
+    ),
+    Mutant(
+        "attention-keys-past-the-end-are-read",
+        "kernels/fastbert_kernels/attention.py",
+        "mask = live[:, None] & mask_d",
+        "mask = (offs_key < BLOCK_KEYS)[:, None] & mask_d",
+        "test_kernel_properties.py::test_sequences_do_not_depend_on_each_other",
+    ),
+    Mutant(
+        "attention-scores-past-the-end-count",
+        "kernels/fastbert_kernels/attention.py",
+        'scores = tl.where(live[None, :], scores * scale_log2, float("-inf"))',
+        "scores = scores * scale_log2",
+        "test_kernels.py::test_attention",
+    ),
+    Mutant(
+        "attention-scale-is-missing",
+        "kernels/fastbert_kernels/attention.py",
+        "scale_log2=scale * LOG2_E",
+        "scale_log2=LOG2_E",
+        "test_kernels.py::test_attention",
+    ),
+    Mutant(
+        "attention-sum-in-low-precision",
+        "kernels/fastbert_kernels/attention.py",
+        "row_sum = row_sum * shrink + tl.sum(weights, axis=1)",
+        "row_sum = (row_sum * shrink + tl.sum(weights, axis=1)).to(q.dtype).to(tl.float32)",
+        "test_kernels.py::test_attention_to_a_long_tail",
+    ),
+    Mutant(
+        "attention-context-in-low-precision",
+        "kernels/fastbert_kernels/attention.py",
+        "context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION)",
+        "context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION).to(v.dtype).to(tl.float32)",
+        "test_kernels.py::test_attention",
+    ),
+    Mutant(
+        "attention-context-does-not-shrink",
+        "kernels/fastbert_kernels/attention.py",
+        "v, context * shrink[:, None], PRECISION",
+        "v, context, PRECISION",
+        "test_kernels.py::test_attention",
+    ),
+    Mutant(
+        "attention-keys-a-block-by-max-seqlen",
+        "kernels/fastbert_kernels/attention.py",
+        'BLOCK_KEYS=config["BLOCK_KEYS"]',
+        'BLOCK_KEYS=config["BLOCK_KEYS"] // (1 if max_seqlen < 100 else 2)',
+        "test_kernel_properties.py::test_sequences_do_not_depend_on_each_other",
+    ),
+    Mutant(
+        "attention-bound-past-the-buffer",
+        "kernels/fastbert_kernels/attention.py",
+        "tl.minimum(end, num_tokens)",
+        "tl.minimum(end, num_tokens + 1)",
+        "test_kernel_properties.py::test_hostile_bounds",
+    ),
+    Mutant(
+        "attention-query-past-the-end",
+        "kernels/fastbert_kernels/attention.py",
+        "mask_q = (offs_q < length)[:, None]",
+        "mask_q = (offs_q < length + 1)[:, None]",
+        "test_kernel_properties.py::test_rows_outside_of_sequences_are_neither_read_nor_written",
+    ),
+    Mutant(
+        "attention-offsets-in-32-bits",
+        "kernels/fastbert_kernels/attention.py",
+        "places = (key + offs_key).to(tl.int64)[:, None]",
+        "places = (key + offs_key)[:, None]",
+        "test_kernel_properties.py::test_offsets_past_2_to_the_31",
+    ),
+    Mutant(
+        "embed-negative-ids-are-looked-up",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "known = (index >= 0) & (index < limit)",
+        "known = index < limit",
+        "test_kernels.py::test_index_out_of_range",
+    ),
+    Mutant(
+        "embed-limit-off-by-one",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "bad = live & ((index < 0) | (index >= limit))",
+        "bad = live & ((index < 0) | (index > limit))",
+        "test_kernels.py::test_index_out_of_range",
+    ),
+    Mutant(
+        "embed-notes-another-input",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "num_types, bad_ids_ptr + 2",
+        "num_types, bad_ids_ptr + 4",
+        "test_kernels.py::test_index_out_of_range",
+    ),
+    Mutant(
+        "embed-notes-stay",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "buffer[row] = 0",
+        "buffer[row] += 0",
+        "test_kernels.py::test_index_out_of_range",
+    ),
+    Mutant(
+        "embed-position-is-the-place",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "positions = column",
+        "positions = place",
+        "test_kernels.py::test_embed_layer_norm",
+    ),
+    Mutant(
+        "embed-place-of-the-packed-token",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "place = tl.load(indices_ptr + offs_t, mask=live, other=0)",
+        "place = offs_t",
+        "test_kernels.py::test_embed_layer_norm",
+    ),
+    Mutant(
+        "embed-rows-past-the-count",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "live = offs_t < count",
+        "live = offs_t < num_tokens",
+        "test_kernels.py::test_embed_layer_norm",
+    ),
+    Mutant(
+        "launch-configuration-of-the-next-size",
+        "kernels/fastbert_kernels/launch.py",
+        'size <= entry["up_to"]',
+        'size < entry["up_to"]',
+        "test_kernels.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "launch-precision-without-asking-torch",
+        "kernels/fastbert_kernels/launch.py",
+        '"tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"',
+        '"tf32x3"',
+        "test_kernels.py::test_precision_follows_torch",
+    ),
+    Mutant(
+        "launch-unit-that-divides-no-width",
+        "kernels/fastbert_kernels/launch.py",
+        "math.gcd(16 // x.itemsize, *sizes)",
+        "math.gcd(16 // x.itemsize, *sizes[:-1])",
+        "test_kernels.py::test_rows_of_more_than_their_columns",
+    ),
+    Mutant(
+        "launch-descriptors-of-unaligned-rows",
+        "kernels/fastbert_kernels/launch.py",
+        "x.data_ptr() % 16 == 0 and ",
+        "",
+        "test_kernels.py::test_descriptors_serve_rows_of_16_bytes_only",
+    ),
+    Mutant(
+        "configuration-of-another-block-k",
+        "kernels/fastbert_kernels/configs/sm_90.json",
+        """"linear_activation": {
+    "16": [
+      {"up_to": 1024, "config": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64,""",
+        """"linear_activation": {
+    "16": [
+      {"up_to": 1024, "config": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32,""",
+        "test_kernel_properties.py::test_configurations",
+    ),
+    Mutant(
+        "layer-norm-mean-in-low-precision",
+        "kernels/fastbert_kernels/layer_norm.py",
+        "mean = tl.sum(rows, axis=1) / width",
+        "mean = (tl.sum(rows, axis=1) / width).to(tl.float16).to(tl.float32)",
+        "test_kernels.py::test_statistics_are_float32",
+    ),
+    Mutant(
+        "layer-norm-columns-past-the-width",
+        "kernels/fastbert_kernels/layer_norm.py",
+        "centered = tl.where(mask, rows - mean[:, None], 0.0)",
+        "centered = rows - mean[:, None]",
+        "test_kernels.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "layer-norm-eps",
+        "kernels/fastbert_kernels/layer_norm.py",
+        "tl.rsqrt(variance + eps)",
+        "tl.rsqrt(variance + 1e-6)",
+        "test_kernels.py::test_eps_is_what_was_passed",
+    ),
+    Mutant(
+        "layer-norm-rows-past-the-count",
+        "kernels/fastbert_kernels/layer_norm.py",
+        "mask = (offs_t < count)[:, None] & mask_e",
+        "mask = (offs_t < num_tokens)[:, None] & mask_e",
+        "test_kernel_properties.py::test_layer_norm_writes_no_rows_past_the_count",
+    ),
+    Mutant(
+        "live-tokens-are-all",
+        "kernels/fastbert_kernels/layer_norm.py",
+        "count = tl.minimum(tl.load(num_tokens_ptr), num_tokens)",
+        "count = num_tokens",
+        "test_kernel_properties.py::test_rows_past_the_count_are_neither_read_nor_written",
+    ),
+    Mutant(
+        "linear-rows-past-the-count",
+        "kernels/fastbert_kernels/linear_activation.py",
+        "mask = (offs_t < count) & mask_n[None, :]",
+        "mask = (offs_t < num_tokens) & mask_n[None, :]",
+        "test_kernel_properties.py::test_rows_past_the_count_are_neither_read_nor_written",
+    ),
+    Mutant(
+        "linear-column-past-the-width",
+        "kernels/fastbert_kernels/linear_activation.py",
+        "mask_n = offs_n < num_outputs",
+        "mask_n = offs_n < num_outputs + 1",
+        "test_kernels.py::test_linear_activation",
+    ),
+    Mutant(
+        "linear-residual-of-the-first-tile",
+        "kernels/fastbert_kernels/linear_activation.py",
+        "places = offs_t * (stride_residual * UNIT)",
+        "places = (offs_t - row) * (stride_residual * UNIT)",
+        "test_kernels.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "linear-last-tile-is-missing",
+        "kernels/fastbert_kernels/linear_activation.py",
+        "tl.cdiv(count, BLOCK_T) * tiles_n, ",
+        "count // BLOCK_T * tiles_n, ",
+        "test_kernels.py::test_linear_activation",
+    ),
+    Mutant(
+        "linear-gelu-of-float32-by-the-fit",
+        "kernels/fastbert_kernels/linear_activation.py",
+        "EXACT=out.dtype == torch.float32",
+        "EXACT=False",
+        "test_kernels.py::test_activation_of_small_values",
+    ),
+    Mutant(
+        "residual-norm-launches-by-the-batch",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "if config is None:",
+        "if config is None or size <= 64:",
+        "test_kernel_properties.py::test_rows_do_not_depend_on_other_rows",
+    ),
+    Mutant(
+        "residual-norm-columns-of-the-first-tile",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "residual_ptr + offs_t * stride_residual + offs_n[None, :]",
+        "residual_ptr + offs_t * stride_residual + (offs_n - col)[None, :]",
+        "test_kernels.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "residual-norm-mean-in-low-precision",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "mean = total / width",
+        "mean = (total / width).to(out_ptr.dtype.element_ty).to(tl.float32)",
+        "test_kernels.py::test_statistics_are_float32",
+    ),
+    Mutant(
+        "residual-norm-variance-in-low-precision",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "rstd = tl.rsqrt(squares / width + eps)",
+        "rstd = tl.rsqrt((squares / width).to(out_ptr.dtype.element_ty).to(tl.float32) + eps)",
+        "test_kernels.py::test_statistics_are_float32",
+    ),
+    Mutant(
+        "residual-norm-unbiased-variance",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "rstd = tl.rsqrt(squares / width + eps)",
+        "rstd = tl.rsqrt(squares / (width - 1) + eps)",
+        "test_kernels.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "residual-norm-eps",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "rstd = tl.rsqrt(squares / width + eps)",
+        "rstd = tl.rsqrt(squares / width + 1e-6)",
+        "test_kernels.py::test_eps_is_what_was_passed",
+    ),
+    Mutant(
+        "residual-norm-offsets-in-32-bits",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]",
+        "offs_t = (row + tl.arange(0, BLOCK_T))[:, None]",
+        "test_kernel_properties.py::test_offsets_past_2_to_the_31",
+    ),
+    Mutant(
+        "matmul-inputs-past-the-width",
+        "kernels/fastbert_kernels/matmul.py",
+        "mask=offs_inner[None, :] < num_inner",
+        "mask=offs_inner[None, :] < num_inner + 1",
+        "test_kernels.py::test_linear_activation",
+    ),
+    Mutant(
+        "matmul-order-by-the-batch",
+        "kernels/fastbert_kernels/matmul.py",
+        "    for inner in range(0, num_inner, BLOCK_K):\n",
+        "    for start in range(0, num_inner, BLOCK_K):\n"
+        "        last = (num_inner - 1) // BLOCK_K * BLOCK_K\n"
+        "        inner = start if num_rows > 64 else last - start\n",
+        "test_kernel_properties.py::test_rows_do_not_depend_on_other_rows",
+    ),
+    Mutant(
+        "matmul-second-tile-is-the-first",
+        "kernels/fastbert_kernels/matmul.py",
+        "weight, col + BLOCK_N, inner",
+        "weight, col, inner",
+        "test_kernels.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "matmul-sums-in-low-precision",
+        "kernels/fastbert_kernels/matmul.py",
+        "first = dot(rows, cols.T, first, PRECISION)",
+        "first = dot(rows, cols.T, first, PRECISION).to(rows.dtype).to(tl.float32)",
+        "test_kernels.py::test_linear_activation",
+    ),
+    Mutant(
+        "matmul-offsets-in-32-bits",
+        "kernels/fastbert_kernels/matmul.py",
+        "num_rows - 1).to(tl.int64)",
+        "num_rows - 1)",
+        "test_kernel_properties.py::test_offsets_past_2_to_the_31",
+    ),
+    Mutant(
+        "plan-drops-a-block-of-rows",
+        "kernels/fastbert_kernels/packing.py",
+        "for start in range(0, tl.program_id(0), BLOCK):",
+        "for start in range(0, tl.minimum(tl.program_id(0), BLOCK), BLOCK):",
+        "test_kernels.py::test_packing_plan_of_more_rows_than_a_block",
+    ),
+    Mutant(
+        "plan-starts-every-block-anew",
+        "kernels/fastbert_kernels/packing.py",
+        "kept += tl.sum(keep.to(tl.int32), axis=0)",
+        "kept += 0",
+        "test_kernels.py::test_packing_plan",
+    ),
+    Mutant(
+        "plan-dropped-place-off-by-one",
+        "kernels/fastbert_kernels/packing.py",
+        "num_places - 1 - dropped",
+        "num_places - 2 - dropped",
+        "test_kernels.py::test_packing_plan",
+    ),
+    Mutant(
+        "plan-drops-negative-values",
+        "kernels/fastbert_kernels/packing.py",
+        "kept += (values != 0).to(tl.int32)",
+        "kept += (values > 0).to(tl.int32)",
+        "test_kernels.py::test_packing_plan",
+    ),
+    Mutant(
+        "unpack-leaves-padding-as-it-is",
+        "kernels/fastbert_kernels/packing.py",
+        "new = hidden.new_empty if size == num_places else hidden.new_zeros",
+        "new = hidden.new_empty",
+        "test_kernels.py::test_unpack_undoes_packing",
+    ),
+    Mutant(
+        "unpack-rows-past-the-count",
+        "kernels/fastbert_kernels/packing.py",
+        "mask=(token < count)[:, None] & mask_e",
+        "mask=(token < num_tokens)[:, None] & mask_e",
+        "test_kernels.py::test_unpack_undoes_packing",
+    ),
+    Mutant(
+        "pool-mean-over-all-tokens",
+        "kernels/fastbert_kernels/pool.py",
+        "tl.maximum(pooled_length, 1).to(tl.float32)",
+        "tl.maximum(num_tokens, 1).to(tl.float32)",
+        "test_kernels.py::test_pool",
+    ),
+    Mutant(
+        "pool-norm-without-its-guard",
+        "kernels/fastbert_kernels/pool.py",
+        "tl.maximum(norm, 1e-12)",
+        "norm",
+        "test_kernels.py::test_pool",
+    ),
+    Mutant(
+        "pool-first-of-no-token",
+        "kernels/fastbert_kernels/pool.py",
+        "pooled_length = tl.minimum(length, 1)",
+        "pooled_length = tl.minimum(num_tokens, 1)",
+        "test_kernels.py::test_pool",
+    ),
+    Mutant(
+        "pool-sums-in-low-precision",
+        "kernels/fastbert_kernels/pool.py",
+        "pooled += tl.sum(tile.to(tl.float32), axis=0)",
+        "pooled += tl.sum(tile, axis=0).to(tl.float32)",
+        "test_kernels.py::test_a_mean_is_of_a_sum_in_float32",
+    ),
+    Mutant(
+        "pool-row-past-the-buffer",
+        "kernels/fastbert_kernels/pool.py",
+        "(rows < num_rows)",
+        "(rows <= num_rows)",
+        "test_kernel_properties.py::test_pool_reads_no_rows_that_do_not_exist",
+    ),
+    Mutant(
+        "qkv-bias-of-the-keys-for-the-values",
+        "kernels/fastbert_kernels/qkv_projection.py",
+        "v_bias_ptr=v_bias.contiguous()",
+        "v_bias_ptr=k_bias.contiguous()",
+        "test_kernels.py::test_qkv_projection",
+    ),
+    Mutant(
+        "qkv-weights-of-several-strides",
+        "kernels/fastbert_kernels/qkv_projection.py",
+        "weights = tuple(weight.contiguous() for weight in weights)",
+        "weights = tuple(weights)",
+        "test_kernel_properties.py::test_an_operand_may_lie_anyhow_in_memory[qkv_projection-q_weight-unaligned]",
+    ),
+    Mutant(
+        "eager-norm-weight-and-bias-swapped",
+        "fastbert/eager.py",
+        "torch.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, eps)",
+        "torch.layer_norm(hidden, norm_weight.shape, norm_bias, norm_weight, eps)",
+        "test_ops.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "eager-token-types-are-ignored",
+        "fastbert/eager.py",
+        "hidden = hidden + F.embedding(kept(token_type_ids), token_type_table)",
+        "hidden = hidden + token_type_table[0]",
+        "test_ops.py::test_embed_layer_norm",
+    ),
+    Mutant(
+        "eager-position-of-the-packed-token",
+        "fastbert/eager.py",
+        "F.embedding(indices % seq_len, position_table)",
+        "F.embedding(torch.arange(len(indices)) % seq_len, position_table)",
+        "test_layout.py::test_left_padding_pools_the_first_kept_token",
+    ),
+    Mutant(
+        "eager-bias-of-the-keys-for-the-values",
+        "fastbert/eager.py",
+        "F.linear(x, v_weight, v_bias, out=v)",
+        "F.linear(x, v_weight, k_bias, out=v)",
+        "test_ops.py::test_qkv_projection",
+    ),
+    Mutant(
+        "eager-rows-past-the-count-teach-weights",
+        "fastbert/eager.py",
+        "hidden = F.linear(clear_past(x, num_tokens), weight, bias)\n",
+        "hidden = F.linear(x, weight, bias)\n",
+        "test_library.py::test_gradients_stop_at_the_token_count",
+    ),
+    Mutant(
+        "eager-key-past-the-end",
+        "fastbert/eager.py",
+        "mask = (torch.arange(max_seqlen, device=q.device) < lengths[:, None].clamp(min=1))[:, None, None]",
+        "mask = (torch.arange(max_seqlen, device=q.device) <= lengths[:, None].clamp(min=1))[:, None, None]",
+        "test_ops.py::test_attention",
+    ),
+    Mutant(
+        "eager-additive-mask-overflows",
+        "fastbert/eager.py",
+        "return mask.to(dtype).clamp(min=torch.finfo(dtype).min)",
+        "return mask.to(dtype)",
+        "test_layout.py::test_a_fully_masked_query_is_finite",
+    ),
+    Mutant(
+        "eager-pool-divides-by-no-length",
+        "fastbert/eager.py",
+        "lengths.clamp(min=1)",
+        "lengths",
+        "test_ops.py::test_pool",
+    ),
+    Mutant(
+        "eager-pool-sums-in-low-precision",
+        "fastbert/eager.py",
+        "lengths, wide = cu_seqlens.diff()[:, None], torch.promote_types(hidden.dtype, torch.float32)",
+        "lengths, wide = cu_seqlens.diff()[:, None], hidden.dtype",
+        "test_ops.py::test_pool",
+    ),
+    Mutant(
+        "fusion-subclass-counts-as-the-module",
+        "fastbert/fusion.py",
+        'type(module) is not expected\n            or own["training"]',
+        'not isinstance(module, expected)\n            or own["training"]',
+        "test_modules.py::test_replaced_and_patched_modules_count",
+    ),
+    Mutant(
+        "fusion-any-parameter-is-plain",
+        "fastbert/fusion.py",
+        'or (parameter_types and [*map(type, own["_parameters"].values())] != parameter_types)',
+        "",
+        "test_backend.py::test_explain_names_the_reason",
+    ),
+    Mutant(
+        "fusion-dropout-is-fused-away",
+        "fastbert/fusion.py",
+        'or own["training"]',
+        "",
+        "test_training.py::test_every_dropout_drops",
+    ),
+    Mutant(
+        "fusion-gelu-of-another-kind",
+        "fastbert/fusion.py",
+        '"gelu_new": "gelu_tanh"',
+        '"gelu_new": "gelu"',
+        "test_equality.py::test_activations",
+    ),
+    Mutant(
+        "heads-positions-at-padding-count",
+        "fastbert/heads.py",
+        "positions = positions.masked_fill(on_padding, past_the_end)",
+        "positions = positions.masked_fill(on_padding, 0)",
+        "test_layout.py::test_question_answering_never_points_at_padding",
+    ),
+    Mutant(
+        "heads-positions-past-the-end-count",
+        "fastbert/heads.py",
+        "return cross_entropy(logits, positions, ignore_index=past_the_end)",
+        "return cross_entropy(logits, positions.clamp(max=past_the_end - 1))",
+        "test_layout.py::test_question_answering_never_points_at_padding",
+    ),
+    Mutant(
+        "heads-dropout-of-the-encoder",
+        "fastbert/heads.py",
+        "nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)",
+        "nn.Dropout(config.hidden_dropout_prob)",
+        "test_training.py::test_a_classifier_has_its_own_dropout",
+    ),
+    Mutant(
+        "heads-projection-loses-its-bias",
+        "fastbert/heads.py",
+        'ops.linear_activation(x.flatten(0, -2), self.weight, self.bias, "none")',
+        'ops.linear_activation(x.flatten(0, -2), self.weight, self.bias * 0, "none")',
+        "test_equality.py::test_activations",
+    ),
+    Mutant(
+        "inputs-positions-of-packed-texts-go-on",
+        "fastbert/inputs.py",
+        "layout.restarting_positions() if position_ids is None else position_ids",
+        "layout.columns() if position_ids is None else position_ids",
+        "test_layout.py::test_packed_texts_do_not_see_each_other",
+    ),
+    Mutant(
+        "inputs-a-state-from-the-end",
+        "fastbert/inputs.py",
+        "return {index % count for index in selection}",
+        "return {abs(index) for index in selection}",
+        "test_equality.py::test_hidden_states",
+    ),
+    Mutant(
+        "library-attention-past-the-last-text",
+        "fastbert/library.py",
+        "num_tokens=cu_seqlens[-1:]",
+        "num_tokens=None",
+        "test_library.py::test_compiled_training",
+    ),
+    Mutant(
+        "library-bounds-of-another-table",
+        "fastbert/library.py",
+        "tables = word_table, token_type_table, position_table",
+        "tables = word_table, position_table, token_type_table",
+        "test_library.py::test_gradients_of_an_op_are_its_twins",
+    ),
+    Mutant(
+        "model-embedding-norm-swapped",
+        "fastbert/model.py",
+        "weight=norm.weight, bias=norm.bias",
+        "weight=norm.bias, bias=norm.weight",
+        "test_equality.py::test_hidden_states",
+    ),
+    Mutant(
+        "model-padding-row-learns",
+        "fastbert/model.py",
+        "padding_idx=words.padding_idx",
+        "padding_idx=None",
+        "test_equality.py::test_gradients_of_every_parameter",
+    ),
+    Mutant(
+        "model-scale-of-all-heads",
+        "fastbert/model.py",
+        "self.scaling = self.attention_head_size**-0.5",
+        "self.scaling = self.all_head_size**-0.5",
+        "test_equality.py::test_hidden_states",
+    ),
+    Mutant(
+        "model-dropout-in-eval-mode",
+        "fastbert/model.py",
+        "dropout = self.dropout.p if self.training else 0.0",
+        "dropout = self.dropout.p",
+        "test_modules.py::test_a_replica_without_parameters_of_its_own",
+    ),
+    Mutant(
+        "model-residual-is-the-context",
+        "fastbert/model.py",
+        "return self.output(context, hidden_states), weights",
+        "return self.output(context, context), weights",
+        "test_modules.py::test_replaced_and_patched_modules_count",
+    ),
+    Mutant(
+        "model-residual-is-the-layers-input",
+        "fastbert/model.py",
+        "return self.output(self.intermediate(attention_output), attention_output)",
+        "return self.output(self.intermediate(attention_output), hidden_states)",
+        "test_modules.py::test_replaced_and_patched_modules_count",
+    ),
+    Mutant(
+        "model-states-off-by-one",
+        "fastbert/model.py",
+        "if index in output_hidden_states:",
+        "if index + 1 in output_hidden_states:",
+        "test_equality.py::test_hidden_states",
+    ),
+    Mutant(
+        "model-goes-on-from-another-state",
+        "fastbert/model.py",
+        "hidden_states = layout.pack(states[-1]) if torch.is_grad_enabled() else hidden_states",
+        "pass",
+        "test_equality.py::test_last_hidden_state_is_the_last_state_and_its_gradient_can_be_retained",
+    ),
+    Mutant(
+        "model-modules-attend-to-padding",
+        "fastbert/model.py",
+        "padded_attention(q, k, v, self.scaling, layout.mask, dropout, layout.implementation)",
+        "padded_attention(q, k, v, self.scaling, None, dropout, layout.implementation)",
+        "test_equality.py::test_attentions",
+    ),
+    Mutant(
+        "model-score-mask-is-ignored",
+        "fastbert/model.py",
+        "*bounds, p.self_attention.scaling, layout.mask, layout.implementation, count,",
+        "*bounds, p.self_attention.scaling, None, layout.implementation, count,",
+        "test_layout.py::test_score_masks",
+    ),
+    Mutant(
+        "ops-the-last-gradient-is-lost",
+        "fastbert/ops.py",
+        "return None, *found\n",
+        "return None, *found[:-1], None\n",
+        "test_triton.py::test_gradients",
+    ),
+    Mutant(
+        "ops-backward-without-autocast",
+        "fastbert/ops.py",
+        "torch.autocast(grad.device.type, dtype, enabled)",
+        "torch.autocast(grad.device.type, dtype, False)",
+        "test_triton.py::test_a_recomputation_has_the_autocast_of_its_forward",
+    ),
+    Mutant(
+        "ops-kernels-without-autocast",
+        "fastbert/ops.py",
+        "if not torch.is_autocast_enabled(device_type):",
+        "if device_type:",
+        "test_triton.py::test_autocast",
+    ),
+    Mutant(
+        "tokens-indices-of-the-mirrored-mask",
+        "fastbert/tokens.py",
+        "indices = keep.flatten().nonzero().flatten()",
+        "indices = keep.flip(1).flatten().nonzero().flatten()",
+        "test_equality.py::test_half_precision",
+    ),
+    Mutant(
+        "tokens-columns-off-by-one",
+        "fastbert/tokens.py",
+        "return torch.arange(self.seq_len, device=self.cu_seqlens.device).expand(self.batch_size, -1)",
+        "return torch.arange(self.seq_len, device=self.cu_seqlens.device).expand(self.batch_size, -1) + 1",
+        "test_training.py::test_lora",
+    ),
+    Mutant(
+        "tokens-pools-the-last-token",
+        "fastbert/tokens.py",
+        "return sequence_output[:, 0]",
+        "return sequence_output[:, -1]",
+        "test_layout.py::test_score_masks",
+    ),
+    Mutant(
+        "tokens-padded-first-token-is-the-column",
+        "fastbert/tokens.py",
+        "first = layout.keep.int().argmax(1)",
+        "first = layout.keep.int().argmax(1) * 0",
+        "test_tracing.py::test_compile_fullgraph[BertModel]",
+    ),
+    Mutant(
+        "tokens-padded-texts-attend-to-padding",
+        "fastbert/tokens.py",
+        "mask = _key_mask(keep)",
+        "mask = None",
+        "test_layout.py::test_packed_equals_padded",
+    ),
+    Mutant(
+        "tokens-padded-states-stay-at-padding",
+        "fastbert/tokens.py",
+        "return layout.clear(hidden_states)",
+        "return hidden_states",
+        "test_layout.py::test_packed_equals_padded",
+    ),
+    Mutant(
+        "tokens-query-without-keys",
+        "fastbert/tokens.py",
+        "return mask | ~mask.any(-1, keepdim=True)",
+        "return mask",
+        "test_layout.py::test_a_query_without_keys_attends_to_all",
+    ),
+]
+
+
+def applied(mutant: Mutant, text: str) -> str:
+    """The file's text with the bug in it; raises ValueError where the place is not there or not the only one."""
+    count = text.count(mutant.original)
+    if count != 1:
+        raise ValueError(f"{mutant.name}: the original text stands {count} times in {mutant.file}")
+    return text.replace(mutant.original, mutant.replacement)
+
+
+def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> tuple[int, str]:
+    """The exit status of pytest in a copy of the tracked files, and what it printed."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        for name in listed.rstrip("\0").split("\0"):
+            if (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, copy / name)
+        if mutant:
+            path = copy / mutant.file
+            path.write_text(applied(mutant, path.read_text()))
+        options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+        environment = {
+            "PYTHONPATH": f"{copy}:{copy / 'kernels'}",
+            "CUDA_VISIBLE_DEVICES": "",  # in the interpreter everywhere: some tests are its alone
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", RUN_PYTEST, *options],
+            cwd=copy, env=os.environ | environment, text=True, timeout=TIME_LIMIT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    return result.returncode, result.stdout
+
+
+def judge(mutant: Mutant) -> str:
+    """Print and return what became of a mutant: "killed", "SURVIVED" or "ERROR"."""
+    start = time.monotonic()
+    try:
+        status, output = run_tests([mutant.test], mutant)
+    except (ValueError, subprocess.TimeoutExpired) as error:
+        status, output = None, str(error)
+    lines = output.splitlines()
+    # A name with "::" is a test's: one without it is a file that cannot be collected.
+    failed = next((line for line in lines if line.startswith(("FAILED ", "ERROR ")) and "::" in line.split()[1]), None)
+    if status == 1 and failed:
+        verdict, detail = "killed", failed[:200]
+    elif status == 0:
+        verdict, detail = "SURVIVED", f"PASSED tests/{mutant.test}"
+    else:
+        verdict, detail = "ERROR", f"status {status}: {lines[-1:]}"
+    print(f"{verdict:8}  {time.monotonic() - start:4.0f} s  {mutant.name}  {detail}", flush=True)
+    return verdict
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        sys.exit(f"no mutant is called {', '.join(sorted(unknown))}")
+    mutants = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    start = time.monotonic()
+    by_file: dict[str, set[str]] = {}
+    for mutant in mutants:
+        by_file.setdefault(mutant.test.split("::")[0], set()).add(mutant.test)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for status, output in pool.map(run_tests, map(sorted, by_file.values())):
+            if status != 0:
+                sys.exit(f"{output}\nthe tests do not pass without a mutant")
+        print(f"without a mutant every test passes, {time.monotonic() - start:.0f} s", flush=True)
+        verdicts = list(pool.map(judge, mutants))
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("killed", "SURVIVED", "ERROR"))
+    print(f"{len(mutants)} mutants in {time.monotonic() - start:.0f} s: {counts}")
+    sys.exit(verdicts.count("killed") < len(mutants))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
