@@ -201,7 +201,7 @@ def test_an_operand_may_lie_anyhow_in_memory(op, name, layout):
 
 # Linux's own number; `mmap` names it from Python 3.13 on.
 MAP_NORESERVE = 0x4000
-# Of two rows the stride itself would be 2^31, which no kernel is asked for.
+# Of two rows the stride itself would be 2^31, which is refused.
 OPERANDS_OF_ROWS = [
     (op, name) for op, name in OPERANDS for x in [example(op, torch.float32)[1][name]] if x.ndim > 1 and len(x) > 2
 ]
@@ -224,6 +224,20 @@ def test_offsets_past_2_to_the_31(op, name):
     if op == "packing_plan":
         outputs = [torch.cat(plan) for plan in outputs]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("attention", "packing_plan")])
+def test_rows_that_lie_2_to_the_31_apart_are_refused(op):
+    launcher, arguments = example(op, torch.float16)
+    name = "word_table" if op == "embed_layer_norm" else "hidden" if "hidden" in arguments else "x"
+    (_, width), memory = (
+        arguments[name].shape,
+        mmap.mmap(-1, 2**33, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE),
+    )
+    arguments[name] = torch.frombuffer(memory, dtype=torch.float16).as_strided((2, width), (2**31, 1))
+    arguments |= {key: arguments[key][:2] for key in ("residual", "indices") if key in arguments}
+    with pytest.raises(ValueError, match="a stride or width of 2147483648 elements is not served"):
+        launcher(**arguments)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -162,8 +162,11 @@ def common_unit(x: Tensor, *sizes: int) -> int:
     """The largest number of elements, up to 16 bytes, that divides all these sizes and strides.
 
     Kernels get them as multiples of it and so know how wide their accesses may be; Triton itself asks for 16 elements
-    or nothing, which leaves single elements for a width like 312.
+    or nothing, which leaves single elements for a width like 312. Raises ValueError for 2^31 elements or more: kernels
+    multiply by the unit in 32 bits.
     """
+    if max(sizes) >= 2**31:
+        raise ValueError(f"a stride or width of {max(sizes)} elements is not served, only those below 2^31")
     return math.gcd(16 // x.itemsize, *sizes)
 
 
