@@ -1,0 +1,208 @@
+"""The report of compiled kernels: what ships passes it, what should not ship does not, and its figures are right."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import triton
+from kernel_cases import TABLES
+from torch.utils.flop_counter import FlopCounterMode
+from triton.backends.compiler import GPUTarget
+
+from fastbert_kernels import roofline
+from fastbert_kernels.ahead_of_time import CHIPS, Resources
+from fastbert_kernels.report import DTYPES, SHAPES, page
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels" / "fastbert_kernels"
+COMMITTED = ROOT / "bench" / "results" / "compiled" / "README.md"
+KEYS = (
+    "op", "kernel", "target", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "matrix_instruction",
+    "tma", "code_bytes", "compile_s", "programs", "occupancy", "reasons", "shapes",
+)  # fmt: skip
+
+
+def report(*options: str, packages: Path | None = None, interpret: bool = False) -> subprocess.CompletedProcess:
+    """Run the command as a user does, without the interpreter; packages: a folder to import it from instead."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    if packages:
+        environment["PYTHONPATH"] = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "fastbert_kernels.report", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def sm_90() -> list[dict]:
+    """Every row of one target: standard output is one JSON list and nothing else."""
+    run = report("--json", "--target", "sm_90")
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_rows_have_the_keys(sm_90):
+    for row in sm_90:
+        assert tuple(row) == KEYS
+        assert row["target"] == "sm_90"
+        assert row["compile_s"] > 0
+        assert 0 < row["occupancy"] <= 1
+        assert row["code_bytes"] % 16 == 0
+        assert 16 <= row["registers"] <= 255
+    assert {row["dtype"] for row in sm_90} == DTYPES.keys()
+
+
+def test_every_kernel_and_every_shipped_configuration_is_there(sm_90):
+    functions = {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert {row["kernel"] for row in sm_90} == functions
+    of_op = {"linear_residual": "linear_residual_layer_norm"}
+    for operation, widths in TABLES["sm_90"].items():
+        for width, dtypes in (("16", ("fp16", "bf16")), ("32", ("fp32",))):
+            for dtype, entry in product(dtypes, widths[width]):
+                config = {
+                    key: entry["config"][key] for key in entry["config"] if key not in ("programs", "descriptors")
+                }
+                op = of_op.get(operation, operation)
+                served = [row["config"] for row in sm_90 if (row["op"], row["dtype"]) == (op, dtype)]
+                assert any(config.items() <= one.items() for one in served), (operation, dtype, config)
+
+
+def test_nothing_spills_and_every_product_takes_the_matrix_unit(sm_90):
+    for row in sm_90:
+        assert row["reasons"] == []
+        assert row["spill_bytes"] == 0
+        assert row["shared_bytes"] <= 227 * 1024
+        multiplies = "PRECISION" in row["config"]
+        assert row["matrix_instruction"] == ("HGMMA" if multiplies else "none")
+        assert row["tma"] == row["config"].get("DESCRIPTORS", False)
+
+
+def test_other_targets_compile_their_configurations():
+    others = [f"--target={target}" for target in CHIPS if target != "sm_90"]
+    run = report("--json", *others, "--dtype=bf16", "--op=attention", "--op=qkv_projection")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert {(row["target"], row["matrix_instruction"]) for row in rows} == {
+        ("sm_80", "HMMA"), ("sm_89", "HMMA"), ("sm_100", "tcgen05"), ("gfx942", "MFMA"),
+    }  # fmt: skip
+
+
+def test_the_committed_table_is_what_the_kernels_compile_to(sm_90):
+    committed = COMMITTED.read_text()
+    if f"Triton {triton.__version__}." not in committed:
+        pytest.skip(f"the table was made with another Triton than {triton.__version__}")
+    lines = [line for line in page(sm_90).splitlines() if line.startswith("|")]
+    assert len(lines) > len(sm_90)
+    changed = [line for line in lines if line not in committed]
+    assert not changed, f"run `make report` and look at its diff; {len(changed)} rows changed, the first:\n{changed[0]}"
+
+
+def test_what_should_not_ship_fails_with_its_reason(tmp_path):
+    """The configurations of a copy: one without wgmma, one that spills, one too large, one that the compiler refuses,
+    one that the launcher refuses."""
+    shutil.copytree(KERNELS, tmp_path / "fastbert_kernels")
+    path = tmp_path / "fastbert_kernels" / "configs" / "sm_90.json"
+    table = json.loads(path.read_text())
+    few, many = table["qkv_projection"]["16"]
+    few["config"]["BLOCK_T"] = 16
+    many["config"] |= {"BLOCK_N": 256, "num_warps": 4}
+    few, many = table["linear_activation"]["16"]
+    few["config"]["num_stages"] = 16
+    many["config"]["num_warps"] = 3
+    table["linear_residual_layer_norm"]["16"][0]["config"]["BLOCK_T"] = 96
+    path.write_text(json.dumps(table))
+    ops = ("--op=qkv_projection", "--op=linear_activation", "--op=linear_residual_layer_norm")
+    run = report("--json", "--target=sm_90", "--dtype=bf16", *ops, packages=tmp_path)
+    assert run.returncode == 1, run.stderr
+    reasons = {(row["op"], row["config"].get("BLOCK_T"), *row["reasons"]) for row in json.loads(run.stdout)}
+
+    def found(op: str, block_t: int | None, pattern: str) -> bool:
+        return any(key[:2] == (op, block_t) and len(key) > 2 and re.match(pattern, key[2]) for key in reasons)
+
+    assert found("qkv_projection", 16, "matrix instruction HMMA instead of HGMMA$")
+    assert found("qkv_projection", 128, r"spills \d+ bytes a thread$")
+    assert found("linear_activation", 64, r"\d+ bytes of shared memory of 232448$")
+    assert found("linear_activation", 128, "does not compile: .*num_warps")
+    assert found("linear_residual_layer_norm", None, "does not compile: ValueError: .* power of 2")
+
+
+def test_the_interpreter_is_refused():
+    run = report(interpret=True)
+    assert run.returncode == 2
+    assert "unset TRITON_INTERPRET" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("chip", "registers", "shared_bytes", "columns", "num_warps", "programs"),
+    [
+        ("sm_90", 128, 0, 0, 8, 2),  # 16 warps by registers
+        ("sm_90", 129, 0, 0, 8, 1),  # 136 a thread, 15 warps, 12 in units of four
+        ("sm_90", 32, 0, 0, 4, 16),  # all 64 warps
+        ("sm_90", 32, 0, 0, 1, 32),  # no more than 32 programs
+        ("sm_90", 32, 112 * 1024, 0, 4, 2),  # two times 113 KiB
+        ("sm_90", 32, 114 * 1024, 0, 4, 1),
+        ("sm_80", 64, 54 * 1024, 0, 4, 2),
+        ("sm_89", 32, 0, 0, 4, 12),  # 48 warps
+        ("sm_100", 64, 1024, 256, 4, 2),  # half of the tensor memory each
+        ("gfx942", 128, 0, 0, 4, 4),
+        ("gfx942", 129, 0, 0, 4, 3),
+        ("gfx942", 32, 33 * 1024, 0, 4, 1),
+    ],
+)
+def test_programs_of_a_multiprocessor(chip, registers, shared_bytes, columns, num_warps, programs):
+    found = Resources(registers, 0, shared_bytes, columns, "none", False, 16, num_warps)
+    assert found.programs(CHIPS[chip]) == programs
+
+
+def test_chips_are_their_names():
+    for name, chip in CHIPS.items():
+        known = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+        assert chip.target == known
+    assert CHIPS.keys() >= TABLES.keys() - {"default"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "minilm"])
+def test_floating_point_operations_are_what_torch_counts(name):
+    num_layers, width, num_heads, inner = model = roofline.MODELS[name]
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=num_heads,
+        intermediate_size=inner, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        bert = transformers.BertModel(config)
+        ids = torch.zeros(3, 20, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        bert(ids)
+    layer = sum(roofline.work(place, model, 3, 20, 4).flops for place in roofline.LAYER)
+    assert num_layers * layer + roofline.work("pooler", model, 3, 20, 4).flops == counter.get_total_flops()
+
+
+def test_floors():
+    """By hand, for one 16-bit layer of BERT-base; every shape of the report is bound by bytes or by operations."""
+    base = roofline.MODELS["base"]
+    assert roofline.work("feed_forward_output", base, 1, 16, 2) == (
+        2 * 16 * 3072 * 768,
+        2 * (16 * 3072 + 768 * 3072 + 768 + 2 * 16 * 768),
+    )
+    assert roofline.work("attention", base, 2, 128, 2) == (4 * 2 * 128 * 128 * 768, 2 * 256 * 768 * 4)
+    for batch_size, seq_len in SHAPES:
+        needed = roofline.work("qkv_projection", base, batch_size, seq_len, 2)
+        floor = needed.seconds("bf16")
+        assert floor == pytest.approx(
+            needed.bytes / 4.3e12 if batch_size * seq_len < 400 else needed.flops / 788e12, rel=1e-12
+        )
+    with pytest.raises(ValueError, match="'attention_out'"):
+        roofline.work("attention_out", base, 1, 1, 2)
