@@ -1,8 +1,13 @@
 # Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core, and a core a process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+# The oldest Triton that serves, and the newest; constraints.txt has the one between.
+TRITONS ?= 3.6.0 3.9.0
+KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py sanitizer.py compilation.py report.py)
 
-.PHONY: demo test bench report lint format
+.PHONY: demo test test-tritons mutants bench report lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,7 +18,22 @@ demo: .venv/installed
 	$(BIN)/python bench/demo.py
 
 test: .venv/installed
-	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+# Other versions lie over .venv. Triton 3.6's interpreter fails with numpy 2.4.
+.venv/triton-%/installed: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==$* $(if $(filter 3.6.%,$*),"numpy<2.4")
+	touch $@
+
+test-tritons: $(TRITONS:%=.venv/triton-%/installed)
+	set -e; for version in $(TRITONS); do \
+	    echo "The kernels on Triton $$version"; \
+	    PYTHONPATH="$(CURDIR)/.venv/triton-$$version" $(PYTEST) $(KERNEL_TESTS); \
+	done
+
+# Planted bugs, each of which a test must fail for.
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
 
 bench: .venv/installed
 	$(BIN)/pytest bench

@@ -22,6 +22,9 @@ from fastbert_kernels import roofline
 from fastbert_kernels.ahead_of_time import CHIPS, Resources
 from fastbert_kernels.report import DTYPES, SHAPES, page
 
+# One process compiles the rows that several tests read.
+pytestmark = pytest.mark.xdist_group("report")
+
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels" / "fastbert_kernels"
 COMMITTED = ROOT / "bench" / "results" / "compiled" / "README.md"
