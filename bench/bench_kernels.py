@@ -80,7 +80,7 @@ def call_of(case: KernelCase, seed: int) -> tuple[str, tuple]:
     if case.op == "embed_layer_norm":
         ids = torch.randint(0, VOCAB, mask.shape, generator=generator, device=DEVICE)
         tables = normal(VOCAB, width), normal(SEQ_LEN, width), normal(2, width)
-        return case.op, (ids, mask, None, None, None, *tables, *norm)
+        return case.op, (ids, mask, None, None, places, *tables, *norm)
     if case.op == "qkv_projection":
         return case.op, (x, *linear(width, width), *linear(width, width), *linear(width, width), heads)
     if case.op == "attention":

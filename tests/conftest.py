@@ -26,6 +26,12 @@ from fastbert_kernels.launch import launching_by, run
 transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Processes for `pytest -n auto`: one where they would share a GPU, else the default of one a core."""
+    return 1 if torch.cuda.is_available() else None
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -226,18 +226,38 @@ def test_offsets_past_2_to_the_31(op, name):
     assert torch.equal(*outputs)
 
 
+def rows_far_apart(rows: int, width: int) -> Tensor:
+    """float16 rows that lie 2^31 elements apart, in memory of which only they exist."""
+    if DEVICE.type == "cuda":
+        return torch.zeros((rows - 1) * 2**31 + width, dtype=torch.float16, device=DEVICE).as_strided(
+            (rows, width), (2**31, 1)
+        )
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, rows * 2**32, flags)
+    return torch.frombuffer(memory, dtype=torch.float16).as_strided((rows, width), (2**31, 1))
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("attention", "packing_plan")])
 def test_rows_that_lie_2_to_the_31_apart_are_refused(op):
     launcher, arguments = example(op, torch.float16)
     name = "word_table" if op == "embed_layer_norm" else "hidden" if "hidden" in arguments else "x"
-    (_, width), memory = (
-        arguments[name].shape,
-        mmap.mmap(-1, 2**33, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE),
-    )
-    arguments[name] = torch.frombuffer(memory, dtype=torch.float16).as_strided((2, width), (2**31, 1))
+    arguments[name] = rows_far_apart(2, arguments[name].shape[1])
     arguments |= {key: arguments[key][:2] for key in ("residual", "indices") if key in arguments}
     with pytest.raises(ValueError, match="a stride or width of 2147483648 elements is not served"):
         launcher(**arguments)
+
+
+@pytest.mark.parametrize("op", ["linear_activation", "qkv_projection", "pool", "unpack"])
+def test_the_stride_of_a_single_row_does_not_matter(op):
+    launcher, arguments = example(op, torch.float16)
+    name = "hidden" if "hidden" in arguments else "x"
+    if op == "pool":
+        arguments |= {"cu_seqlens": bounds((1,)), "indices": None}
+    if op == "unpack":
+        arguments["indices"] = arguments["indices"][:1]
+    row = arguments[name][:1]
+    apart = row.as_strided(row.shape, (2**31 + 1, 1))
+    assert torch.equal(launcher(**arguments | {name: apart}), launcher(**arguments | {name: row}))
 
 
 @pytest.mark.parametrize("op", OPS)

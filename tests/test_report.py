@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.backends.compiler import GPUTarget
 
 from fastbert_kernels import roofline
-from fastbert_kernels.ahead_of_time import CHIPS, Resources
-from fastbert_kernels.report import DTYPES, SHAPES, page
+from fastbert_kernels.ahead_of_time import CHIPS, Compiled, Resources
+from fastbert_kernels.report import DTYPES, SHAPES, failures, page
 
 # One process compiles the rows that several tests read.
 pytestmark = pytest.mark.xdist_group("report")
@@ -91,6 +92,7 @@ def test_nothing_spills_and_every_product_takes_the_matrix_unit(sm_90):
         multiplies = "PRECISION" in row["config"]
         assert row["matrix_instruction"] == ("HGMMA" if multiplies else "none")
         assert row["tma"] == row["config"].get("DESCRIPTORS", False)
+    assert {row["tma"] for row in sm_90 if row["op"] == "qkv_projection"} == {True, False}
 
 
 def test_other_targets_compile_their_configurations():
@@ -103,14 +105,19 @@ def test_other_targets_compile_their_configurations():
     }  # fmt: skip
 
 
+def section(text: str, title: str) -> list[str]:
+    """The lines of a page below a heading."""
+    return text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+
+
 def test_the_committed_table_is_what_the_kernels_compile_to(sm_90):
     committed = COMMITTED.read_text()
     if f"Triton {triton.__version__}." not in committed:
         pytest.skip(f"the table was made with another Triton than {triton.__version__}")
-    lines = [line for line in page(sm_90).splitlines() if line.startswith("|")]
-    assert len(lines) > len(sm_90)
-    changed = [line for line in lines if line not in committed]
-    assert not changed, f"run `make report` and look at its diff; {len(changed)} rows changed, the first:\n{changed[0]}"
+    compiled = page(sm_90)
+    for title in ("sm_90", "Floors"):
+        assert section(compiled, title) == section(committed, title), "run `make report` and look at its diff"
+    assert [title for title in CHIPS if f"## {title}\n" in committed] == list(CHIPS)
 
 
 def test_what_should_not_ship_fails_with_its_reason(tmp_path):
@@ -170,6 +177,37 @@ def test_programs_of_a_multiprocessor(chip, registers, shared_bytes, columns, nu
     assert found.programs(CHIPS[chip]) == programs
 
 
+@pytest.mark.parametrize(
+    ("chip", "change", "reason"),
+    [
+        ("sm_90", {}, None),
+        ("sm_90", {"matrix_instruction": "tcgen05"}, None),  # stronger than it must be
+        ("sm_90", {"spill_bytes": 8}, "spills 8 bytes a thread"),
+        ("gfx942", {"spill_bytes": 8, "matrix_instruction": "MFMA"}, None),
+        ("sm_90", {"matrix_instruction": "none"}, "matrix instruction none instead of HGMMA"),
+        (
+            "sm_80",
+            {"shared_bytes": 163 * 1024 + 1, "matrix_instruction": "HMMA"},
+            "166913 bytes of shared memory of 166912",
+        ),
+        (
+            "sm_100",
+            {"tensor_memory_columns": 768, "matrix_instruction": "tcgen05"},
+            "768 columns of tensor memory of 512",
+        ),
+        (
+            "sm_90",
+            {"registers": 255, "num_warps": 16},
+            "16 warps of 255 registers: a multiprocessor holds no such program",
+        ),
+    ],
+)
+def test_reasons(chip, change, reason):
+    fine = Resources(64, 0, 1024, 0, "HGMMA", False, 16, 4)
+    compiled = Compiled("kernel", {"PRECISION": "ieee"}, 0.0, replace(fine, **change), None)
+    assert failures(compiled, CHIPS[chip], "bf16") == ([reason] if reason else [])
+
+
 def test_chips_are_their_names():
     for name, chip in CHIPS.items():
         known = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
@@ -201,6 +239,13 @@ def test_floors():
         2 * (16 * 3072 + 768 * 3072 + 768 + 2 * 16 * 768),
     )
     assert roofline.work("attention", base, 2, 128, 2) == (4 * 2 * 128 * 128 * 768, 2 * 256 * 768 * 4)
+    tokens, positions = 2 * 256 * 768, 2 * 128 * 768
+    assert roofline.work("embed_layer_norm", base, 2, 128, 2) == (0, 2 * tokens + positions + 3 * 8 * 256)
+    assert roofline.work("unpack", base, 2, 128, 2) == (0, 2 * tokens + 8 * 256)
+    assert roofline.work("pool", base, 2, 128, 2) == (0, tokens + 2 * 2 * 768)
+    assert roofline.work("layer_norm", base, 2, 128, 4) == (0, 4 * tokens)
+    assert roofline.work("row_lengths", base, 2, 128, 2) == (0, 8 * 256)
+    assert roofline.work("packing_plan", base, 2, 128, 2) == (0, 2 * 8 * 256)
     for batch_size, seq_len in SHAPES:
         needed = roofline.work("qkv_projection", base, batch_size, seq_len, 2)
         floor = needed.seconds("bf16")

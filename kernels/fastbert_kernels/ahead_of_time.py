@@ -130,14 +130,13 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
         started = time.perf_counter()
         try:
             compiled = kernel.warmup(grid=grid, **arguments)
-        except Exception as error:  # from any stage of the compiler
+            seconds = time.perf_counter() - started
+            if compiled.hash not in found:
+                found[compiled.hash] = Compiled(name, config, seconds, resources(compiled), None)
+            launches.append(found[compiled.hash])
+        except Exception as error:  # from any stage of the compiler, or of its tools
             failed = Compiled(name, config, time.perf_counter() - started, None, f"{type(error).__name__}: {error}")
             launches.append(found.setdefault((name, *config.items()), failed))
-            return
-        seconds = time.perf_counter() - started
-        if compiled.hash not in found:
-            found[compiled.hash] = Compiled(name, config, seconds, resources(compiled), None)
-        launches.append(found[compiled.hash])
 
     always = knobs.compilation.always_compile
     driver.set_active(_CompileOnlyDriver(target))
@@ -160,7 +159,7 @@ def resources(compiled: CompiledKernel) -> Resources:
     else:
         code = compiled.asm["amdgcn"]
         registers = _of_amdgcn(code, r"\.vgpr_count")  # with the accumulation registers
-        spill_bytes = 4 * _of_amdgcn(code, r"\.vgpr_spill_count")
+        spill_bytes = _of_amdgcn(code, r"\.private_segment_fixed_size")
         code_bytes = _of_amdgcn(code, "codeLenInByte")
     found = [name for name, pattern in MATRIX_INSTRUCTIONS.items() if re.search(pattern, code)]
     return Resources(

@@ -1,8 +1,9 @@
 """LayerNorm(word row + token type row + position row) of the kept tokens -> packed [T, E] (Devlin et al. 2019).
 
 Ids come from outside, so no table is read out of its bounds: a token whose id, type or position is out of range becomes
-NaN, attention spreads that over its text and no further, and the value is written to a buffer in pinned host memory,
-which `take_bad_ids` reads without waiting for the device. Sum and statistics are float32. Limit: E of at most 16384.
+NaN (so does one whose place is), attention spreads that over its text and no further, and the value is written to a
+buffer in pinned host memory, which `take_bad_ids` reads without waiting for the device. Sum and statistics are float32.
+Limit: E of at most 16384.
 """
 
 import threading
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import MAX_ROW, check, check_shape, common_unit, launch, with_unit_stride
+from fastbert_kernels.launch import MAX_ROW, check, check_shape, common_unit, launch, row_stride, with_unit_stride
 from fastbert_kernels.layer_norm import live_tokens, normalize_rows, row_blocks
 
 INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -81,7 +82,7 @@ def _add_rows(hidden, table_ptr, stride_table, index, live, limit, bad_id_ptr, o
 @triton.jit(
     do_not_specialize=[
         "stride_ids_row", "stride_types_row", "stride_positions_row", "stride_embeds_row",
-        "num_tokens", "seq_len",
+        "num_tokens", "num_places", "seq_len",
     ],
     do_not_specialize_on_alignment=[
         "input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr", "indices_ptr", "num_tokens_ptr",
@@ -113,6 +114,7 @@ def _embed_layer_norm_kernel(
     stride_position_table,
     stride_token_type_table,
     num_tokens,
+    num_places,
     seq_len,
     width,
     num_words,
@@ -131,45 +133,49 @@ def _embed_layer_norm_kernel(
         offs_e = tl.arange(0, BLOCK_E)
         live = offs_t < count
         place = offs_t
+        inside = live
         if indices_ptr is not None:
             place = tl.load(indices_ptr + offs_t, mask=live, other=0)
+            inside = live & (place >= 0) & (place < num_places)
+            place = tl.where(inside, place, 0)
         mask_e = (offs_e < width)[None, :]
         # Divided in 32 bits: wider, a division is a subroutine.
         row = (place.to(tl.int32) // seq_len).to(tl.int64)
         column = (place.to(tl.int32) % seq_len).to(tl.int64)
         if input_ids_ptr is not None:
-            ids = tl.load(input_ids_ptr + row * stride_ids_row + column * stride_ids_column, mask=live, other=0).to(
+            ids = tl.load(input_ids_ptr + row * stride_ids_row + column * stride_ids_column, mask=inside, other=0).to(
                 tl.int64
             )
             hidden = _add_rows(
-                tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32), word_table_ptr, stride_word_table * UNIT, ids, live,
+                tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32), word_table_ptr, stride_word_table * UNIT, ids, inside,
                 num_words, bad_ids_ptr, offs_e, mask_e,
             )  # fmt: skip
         else:
             places = row * (stride_embeds_row * UNIT) + column * (stride_embeds_column * UNIT)
             hidden = tl.load(
-                inputs_embeds_ptr + places[:, None] + offs_e[None, :], mask=live[:, None] & mask_e, other=0.0
+                inputs_embeds_ptr + places[:, None] + offs_e[None, :], mask=inside[:, None] & mask_e, other=0.0
             ).to(tl.float32)
         types = tl.zeros((BLOCK_ROWS,), tl.int64)
         if token_type_ids_ptr is not None:
             types = tl.load(
-                token_type_ids_ptr + row * stride_types_row + column * stride_types_column, mask=live, other=0
+                token_type_ids_ptr + row * stride_types_row + column * stride_types_column, mask=inside, other=0
             ).to(tl.int64)
         hidden = _add_rows(
-            hidden, token_type_table_ptr, stride_token_type_table * UNIT, types, live, num_types, bad_ids_ptr + 2,
+            hidden, token_type_table_ptr, stride_token_type_table * UNIT, types, inside, num_types, bad_ids_ptr + 2,
             offs_e, mask_e,
         )  # fmt: skip
         positions = column
         if position_ids_ptr is not None:
             positions = tl.load(
-                position_ids_ptr + row * stride_positions_row + column * stride_positions_column, mask=live, other=0
+                position_ids_ptr + row * stride_positions_row + column * stride_positions_column, mask=inside, other=0
             ).to(tl.int64)
         hidden = _add_rows(
-            hidden, position_table_ptr, stride_position_table * UNIT, positions, live, num_positions, bad_ids_ptr + 4,
+            hidden, position_table_ptr, stride_position_table * UNIT, positions, inside, num_positions, bad_ids_ptr + 4,
             offs_e, mask_e,
         )  # fmt: skip
         weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+        hidden = tl.where(inside[:, None], hidden, float("nan"))
         hidden = normalize_rows(tl.where(mask_e, hidden, 0.0), mask_e, width, weight, bias, eps)
         tl.store(
             out_ptr + offs_t[:, None] * width + offs_e[None, :],
@@ -219,7 +225,7 @@ def embed_layer_norm(
     word_table, position_table, token_type_table = map(with_unit_stride, (word_table, position_table, token_type_table))
     inputs_embeds = with_unit_stride(inputs_embeds) if embeds else None
     tables = {"word": word_table, "position": position_table, "token_type": token_type_table}
-    table_strides = {f"stride_{name}_table": table.stride(0) for name, table in tables.items()}
+    table_strides = {f"stride_{name}_table": row_stride(table) for name, table in tables.items()}
     embeds_strides = _strides("embeds", inputs_embeds)
     unit = common_unit(word_table, width, *table_strides.values(), *embeds_strides.values())
     blocks = row_blocks(width)
@@ -245,6 +251,7 @@ def embed_layer_norm(
         **_strides("positions", position_ids),
         **{name: stride // unit for name, stride in (embeds_strides | table_strides).items()},
         num_tokens=size,
+        num_places=batch_size * seq_len,
         seq_len=seq_len,
         width=width // unit,
         num_words=word_table.shape[0],
@@ -259,4 +266,5 @@ def embed_layer_norm(
 
 def _strides(name: str, x: Tensor | None) -> dict[str, int]:
     row, column = (0, 0) if x is None else x.stride()[:2]
+    row = row if x is not None and x.shape[0] > 1 else 0  # of one row the stride may be anything
     return {f"stride_{name}_row": row, f"stride_{name}_column": column}

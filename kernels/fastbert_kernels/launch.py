@@ -35,7 +35,7 @@ def architecture(device: torch.device) -> str:
     target of Triton's active driver, for which kernels compile."""
     if device.type == "cuda":
         return _architecture_of_gpu(device)
-    return name_of(driver.active.get_current_target()) if device.type == "meta" else INTERPRETED_ARCHITECTURE
+    return architecture_of(driver.active.get_current_target()) if device.type == "meta" else INTERPRETED_ARCHITECTURE
 
 
 @functools.cache
@@ -44,7 +44,8 @@ def _architecture_of_gpu(device: torch.device) -> str:
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
-def name_of(target: GPUTarget) -> str:
+def architecture_of(target: GPUTarget) -> str:
+    """The name of a configuration file, as Triton's target spells it."""
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
@@ -158,6 +159,11 @@ def gemm_options(x: Tensor, config: dict, block_n: int, unit: int, descriptors: 
     }
 
 
+def row_stride(x: Tensor) -> int:
+    """Elements from one row to the next. A single row has none: whatever its stride says, the next would follow it."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[-1]
+
+
 def common_unit(x: Tensor, *sizes: int) -> int:
     """The largest number of elements, up to 16 bytes, that divides all these sizes and strides.
 
@@ -178,11 +184,13 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: dict) -> N
 def launching_by(instead: Callable[[triton.JITFunction, tuple[int, ...], dict], None]) -> Iterator[None]:
     """Every launch, of all threads, goes to instead(kernel, grid, arguments): to be compiled only, or watched."""
     global run
-    before, run = run, instead
+    with _launching:
+        before, run = run, instead
     try:
         yield
     finally:
-        run = before
+        with _launching:
+            run = before
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
@@ -190,5 +198,6 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.devi
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     # One at a time: of threads that need a kernel first, one compiles it; and the interpreter's state is global.
     with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
-        # Products and sums in one rounding are what the numbers here rest on; Triton's default is about to change.
-        run(kernel, grid, arguments | {"enable_fp_fusion": True})
+        # Products and sums in one rounding: what the numbers here rest on is not left to a default.
+        arguments["enable_fp_fusion"] = True
+        run(kernel, grid, arguments)

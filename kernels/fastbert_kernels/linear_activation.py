@@ -20,6 +20,7 @@ from fastbert_kernels.launch import (
     launch,
     num_processors,
     operands,
+    row_stride,
     shape_of,
     with_unit_stride,
 )
@@ -96,8 +97,9 @@ def linear(
     config = choose(operation, x, size)
     descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, config["BLOCK_N"])
     tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(num_outputs, config["BLOCK_N"])
-    stride_residual = 0 if residual is None else residual.stride(0)
-    unit = common_unit(x, x.stride(0), weight.stride(0), stride_residual, num_outputs, num_inputs)
+    stride_residual = 0 if residual is None else row_stride(residual)
+    stride_x, stride_weight = row_stride(x), row_stride(weight)
+    unit = common_unit(x, stride_x, stride_weight, stride_residual, num_outputs, num_inputs)
     launch(
         _linear_kernel,
         (min(tiles, num_processors(x.device) * config["programs"]),),
@@ -108,8 +110,8 @@ def linear(
         residual_ptr=residual,
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0) // unit,
-        stride_weight=weight.stride(0) // unit,
+        stride_x=stride_x // unit,
+        stride_weight=stride_weight // unit,
         stride_residual=stride_residual // unit,
         stride_out=num_outputs // unit,
         num_tokens=size,

@@ -1,10 +1,10 @@
 """LayerNorm(x W^T + b + residual): x [T, K], W [E, K], residual [T, E] -> [T, E] in the residual's dtype.
 
 One launch where a program can hold whole rows of the output, so that the sum before LayerNorm never leaves the chip:
-in 16 bits up to E = 384 (three accumulators of 128 columns, no spills on sm_80 and sm_90). For 768 columns and more,
-or in float32 with its three products, the accumulators spill; there a GEMM with bias and residual in its epilogue
-writes the sum, rounded as eager PyTorch rounds it, and a second launch normalizes it in place. Which of the two runs
-depends on E, the dtype and the device alone, so that a row's bits do not depend on the batch.
+in 16 bits up to E = 384 (three accumulators of 128 columns). For 768 columns and more, or in float32 with its three
+products, the accumulators spill; there a GEMM with bias and residual in its epilogue writes the sum, rounded as eager
+PyTorch rounds it, and a second launch normalizes it in place. Which of the two runs depends on E, the dtype and the
+device alone, so that a row's bits do not depend on the batch.
 """
 
 import triton
@@ -21,6 +21,7 @@ from fastbert_kernels.launch import (
     launch,
     num_processors,
     operands,
+    row_stride,
     shape_of,
     with_unit_stride,
 )
@@ -171,7 +172,8 @@ def linear_residual_layer_norm(
     x, weight, residual = with_unit_stride(x), with_unit_stride(weight), with_unit_stride(residual)
     block_n = min(config["BLOCK_N"], max(16, triton.next_power_of_2(width)))
     descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, block_n)
-    unit = common_unit(x, x.stride(0), weight.stride(0), residual.stride(0), width, num_inputs)
+    stride_x, stride_weight, stride_residual = row_stride(x), row_stride(weight), row_stride(residual)
+    unit = common_unit(x, stride_x, stride_weight, stride_residual, width, num_inputs)
     launch(
         _linear_residual_layer_norm_kernel,
         (min(triton.cdiv(size, config["BLOCK_T"]), num_processors(x.device) * config["programs"]),),
@@ -184,9 +186,9 @@ def linear_residual_layer_norm(
         norm_bias_ptr=norm_bias.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0) // unit,
-        stride_weight=weight.stride(0) // unit,
-        stride_residual=residual.stride(0) // unit,
+        stride_x=stride_x // unit,
+        stride_weight=stride_weight // unit,
+        stride_residual=stride_residual // unit,
         stride_out=width // unit,
         num_tokens=size,
         width=width // unit,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import check, check_shape, common_unit, launch, with_unit_stride
+from fastbert_kernels.launch import check, check_shape, common_unit, launch, row_stride, with_unit_stride
 from fastbert_kernels.layer_norm import live_tokens, row_blocks
 
 BLOCK = 1024
@@ -157,7 +157,7 @@ def unpack(
         return out
     width = out[0, 0].numel()
     hidden = with_unit_stride(hidden.reshape(size, width))
-    unit = common_unit(hidden, hidden.stride(0), width)
+    unit = common_unit(hidden, row_stride(hidden), width)
     blocks = row_blocks(min(width, BLOCK))
     launch(
         _unpack_kernel,
@@ -167,7 +167,7 @@ def unpack(
         indices_ptr=indices.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_hidden=hidden.stride(0) // unit,
+        stride_hidden=row_stride(hidden) // unit,
         num_tokens=size,
         num_places=num_places,
         width=width // unit,

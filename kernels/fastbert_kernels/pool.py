@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import MAX_ROW, check, common_unit, launch, shape_of, with_unit_stride
+from fastbert_kernels.launch import MAX_ROW, check, common_unit, launch, row_stride, shape_of, with_unit_stride
 from fastbert_kernels.layer_norm import row_blocks
 
 MODES = ("first", "mean")
@@ -85,7 +85,7 @@ def pool(
     if num_sequences == 0:
         return out
     hidden = with_unit_stride(hidden)
-    unit = common_unit(hidden, hidden.stride(0), width)
+    unit = common_unit(hidden, row_stride(hidden), width)
     launch(
         _pool_kernel,
         (num_sequences,),
@@ -94,7 +94,7 @@ def pool(
         cu_seqlens_ptr=cu_seqlens.contiguous(),
         indices_ptr=None if indices is None else indices.contiguous(),
         out_ptr=out,
-        stride_hidden=hidden.stride(0) // unit,
+        stride_hidden=row_stride(hidden) // unit,
         num_tokens=num_rows if indices is None else indices.shape[0],
         num_rows=num_rows,
         width=width // unit,

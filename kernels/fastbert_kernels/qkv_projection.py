@@ -17,6 +17,7 @@ from fastbert_kernels.launch import (
     launch,
     num_processors,
     operands,
+    row_stride,
     shape_of,
     with_unit_stride,
 )
@@ -107,7 +108,8 @@ def qkv_projection(
     config = choose("qkv_projection", x, size)
     descriptors, x_operand, weight_operands = operands(x, weights, config, config["BLOCK_N"])
     tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
-    unit = common_unit(x, x.stride(0), weights[0].stride(0), width, num_inputs)
+    stride_x, stride_weight = row_stride(x), row_stride(weights[0])
+    unit = common_unit(x, stride_x, stride_weight, width, num_inputs)
     launch(
         _qkv_projection_kernel,
         (min(tiles, num_processors(x.device) * config["programs"]),),
@@ -121,8 +123,8 @@ def qkv_projection(
         v_bias_ptr=v_bias.contiguous(),
         out_ptr=out,
         num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0) // unit,
-        stride_weight=weights[0].stride(0) // unit,
+        stride_x=stride_x // unit,
+        stride_weight=stride_weight // unit,
         num_tokens=size,
         width=width // unit,
         num_inputs=num_inputs // unit,

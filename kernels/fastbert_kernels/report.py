@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 
 import torch
@@ -21,7 +22,14 @@ from torch import Tensor
 from triton import knobs
 
 import fastbert_kernels
-from fastbert_kernels.ahead_of_time import CHIPS, MATRIX_INSTRUCTIONS, Chip, Compiled, compiling_for
+from fastbert_kernels.ahead_of_time import (
+    CHIPS,
+    MATRIX_INSTRUCTIONS,
+    TENSOR_MEMORY_COLUMNS,
+    Chip,
+    Compiled,
+    compiling_for,
+)
 from fastbert_kernels.launch import MAX_ROW
 from fastbert_kernels.roofline import H200, LAYER, MODELS, Model, work
 
@@ -37,8 +45,9 @@ OPS = (
     "pool",
 )
 SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128), (32, 512), (256, 128))  # batch size, padded length
-# What those models do not reach: other head sizes, the widest rows.
+# What those models do not reach: rows that TMA cannot address, other head sizes, the widest rows.
 FURTHER_MODELS = {
+    "E300": Model(12, 300, 12, 1200),
     "D16": Model(12, 384, 24, 1536),
     "D80": Model(24, 1280, 16, 5120),
     "D128": Model(24, 1024, 8, 4096),
@@ -75,31 +84,29 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         yield place, op, partial(getattr(fastbert_kernels, op), *arguments)
 
 
-def rows_of(target: str, dtypes: list[str], ops: list[str]) -> list[dict]:
+def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
     """A row for each kernel that the models compile for a target; kernels/README.md lists the keys."""
     rows, refusals = {}, {}
     with compiling_for(CHIPS[target].target) as launches:
-        for dtype in dtypes:
-            for name, model in (MODELS | FURTHER_MODELS).items():
-                for batch_size, seq_len in SHAPES:
-                    for place, op, call in calls(model, batch_size, seq_len, DTYPES[dtype]):
-                        if op not in ops:
-                            continue
-                        launches.clear()
-                        try:
-                            call()
-                        except Exception as error:  # the launcher's own, before there is a kernel
-                            refused = Compiled(op, {}, 0.0, None, f"{type(error).__name__}: {error}")
-                            launches.append(refusals.setdefault((op, refused.error), refused))
-                        for compiled in launches:
-                            row = rows.setdefault((dtype, compiled), _row(op, target, dtype, compiled))
-                            part = PARTS.get(compiled.kernel, place)
-                            needed = work(part, model, batch_size, seq_len, DTYPES[dtype].itemsize)
-                            row["shapes"].append(
-                                {"model": name, "batch_size": batch_size, "seq_len": seq_len, "place": part}
-                                | {"flops": needed.flops, "bytes": needed.bytes}
-                                | {"floor_us": round(needed.seconds(dtype) * 1e6, 3)}
-                            )
+        for (name, model), (batch_size, seq_len) in product((MODELS | FURTHER_MODELS).items(), SHAPES):
+            for place, op, call in calls(model, batch_size, seq_len, DTYPES[dtype]):
+                if op not in ops:
+                    continue
+                launches.clear()
+                try:
+                    call()
+                except Exception as error:  # the launcher's own, before there is a kernel
+                    refused = Compiled(op, {}, 0.0, None, f"{type(error).__name__}: {error}")
+                    launches.append(refusals.setdefault((op, refused.error), refused))
+                for compiled in launches:
+                    row = rows.setdefault(compiled, _row(op, target, dtype, compiled))
+                    part = PARTS.get(compiled.kernel, place)
+                    needed = work(part, model, batch_size, seq_len, DTYPES[dtype].itemsize)
+                    row["shapes"].append(
+                        {"model": name, "batch_size": batch_size, "seq_len": seq_len, "place": part}
+                        | {"flops": needed.flops, "bytes": needed.bytes}
+                        | {"floor_us": round(needed.seconds(dtype) * 1e6, 3)}
+                    )
     return list(rows.values())
 
 
@@ -131,6 +138,12 @@ def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
         reasons.append(f"spills {found.spill_bytes} bytes a thread")
     if found.shared_bytes > chip.program_shared_bytes:
         reasons.append(f"{found.shared_bytes} bytes of shared memory of {chip.program_shared_bytes}")
+    if found.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+        reasons.append(f"{found.tensor_memory_columns} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}")
+    if not reasons and not found.programs(chip):
+        reasons.append(
+            f"{found.num_warps} warps of {found.registers} registers: a multiprocessor holds no such program"
+        )
     needed = chip.matrix_instruction_fp32 if dtype == "fp32" else chip.matrix_instruction
     strongest_first = (*MATRIX_INSTRUCTIONS, "none")
     multiplies = "PRECISION" in compiled.config
@@ -207,10 +220,10 @@ def main(argv: list[str] | None = None) -> int:
     if knobs.runtime.interpret:
         parser.error("nothing compiles in Triton's interpreter: unset TRITON_INTERPRET")
     targets, dtypes, ops = options.target or list(CHIPS), options.dtype or list(DTYPES), options.op or list(OPS)
-    jobs = [(target, [dtype], ops) for target in targets for dtype in dtypes]
+    jobs = [(target, dtype, ops) for target in targets for dtype in dtypes]
     rows = []
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("spawn")) as pool:
-        for (target, (dtype,), _), found in zip(jobs, pool.map(rows_of, *zip(*jobs, strict=True)), strict=True):
+        for (target, dtype, _), found in zip(jobs, pool.map(rows_of, *zip(*jobs, strict=True)), strict=True):
             rows += found
             failed = sum(bool(row["reasons"]) for row in found)
             print(f"{target} {dtype}: {len(found)} kernels, {failed} of them fail", file=sys.stderr)

@@ -75,10 +75,12 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
             return Work(0.0, float(ids))
         case "packing_plan":
             return Work(0.0, 2.0 * ids)
-        case "embed_layer_norm":
-            return Work(0.0, 2.0 * rows + 2.0 * ids)
-        case "layer_norm" | "unpack":
+        case "embed_layer_norm":  # ids, types and indices; a row of words, and every position once
+            return Work(0.0, 2.0 * rows + seq_len * width * itemsize + 3.0 * ids)
+        case "layer_norm":
             return Work(0.0, 2.0 * rows)
+        case "unpack":
+            return Work(0.0, 2.0 * rows + ids)
         case "pool":
             return Work(0.0, float(rows + batch_size * width * itemsize))
     raise ValueError(f"no launch is called {place!r}")
