@@ -143,6 +143,13 @@ MUTANTS = [
         "test_kernel_properties.py::test_offsets_past_2_to_the_31",
     ),
     Mutant(
+        "embed-place-out-of-range",
+        "kernels/fastbert_kernels/embed_layer_norm.py",
+        "inside = live & (place >= 0) & (place < num_places)",
+        "inside = live & (place >= 0)",
+        "test_sanitizer.py::test_hostile_ids",
+    ),
+    Mutant(
         "embed-negative-ids-are-looked-up",
         "kernels/fastbert_kernels/embed_layer_norm.py",
         "known = (index >= 0) & (index < limit)",
