@@ -153,6 +153,7 @@ def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
+    """A table."""
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ("---",) * len(header), *rows))
 
 
