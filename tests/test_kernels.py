@@ -57,9 +57,11 @@ def configured(monkeypatch):
     def use(table: dict) -> None:
         monkeypatch.setattr(launch, "configurations", lambda name: table)
         launch._entries.cache_clear()
+        launch.forget_plans()
 
     yield use
     launch._entries.cache_clear()
+    launch.forget_plans()
 
 
 @pairwise(
@@ -407,13 +409,17 @@ def test_pointers_and_descriptors_agree(op, dtype, configured):
 
 def test_descriptors_serve_rows_of_16_bytes_only():
     config = {"descriptors": True, "BLOCK_T": 64, "BLOCK_K": 32}
-    for columns, served in ((48, True), (13, False)):
+
+    def served(*tensors, config=config):
+        return launch.through_descriptors(config, *(launch.Layout(*launch.layout_of(x)) for x in tensors))
+
+    for columns, expected in ((48, True), (13, False)):
         x, weight = normal(5, columns), normal(7, columns)
-        assert launch.operands(x, (weight,), config, 64)[0] == served
-        assert not launch.operands(x, (weight,), config | {"descriptors": False}, 64)[0]
+        assert served(x, weight) == expected
+        assert not served(x, weight, config=config | {"descriptors": False})
     x, weight = normal(5, 48), normal(7, 48)[:, :44]
-    for start, served in ((4, True), (1, False)):
-        assert launch.operands(x[:, start : start + 44], (weight,), config, 64)[0] == served
+    for start, expected in ((4, True), (1, False)):
+        assert served(x[:, start : start + 44], weight) == expected
 
 
 def test_an_unknown_architecture_takes_the_defaults(caplog):
@@ -436,14 +442,17 @@ def test_architecture(monkeypatch):
 
 
 def test_precision_follows_torch(monkeypatch):
+    def products(x):
+        return launch.precision(launch.Layout(*launch.layout_of(x)), launch.torch_precision(x))
+
     x, matmul = torch.zeros(1), torch.backends.cuda.matmul
     kept = matmul.fp32_precision
     try:
         for setting, expected in (("ieee", "tf32x3"), ("tf32", "tf32")):
             matmul.fp32_precision = setting
-            assert launch.precision(x) == expected
-            assert [launch.precision(x.to(half)) for half in HALVES] == ["ieee"] * 2
+            assert products(x) == expected
+            assert [products(x.to(half)) for half in HALVES] == ["ieee"] * 2
     finally:
         matmul.fp32_precision = kept
     monkeypatch.setattr(launch, "architecture", lambda device: "gfx942")
-    assert launch.precision(x) == "ieee"
+    assert products(x) == "ieee"

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fastbert_kernels.launch import launching_by
+from fastbert_kernels.launch import forget_plans, launching_by
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,14 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
     always = knobs.compilation.always_compile
     driver.set_active(_CompileOnlyDriver(target))
     knobs.compilation.always_compile = True  # so that the seconds are those of a compilation
+    forget_plans()  # which are for one architecture
     try:
         with launching_by(compile_launch):
             yield launches
     finally:
         knobs.compilation.always_compile = always
         driver.set_active(None)  # Triton then looks for the machine's own again
+        forget_plans()
 
 
 def resources(compiled: CompiledKernel) -> Resources:

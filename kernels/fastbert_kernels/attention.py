@@ -11,7 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import check, check_shape, choose, launch, precision, shape_of, with_unit_stride
+from fastbert_kernels.launch import (
+    Layout,
+    Plan,
+    check,
+    check_shape,
+    choose,
+    layout_of,
+    planned,
+    precision,
+    shape_of,
+    torch_precision,
+    unit_strides,
+)
 from fastbert_kernels.matmul import dot
 
 MAX_HEAD_SIZE = 128
@@ -75,12 +87,8 @@ def _attention_fwd_kernel(
         tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """qkv [T, 3, H, D], cu_seqlens int32 [N + 1] on the device -> context [T, H D].
-
-    max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
-    Raises ValueError for a head size above 128 or a scale that is not positive, TypeError for dtypes.
-    """
+@planned
+def _plan(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: float, wanted: str | None) -> Plan | None:
     check("attention", qkv, cu_seqlens)
     num_tokens, _, num_heads, head_size = shape_of("attention", "qkv", qkv, "T 3 H D")
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
@@ -88,32 +96,42 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
         raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
     if not scale > 0:
         raise ValueError(f"attention: scale is {scale}, it must be positive")
-    out = qkv.new_empty(num_tokens, num_heads * head_size)
-    num_sequences = cu_seqlens.shape[0] - 1
-    if out.numel() == 0 or max_seqlen == 0 or num_sequences == 0:
-        return out
-    qkv = with_unit_stride(qkv)
+    if not unit_strides(qkv, cu_seqlens):
+        return None
     config = choose("attention", qkv, head_size)
-    query_blocks = triton.cdiv(max_seqlen, config["BLOCK_Q"])
-    launch(
+    query_blocks = triton.cdiv(max_seqlen, config["BLOCK_Q"]) if num_tokens else 0
+    return Plan(
         _attention_fwd_kernel,
-        (num_sequences * query_blocks, num_heads),
+        ((cu_seqlens.shape[0] - 1) * query_blocks, num_heads),
         qkv.device,
-        qkv_ptr=qkv,
-        cu_seqlens_ptr=cu_seqlens.contiguous(),
-        out_ptr=out,
-        stride_qkv_token=qkv.stride(0),
-        stride_qkv_part=qkv.stride(1),
-        stride_qkv_head=qkv.stride(2),
-        query_blocks=query_blocks,
-        num_tokens=num_tokens,
-        head_size=head_size,
-        scale_log2=scale * LOG2_E,
-        PRECISION=precision(qkv),
-        BLOCK_Q=config["BLOCK_Q"],
-        BLOCK_KEYS=config["BLOCK_KEYS"],
-        BLOCK_D=max(16, triton.next_power_of_2(head_size)),
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        dict.fromkeys(("qkv_ptr", "cu_seqlens_ptr", "out_ptr")),
+        {
+            "stride_qkv_token": qkv.strides[0],
+            "stride_qkv_part": qkv.strides[1],
+            "stride_qkv_head": qkv.strides[2],
+            "query_blocks": query_blocks,
+            "num_tokens": num_tokens,
+            "head_size": head_size,
+            "scale_log2": scale * LOG2_E,
+            "PRECISION": precision(qkv, wanted),
+            "BLOCK_Q": config["BLOCK_Q"],
+            "BLOCK_KEYS": config["BLOCK_KEYS"],
+            "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+            "num_warps": config["num_warps"],
+            "num_stages": config["num_stages"],
+        },
     )
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """qkv [T, 3, H, D], cu_seqlens int32 [N + 1] on the device -> context [T, H D].
+
+    max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
+    Raises ValueError for a head size above 128 or a scale that is not positive, TypeError for dtypes.
+    """
+    plan = _plan(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
+    if plan is None:
+        return attention(qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, scale)
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
+    plan.launch(qkv, cu_seqlens, out)
     return out

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import MAX_ROW, check, check_shape, common_unit, launch, row_stride, with_unit_stride
+from fastbert_kernels.launch import (
+    MAX_ROW,
+    Layout,
+    Plan,
+    check,
+    check_shape,
+    common_unit,
+    layout_of,
+    planned,
+    row_stride,
+    unit_strides,
+)
 from fastbert_kernels.layer_norm import live_tokens, normalize_rows, row_blocks
 
 INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -184,6 +195,67 @@ def _embed_layer_norm_kernel(
         )
 
 
+@planned
+def _plan(
+    input_ids: Layout | None, token_type_ids: Layout | None, position_ids: Layout | None,
+    inputs_embeds: Layout | None, indices: Layout | None, word_table: Layout, position_table: Layout,
+    token_type_table: Layout, weight: Layout, bias: Layout, num_tokens: Layout | None, eps: float,
+) -> Plan | None:  # fmt: skip
+    operation = "embed_layer_norm"
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None:
+        raise ValueError(f"{operation}: pass input_ids or inputs_embeds")
+    (batch_size, seq_len), width = given.shape[:2], word_table.shape[1]
+    check(operation, word_table, position_table, token_type_table, weight, bias, given, token_type_ids, position_ids)
+    check(operation, word_table, indices, num_tokens)
+    for name, ids in zip(INPUTS, (input_ids, token_type_ids, position_ids), strict=True):
+        if ids is not None:
+            check_shape(operation, name, ids, batch_size, seq_len)
+    if input_ids is None:
+        check_shape(operation, "inputs_embeds", given, batch_size, seq_len, width)
+    for name, table in (("position_table", position_table), ("token_type_table", token_type_table)):
+        check_shape(operation, name, table, table.shape[0], width)
+    check_shape(operation, "weight", weight, width)
+    check_shape(operation, "bias", bias, width)
+    if batch_size * seq_len >= 2**31:
+        raise ValueError(f"{operation}: {batch_size} x {seq_len} places, it takes fewer than 2^31")
+    if width > MAX_ROW:
+        raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
+    tables = {"word": word_table, "position": position_table, "token_type": token_type_table}
+    if not unit_strides(*tables.values(), weight, bias, indices, inputs_embeds):
+        return None
+    size, blocks = batch_size * seq_len if indices is None else indices.shape[0], row_blocks(width)
+    wide_strides = _strides("embeds", inputs_embeds)
+    wide_strides |= {f"stride_{name}_table": row_stride(table) for name, table in tables.items()}
+    unit = common_unit(word_table, width, *wide_strides.values())
+    pointers = (
+        *(f"{name}_ptr" for name in (*INPUTS, "inputs_embeds", "indices")),
+        *(f"{name}_table_ptr" for name in tables), "weight_ptr", "bias_ptr", "out_ptr", "bad_ids_ptr", "num_tokens_ptr",
+    )  # fmt: skip
+    return Plan(
+        _embed_layer_norm_kernel,
+        (triton.cdiv(size, blocks["BLOCK_ROWS"]),),
+        word_table.device,
+        dict.fromkeys(pointers),
+        {
+            **_strides("ids", input_ids),
+            **_strides("types", token_type_ids),
+            **_strides("positions", position_ids),
+            **{name: stride // unit for name, stride in wide_strides.items()},
+            "num_tokens": size,
+            "num_places": batch_size * seq_len,
+            "seq_len": seq_len,
+            "width": width // unit,
+            "num_words": word_table.shape[0],
+            "num_positions": position_table.shape[0],
+            "num_types": token_type_table.shape[0],
+            "eps": eps,
+            "UNIT": unit,
+            **blocks,
+        },
+    )
+
+
 def embed_layer_norm(
     input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
@@ -197,74 +269,20 @@ def embed_layer_norm(
     device: rows from it on are neither read nor written. padding_idx concerns gradients alone. Raises ValueError or
     TypeError for shapes, dtypes or devices that do not fit.
     """
-    operation = "embed_layer_norm"
-    embeds = input_ids is None
-    given = inputs_embeds if embeds else input_ids
-    if given is None:
-        raise ValueError(f"{operation}: pass input_ids or inputs_embeds")
-    (batch_size, seq_len), width = given.shape[:2], word_table.shape[1]
-    check(operation, word_table, position_table, token_type_table, weight, bias, given, token_type_ids, position_ids)
-    check(operation, word_table, indices, num_tokens)
-    for name, ids in zip(INPUTS, (input_ids, token_type_ids, position_ids), strict=True):
-        if ids is not None:
-            check_shape(operation, name, ids, batch_size, seq_len)
-    if embeds:
-        check_shape(operation, "inputs_embeds", given, batch_size, seq_len, width)
-    for name, table in (("position_table", position_table), ("token_type_table", token_type_table)):
-        check_shape(operation, name, table, table.shape[0], width)
-    check_shape(operation, "weight", weight, width)
-    check_shape(operation, "bias", bias, width)
-    if batch_size * seq_len >= 2**31:
-        raise ValueError(f"{operation}: {batch_size} x {seq_len} places, it takes fewer than 2^31")
-    if width > MAX_ROW:
-        raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
-    size = batch_size * seq_len if indices is None else indices.shape[0]
-    out = word_table.new_empty(size, width)
-    if out.numel() == 0:
-        return out
-    word_table, position_table, token_type_table = map(with_unit_stride, (word_table, position_table, token_type_table))
-    inputs_embeds = with_unit_stride(inputs_embeds) if embeds else None
-    tables = {"word": word_table, "position": position_table, "token_type": token_type_table}
-    table_strides = {f"stride_{name}_table": row_stride(table) for name, table in tables.items()}
-    embeds_strides = _strides("embeds", inputs_embeds)
-    unit = common_unit(word_table, width, *table_strides.values(), *embeds_strides.values())
-    blocks = row_blocks(width)
-    launch(
-        _embed_layer_norm_kernel,
-        (triton.cdiv(size, blocks["BLOCK_ROWS"]),),
-        out.device,
-        input_ids_ptr=input_ids,
-        token_type_ids_ptr=token_type_ids,
-        position_ids_ptr=position_ids,
-        inputs_embeds_ptr=inputs_embeds,
-        indices_ptr=None if indices is None else indices.contiguous(),
-        word_table_ptr=word_table,
-        position_table_ptr=position_table,
-        token_type_table_ptr=token_type_table,
-        weight_ptr=weight.contiguous(),
-        bias_ptr=bias.contiguous(),
-        out_ptr=out,
-        bad_ids_ptr=_bad_id_buffer(out.device),
-        num_tokens_ptr=num_tokens,
-        **_strides("ids", input_ids),
-        **_strides("types", token_type_ids),
-        **_strides("positions", position_ids),
-        **{name: stride // unit for name, stride in (embeds_strides | table_strides).items()},
-        num_tokens=size,
-        num_places=batch_size * seq_len,
-        seq_len=seq_len,
-        width=width // unit,
-        num_words=word_table.shape[0],
-        num_positions=position_table.shape[0],
-        num_types=token_type_table.shape[0],
-        eps=eps,
-        UNIT=unit,
-        **blocks,
-    )
+    inputs = input_ids, token_type_ids, position_ids, None if input_ids is not None else inputs_embeds, indices
+    tables = word_table, position_table, token_type_table, weight, bias
+    plan = _plan(*map(layout_of, (*inputs, *tables, num_tokens)), eps)
+    if plan is None:
+        *ids, inputs_embeds, indices = (x if x is None else x.contiguous() for x in inputs)
+        copied = (table.contiguous() for table in tables)
+        return embed_layer_norm(*ids, inputs_embeds, indices, *copied, eps, padding_idx, num_tokens)
+    places = (input_ids if inputs[3] is None else inputs_embeds).shape[:2].numel()
+    out = word_table.new_empty(places if indices is None else indices.shape[0], word_table.shape[1])
+    plan.launch(*inputs, *tables, out, _bad_id_buffer(out.device), num_tokens)
     return out
 
 
-def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    row, column = (0, 0) if x is None else x.stride()[:2]
+def _strides(name: str, x: Layout | None) -> dict[str, int]:
+    row, column = (0, 0) if x is None else x.strides[:2]
     row = row if x is not None and x.shape[0] > 1 else 0  # of one row the stride may be anything
     return {f"stride_{name}_row": row, f"stride_{name}_column": column}

@@ -1,7 +1,11 @@
-"""What every launcher shares: launch configurations, host tensor descriptors, and the launch itself.
+"""What every launcher shares: launch configurations, checks of its operands, and launches planned by their layouts.
 
 Configurations are data: `configs/<architecture>.json`, or `configs/default.json` for an architecture without a file.
 An operation's entries for one operand width are tried in their order; the first whose `up_to` reaches the size serves.
+
+What a launch takes beside addresses (checks, configuration, grid, strides, Triton's choice of a compiled kernel)
+follows from the layouts of its tensors. The first call with a layout plans it; later ones find the plan and hand
+addresses to the compiled kernel, in a fraction of the time of a launch through Triton.
 """
 
 import functools
@@ -13,11 +17,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -69,7 +75,22 @@ def _entries(operation: str, name: str, itemsize: int) -> tuple[dict, ...]:
     return tuple(table[operation].get("32" if itemsize == 4 else "16", ()))
 
 
-def choose(operation: str, x: Tensor, size: int) -> dict | None:
+class Layout(NamedTuple):
+    """Everything about a tensor that a launch is planned by; `misaligned` is its address modulo 16."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    misaligned: int = 0
+
+
+def layout_of(x: Tensor | None) -> tuple | None:
+    """The fields of a `Layout`, of a tensor or nothing: what plans are found by."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+
+
+def choose(operation: str, x: Layout, size: int) -> dict | None:
     """The launch configuration of an operation on tensors like x; None where no entry reaches the size."""
     for entry in _entries(operation, architecture(x.device), x.dtype.itemsize):
         if entry["up_to"] is None or size <= entry["up_to"]:
@@ -83,19 +104,24 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def precision(x: Tensor) -> str:
+def torch_precision(x: Tensor) -> str | None:
+    """What torch.backends wants of float32 products; None for other dtypes."""
+    return torch.backends.cuda.matmul.fp32_precision if x.dtype == torch.float32 else None
+
+
+def precision(x: Layout, wanted: str | None) -> str:
     """How products of float32 are made: three TF32 products, or one where torch.backends allows TF32.
 
     AMD's matrix instructions take float32 itself.
     """
     if x.dtype != torch.float32 or architecture(x.device).startswith("gfx"):
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if wanted == "tf32" else "tf32x3"
 
 
-def check(operation: str, *tensors: Tensor | None) -> None:
+def check(operation: str, *operands: Layout | None) -> None:
     """Raise TypeError for a dtype no kernel takes, ValueError for tensors on different devices."""
-    first, *others = (x for x in tensors if x is not None)
+    first, *others = (x for x in operands if x is not None)
     if first.dtype not in DTYPES:
         raise TypeError(f"{operation}: dtype {first.dtype} is not served, only float32, float16 and bfloat16")
     for other in others:
@@ -103,53 +129,52 @@ def check(operation: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{operation}: tensors lie on {first.device} and {other.device}")
 
 
-def shape_of(operation: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
+def shape_of(operation: str, name: str, x: Layout, letters: str) -> tuple[int, ...]:
     """The shape of a tensor that has a dimension for each of the letters; raises ValueError for another number."""
-    if x.ndim != len(letters.split()):
+    if len(x.shape) != len(letters.split()):
         raise ValueError(f"{operation}: {name} is {list(x.shape)}, expected [{letters.replace(' ', ', ')}]")
     return x.shape
 
 
-def check_shape(operation: str, name: str, x: Tensor, *shape: int) -> None:
+def check_shape(operation: str, name: str, x: Layout, *shape: int) -> None:
     """Raise ValueError where a tensor has another shape than the operation needs."""
     if x.shape != shape:
         raise ValueError(f"{operation}: {name} is {list(x.shape)}, expected {list(shape)}")
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, as kernels read it; a copy otherwise."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def unit_strides(*operands: Layout | None) -> bool:
+    """Whether the last dimension of each is contiguous, as kernels read it; nothing is read of an empty one."""
+    return all(x is None or x.strides[-1] == 1 or x.shape[-1] == 1 or 0 in x.shape for x in operands)
 
 
-def _addressable_by_tma(x: Tensor) -> bool:
+def _addressable_by_tma(x: Layout) -> bool:
     """Whether rows begin at multiples of 16 bytes, one after another."""
-    stride, unit = x.stride()
-    return unit == 1 and stride >= x.shape[1] and x.data_ptr() % 16 == 0 and stride * x.itemsize % 16 == 0
+    stride, unit = x.strides
+    return unit == 1 and stride >= x.shape[1] and x.misaligned == 0 and stride * x.dtype.itemsize % 16 == 0
 
 
-def operands(
-    x: Tensor, weights: tuple[Tensor, ...], config: dict, block_n: int
-) -> tuple[bool, Tensor | TensorDescriptor, tuple[Tensor | TensorDescriptor, ...]]:
-    """x [T, K] and weights [N, K] as the main loop reads them: host descriptors where configured and where TMA can
-    address them (16-byte aligned rows), pointers elsewhere. Built on the host, they need no allocator on the device."""
+def through_descriptors(config: dict, x: Layout, *weights: Layout) -> bool:
+    """Whether the main loop reads x [T, K] and weights [N, K] by host descriptors: where configured and where TMA can
+    address them (16-byte aligned rows), by pointers elsewhere. Built on the host, they need no allocator on the device.
+    """
     for weight in weights:
         if weight.dtype != x.dtype:
             raise TypeError(f"the input is {x.dtype} and a weight {weight.dtype}: a GEMM takes one dtype")
-    if not config["descriptors"] or not all(map(_addressable_by_tma, (x, *weights))):
-        return False, x, weights
-    blocks = [config["BLOCK_T"], config["BLOCK_K"]], [block_n, config["BLOCK_K"]]
-    return (
-        True,
-        TensorDescriptor.from_tensor(x, blocks[0]),
-        tuple(TensorDescriptor.from_tensor(weight, blocks[1]) for weight in weights),
-    )
+    return config["descriptors"] and all(map(_addressable_by_tma, (x, *weights)))
 
 
-def gemm_options(x: Tensor, config: dict, block_n: int, unit: int, descriptors: bool) -> dict:
+def gemm_blocks(config: dict, block_n: int, descriptors: bool) -> tuple[list[int] | None, list[int] | None]:
+    """The blocks of x and of a weight for `Plan`: None, by pointers, where there are no descriptors."""
+    if not descriptors:
+        return None, None
+    return [config["BLOCK_T"], config["BLOCK_K"]], [block_n, config["BLOCK_K"]]
+
+
+def gemm_options(config: dict, block_n: int, unit: int, products: str, descriptors: bool) -> dict:
     """What the kernels around the main loop of `matmul` take beside their operands."""
     return {
         "UNIT": unit,
-        "PRECISION": precision(x),
+        "PRECISION": products,
         "DESCRIPTORS": descriptors,
         "BLOCK_T": config["BLOCK_T"],
         "BLOCK_N": block_n,
@@ -159,12 +184,12 @@ def gemm_options(x: Tensor, config: dict, block_n: int, unit: int, descriptors: 
     }
 
 
-def row_stride(x: Tensor) -> int:
+def row_stride(x: Layout) -> int:
     """Elements from one row to the next. A single row has none: whatever its stride says, the next would follow it."""
-    return x.stride(0) if x.shape[0] > 1 else x.shape[-1]
+    return x.strides[0] if x.shape[0] > 1 else x.shape[-1]
 
 
-def common_unit(x: Tensor, *sizes: int) -> int:
+def common_unit(x: Layout, *sizes: int) -> int:
     """The largest number of elements, up to 16 bytes, that divides all these sizes and strides.
 
     Kernels get them as multiples of it and so know how wide their accesses may be; Triton itself asks for 16 elements
@@ -173,16 +198,19 @@ def common_unit(x: Tensor, *sizes: int) -> int:
     """
     if max(sizes) >= 2**31:
         raise ValueError(f"a stride or width of {max(sizes)} elements is not served, only those below 2^31")
-    return math.gcd(16 // x.itemsize, *sizes)
+    return math.gcd(16 // x.dtype.itemsize, *sizes)
 
 
-def run(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: dict) -> None:
-    """What every launch comes down to; `launching_by` puts something else in its place."""
-    kernel[grid](**arguments)
+def run(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: dict) -> CompiledKernel | None:
+    """What a launch through Triton comes down to; `launching_by` puts something else in its place."""
+    return kernel[grid](**arguments)
+
+
+_run = run
 
 
 @contextmanager
-def launching_by(instead: Callable[[triton.JITFunction, tuple[int, ...], dict], None]) -> Iterator[None]:
+def launching_by(instead: Callable[[triton.JITFunction, tuple[int, ...], dict], object]) -> Iterator[None]:
     """Every launch, of all threads, goes to instead(kernel, grid, arguments): to be compiled only, or watched."""
     global run
     with _launching:
@@ -194,11 +222,87 @@ def launching_by(instead: Callable[[triton.JITFunction, tuple[int, ...], dict], 
             run = before
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
-    """kernel[grid](**arguments) on the tensors' device, which need not be the current one."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    # One at a time: of threads that need a kernel first, one compiles it; and the interpreter's state is global.
-    with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
+class Plan:
+    """A launch on tensors of certain layouts: all but their addresses.
+
+    operands: the names of the kernel's tensor arguments in the order in which `launch` gets them; a tensor read through
+    a host descriptor has the shape of its blocks beside it, one read through a pointer None. A grid with a zero
+    launches nothing.
+    """
+
+    def __init__(
+        self, kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device,
+        operands: dict[str, list[int] | None], constants: dict,
+    ):  # fmt: skip
+        self.kernel, self.grid, self.device, self.operands = kernel, grid, device, operands
         # Products and sums in one rounding: what the numbers here rest on is not left to a default.
-        arguments["enable_fp_fusion"] = True
-        run(kernel, grid, arguments)
+        self.constants = constants | {"enable_fp_fusion": True}
+        self._runner = None
+
+    def launch(self, *tensors: Tensor | None) -> None:
+        """Launch on tensors of the layouts planned for; their device need not be the current one."""
+        if 0 in self.grid:
+            return
+        # One at a time: of threads that need a kernel first, one compiles it; the interpreter's state is global, and
+        # the arguments below are the plan's.
+        with _launching:
+            if self._runner is None or run is not _run or self._current_device() != self.device.index:
+                self._launch_by_triton(tensors)
+                return
+            arguments = self._arguments
+            for place, index in self._pointers:
+                # Numbers spare a question to the driver each.
+                arguments[place] = tensors[index].data_ptr()
+            for descriptor, index in self._descriptors:
+                descriptor.base = tensors[index]
+            self._runner(*arguments, stream=self._current_stream(self.device.index))
+            for descriptor, _ in self._descriptors:
+                descriptor.base = None  # a plan keeps no tensor alive
+
+    def _launch_by_triton(self, tensors: tuple[Tensor | None, ...]) -> None:
+        arguments = {
+            name: tensor if tensor is None or block is None else TensorDescriptor.from_tensor(tensor, block)
+            for (name, block), tensor in zip(self.operands.items(), tensors, strict=True)
+        } | self.constants
+        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
+        with torch.cuda.device(self.device) if elsewhere else nullcontext():
+            compiled = run(self.kernel, self.grid, arguments)
+        # Nothing is compiled in the interpreter.
+        if run is _run and compiled is not None:
+            self._launch_directly_by(compiled, arguments)
+
+    def _launch_directly_by(self, compiled: CompiledKernel, arguments: dict) -> None:
+        """Keep what Triton has chosen, which tensors of the same layouts and the same constants get again."""
+        self._arguments = [arguments[name] for name in self.kernel.arg_names]
+        self._pointers, self._descriptors = [], []
+        for index, name in enumerate(self.operands):
+            place, operand = self.kernel.arg_names.index(name), arguments[name]
+            if isinstance(operand, TensorDescriptor):
+                self._descriptors.append((operand, index))
+                operand.base = None
+            elif operand is not None:
+                self._pointers.append((place, index))
+                self._arguments[place] = None
+        self._current_device, self._current_stream = driver.active.get_current_device, driver.active.get_current_stream
+        self._runner = compiled[(*self.grid, 1, 1)[:3]]
+
+
+_planners: list = []
+
+
+def planned(plan_of: Callable) -> Callable:
+    """Remember what plan_of(*layouts and settings) returned for the last 4096 different arguments."""
+
+    @functools.lru_cache(4096)
+    @functools.wraps(plan_of)
+    def planner(*arguments):
+        return plan_of(*(Layout(*x) if type(x) is tuple else x for x in arguments))
+
+    _planners.append(planner)
+    return planner
+
+
+def forget_plans() -> None:
+    """For those who change what plans follow from beside layouts: configurations, or the target of compilation."""
+    for planner in _planners:
+        planner.cache_clear()

@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import common_unit, launch
+from fastbert_kernels.launch import Layout, Plan, common_unit, layout_of, planned, row_stride
 
 
 def row_blocks(width: int) -> dict:
     """Rows a program takes and warps it runs on, from the width alone, so that a row's bits never depend on others."""
-    block = triton.next_power_of_2(width)
+    block = max(1, triton.next_power_of_2(width))
     rows = max(1, min(16, 2048 // block))
     return {"BLOCK_ROWS": rows, "BLOCK_E": block, "num_warps": 4 if rows * block <= 4096 else 8}
 
@@ -69,24 +69,28 @@ def _layer_norm_kernel(
         tl.store(out_ptr + places, rows.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, num_tokens: Tensor | None) -> None:
-    """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself."""
-    blocks = row_blocks(x.shape[1])
-    unit = common_unit(x, x.stride(0), out.stride(0), x.shape[1])
-    launch(
+@planned
+def _plan(x: Layout, weight: Layout, bias: Layout, out: Layout, num_tokens: Layout | None, eps: float) -> Plan:
+    (size, width), blocks = x.shape, row_blocks(x.shape[1])
+    unit = common_unit(x, row_stride(x), row_stride(out), width)
+    return Plan(
         _layer_norm_kernel,
-        (triton.cdiv(x.shape[0], blocks["BLOCK_ROWS"]),),
+        (triton.cdiv(size, blocks["BLOCK_ROWS"]) if width else 0,),
         x.device,
-        x_ptr=x,
-        weight_ptr=weight.contiguous(),
-        bias_ptr=bias.contiguous(),
-        out_ptr=out,
-        num_tokens_ptr=num_tokens,
-        stride_x=x.stride(0) // unit,
-        stride_out=out.stride(0) // unit,
-        num_tokens=x.shape[0],
-        width=x.shape[1] // unit,
-        eps=eps,
-        UNIT=unit,
-        **blocks,
+        dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "num_tokens_ptr")),
+        {
+            "stride_x": row_stride(x) // unit,
+            "stride_out": row_stride(out) // unit,
+            "num_tokens": size,
+            "width": width // unit,
+            "eps": eps,
+            "UNIT": unit,
+            **blocks,
+        },
     )
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, num_tokens: Tensor | None) -> None:
+    """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself; weight and bias [E] are contiguous."""
+    tensors = x, weight, bias, out, num_tokens
+    _plan(*map(layout_of, tensors), eps).launch(*tensors)

@@ -12,17 +12,23 @@ from torch import Tensor
 
 from fastbert_kernels.activation import ACTIVATIONS, activate
 from fastbert_kernels.launch import (
+    Layout,
+    Plan,
     check,
     check_shape,
     choose,
     common_unit,
+    gemm_blocks,
     gemm_options,
-    launch,
+    layout_of,
     num_processors,
-    operands,
+    planned,
+    precision,
     row_stride,
     shape_of,
-    with_unit_stride,
+    through_descriptors,
+    torch_precision,
+    unit_strides,
 )
 from fastbert_kernels.layer_norm import live_tokens
 from fastbert_kernels.matmul import matmul_tiles
@@ -80,47 +86,60 @@ def _linear_kernel(
         tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@planned
+def _plan_linear(
+    operation: str, x: Layout, weight: Layout, bias: Layout, residual: Layout | None, num_tokens: Layout | None,
+    activation: str, wanted: str | None,
+) -> Plan | None:  # fmt: skip
+    check(operation, x, weight, bias, residual, num_tokens)
+    (size, num_inputs), num_outputs = shape_of(operation, "x", x, "T K"), weight.shape[0]
+    check_shape(operation, "weight", weight, num_outputs, num_inputs)
+    check_shape(operation, "bias", bias, num_outputs)
+    if not unit_strides(x, weight, bias, residual):
+        return None
+    config = choose(operation, x, size)
+    descriptors = through_descriptors(config, x, weight)
+    block_x, block_weight = gemm_blocks(config, config["BLOCK_N"], descriptors)
+    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(num_outputs, config["BLOCK_N"])
+    stride_residual = 0 if residual is None else row_stride(residual)
+    stride_x, stride_weight = row_stride(x), row_stride(weight)
+    unit = common_unit(x, stride_x, stride_weight, stride_residual, num_outputs, num_inputs)
+    return Plan(
+        _linear_kernel,
+        (min(tiles, num_processors(x.device) * config["programs"]),),
+        x.device,
+        {"x": block_x, "weight": block_weight}
+        | dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr", "num_tokens_ptr")),
+        {
+            "stride_x": stride_x // unit,
+            "stride_weight": stride_weight // unit,
+            "stride_residual": stride_residual // unit,
+            "stride_out": num_outputs // unit,
+            "num_tokens": size,
+            "num_outputs": num_outputs // unit,
+            "num_inputs": num_inputs // unit,
+            "ACTIVATION": activation,
+            "EXACT": (x if residual is None else residual).dtype == torch.float32,
+            **gemm_options(config, config["BLOCK_N"], unit, precision(x, wanted), descriptors),
+        },
+    )
+
+
 def linear(
     operation: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str,
     num_tokens: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """activation(x W^T + b + residual) -> [T, N] in the residual's dtype, or x's without one."""
-    check(operation, x, weight, bias, residual, num_tokens)
-    (size, num_inputs), num_outputs = shape_of(operation, "x", x, "T K"), weight.shape[0]
-    check_shape(operation, "weight", weight, num_outputs, num_inputs)
-    check_shape(operation, "bias", bias, num_outputs)
-    out = x.new_empty(size, num_outputs, dtype=x.dtype if residual is None else residual.dtype)
-    if out.numel() == 0:
-        return out
-    x, weight = with_unit_stride(x), with_unit_stride(weight)
-    residual = None if residual is None else with_unit_stride(residual)
-    config = choose(operation, x, size)
-    descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, config["BLOCK_N"])
-    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(num_outputs, config["BLOCK_N"])
-    stride_residual = 0 if residual is None else row_stride(residual)
-    stride_x, stride_weight = row_stride(x), row_stride(weight)
-    unit = common_unit(x, stride_x, stride_weight, stride_residual, num_outputs, num_inputs)
-    launch(
-        _linear_kernel,
-        (min(tiles, num_processors(x.device) * config["programs"]),),
-        x.device,
-        x=x_operand,
-        weight=weight_operand,
-        bias_ptr=bias.contiguous(),
-        residual_ptr=residual,
-        out_ptr=out,
-        num_tokens_ptr=num_tokens,
-        stride_x=stride_x // unit,
-        stride_weight=stride_weight // unit,
-        stride_residual=stride_residual // unit,
-        stride_out=num_outputs // unit,
-        num_tokens=size,
-        num_outputs=num_outputs // unit,
-        num_inputs=num_inputs // unit,
-        ACTIVATION=activation,
-        EXACT=out.dtype == torch.float32,
-        **gemm_options(x, config, config["BLOCK_N"], unit, descriptors),
-    )
+    plan = _plan_linear(
+        operation, layout_of(x), layout_of(weight), layout_of(bias), layout_of(residual), layout_of(num_tokens),
+        activation, torch_precision(x),
+    )  # fmt: skip
+    if plan is None:
+        residual = None if residual is None else residual.contiguous()
+        copied = x.contiguous(), weight.contiguous(), bias.contiguous(), residual
+        return linear(operation, *copied, activation, num_tokens)
+    out = (x if residual is None else residual).new_empty(x.shape[0], weight.shape[0])
+    plan.launch(x, weight, bias, residual, out, num_tokens)
     return out
 
 

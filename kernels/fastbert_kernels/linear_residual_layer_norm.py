@@ -13,17 +13,23 @@ from torch import Tensor
 
 from fastbert_kernels.launch import (
     MAX_ROW,
+    Layout,
+    Plan,
     check,
     check_shape,
     choose,
     common_unit,
+    gemm_blocks,
     gemm_options,
-    launch,
+    layout_of,
     num_processors,
-    operands,
+    planned,
+    precision,
     row_stride,
     shape_of,
-    with_unit_stride,
+    through_descriptors,
+    torch_precision,
+    unit_strides,
 )
 from fastbert_kernels.layer_norm import layer_norm, live_tokens
 from fastbert_kernels.linear_activation import linear
@@ -141,15 +147,12 @@ def _linear_residual_layer_norm_kernel(
             )  # fmt: skip
 
 
-def linear_residual_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-    num_tokens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """LayerNorm(x W^T + b + residual): x [T, K], weight [E, K], bias [E], residual [T, E] -> [T, E].
-
-    norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on are neither read nor written.
-    Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
-    """
+@planned
+def _plan(
+    x: Layout, weight: Layout, bias: Layout, residual: Layout, norm_weight: Layout, norm_bias: Layout,
+    num_tokens: Layout | None, eps: float, wanted: str | None,
+) -> Plan | tuple[()] | None:  # fmt: skip
+    """A plan; an empty tuple where two launches serve, None where operands have to be copied."""
     operation = "linear_residual_layer_norm"
     check(operation, x, weight, bias, residual, norm_weight, norm_bias, num_tokens)
     (size, num_inputs), width = shape_of(operation, "x", x, "T K"), weight.shape[0]
@@ -160,41 +163,57 @@ def linear_residual_layer_norm(
     check_shape(operation, "norm_bias", norm_bias, width)
     if width > MAX_ROW:
         raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
+    if not unit_strides(x, weight, bias, residual, norm_weight, norm_bias):
+        return None
     config = choose(operation, x, width)
     if config is None:
-        summed = linear("linear_residual", x, weight, bias, residual, "none", num_tokens)
-        if summed.numel():
-            layer_norm(summed, norm_weight, norm_bias, eps, summed, num_tokens)
-        return summed
-    out = residual.new_empty(size, width)
-    if out.numel() == 0:
-        return out
-    x, weight, residual = with_unit_stride(x), with_unit_stride(weight), with_unit_stride(residual)
+        return ()
     block_n = min(config["BLOCK_N"], max(16, triton.next_power_of_2(width)))
-    descriptors, x_operand, (weight_operand,) = operands(x, (weight,), config, block_n)
+    descriptors = through_descriptors(config, x, weight)
+    block_x, block_weight = gemm_blocks(config, block_n, descriptors)
     stride_x, stride_weight, stride_residual = row_stride(x), row_stride(weight), row_stride(residual)
     unit = common_unit(x, stride_x, stride_weight, stride_residual, width, num_inputs)
-    launch(
+    return Plan(
         _linear_residual_layer_norm_kernel,
         (min(triton.cdiv(size, config["BLOCK_T"]), num_processors(x.device) * config["programs"]),),
         x.device,
-        x=x_operand,
-        weight=weight_operand,
-        bias_ptr=bias.contiguous(),
-        residual_ptr=residual,
-        norm_weight_ptr=norm_weight.contiguous(),
-        norm_bias_ptr=norm_bias.contiguous(),
-        out_ptr=out,
-        num_tokens_ptr=num_tokens,
-        stride_x=stride_x // unit,
-        stride_weight=stride_weight // unit,
-        stride_residual=stride_residual // unit,
-        stride_out=width // unit,
-        num_tokens=size,
-        width=width // unit,
-        num_inputs=num_inputs // unit,
-        eps=eps,
-        TILES=triton.cdiv(width, block_n),
-        **gemm_options(x, config, block_n, unit, descriptors),
+        {"x": block_x, "weight": block_weight, "bias_ptr": None, "residual_ptr": None}
+        | dict.fromkeys(("norm_weight_ptr", "norm_bias_ptr", "out_ptr", "num_tokens_ptr")),
+        {
+            "stride_x": stride_x // unit,
+            "stride_weight": stride_weight // unit,
+            "stride_residual": stride_residual // unit,
+            "stride_out": width // unit,
+            "num_tokens": size,
+            "width": width // unit,
+            "num_inputs": num_inputs // unit,
+            "eps": eps,
+            "TILES": triton.cdiv(width, block_n),
+            **gemm_options(config, block_n, unit, precision(x, wanted), descriptors),
+        },
     )
+
+
+def linear_residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """LayerNorm(x W^T + b + residual): x [T, K], weight [E, K], bias [E], residual [T, E] -> [T, E].
+
+    norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on are neither read nor written.
+    Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
+    """
+    plan = _plan(
+        layout_of(x), layout_of(weight), layout_of(bias), layout_of(residual), layout_of(norm_weight),
+        layout_of(norm_bias), layout_of(num_tokens), eps, torch_precision(x),
+    )  # fmt: skip
+    tensors = x, weight, bias, residual, norm_weight, norm_bias
+    if plan is None:
+        return linear_residual_layer_norm(*(tensor.contiguous() for tensor in tensors), eps, num_tokens)
+    if not plan:
+        summed = linear("linear_residual", x, weight, bias, residual, "none", num_tokens)
+        layer_norm(summed, norm_weight, norm_bias, eps, summed, num_tokens)
+        return summed
+    out = residual.new_empty(residual.shape)
+    plan.launch(*tensors, out, num_tokens)
     return out

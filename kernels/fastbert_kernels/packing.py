@@ -5,12 +5,24 @@ Prefix sums as in ByteTransformer (Zhai et al. 2022): one launch counts each row
 its own and writes indices; no program waits for another, so that there is nothing to order.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import check, check_shape, common_unit, launch, row_stride, with_unit_stride
+from fastbert_kernels.launch import (
+    Layout,
+    Plan,
+    check,
+    check_shape,
+    common_unit,
+    layout_of,
+    planned,
+    row_stride,
+    unit_strides,
+)
 from fastbert_kernels.layer_norm import live_tokens, row_blocks
 
 BLOCK = 1024
@@ -71,6 +83,21 @@ def _packing_plan_kernel(
     tl.store(cu_seqlens_ptr + row + 1, kept.to(tl.int32))
 
 
+@planned
+def _plan_packing(mask: Layout) -> tuple[Plan, Plan]:
+    if len(mask.shape) != 2 or math.prod(mask.shape) >= 2**31:
+        raise ValueError(f"packing_plan: mask is {list(mask.shape)}, expected [B, S] of fewer than 2^31 places")
+    batch_size, seq_len = mask.shape
+    row, column = mask.strides
+    constants = {"stride_row": row, "stride_column": column, "seq_len": seq_len, "BLOCK": BLOCK}
+    grid = (batch_size if seq_len else 0,)
+    filled = dict.fromkeys(("mask_ptr", "lengths_ptr", "indices_ptr", "cu_seqlens_ptr"))
+    return (
+        Plan(_row_lengths_kernel, grid, mask.device, dict.fromkeys(("mask_ptr", "lengths_ptr")), constants),
+        Plan(_packing_plan_kernel, grid, mask.device, filled, constants),
+    )
+
+
 def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     """mask [B, S] of bool, integers or floats, zero for padding -> indices int64 [B * S], cu_seqlens int32 [B + 1].
 
@@ -78,27 +105,16 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     the rows' tokens, its last entry is the number of all of them. Raises ValueError for a mask that is not [B, S] or
     has 2^31 places or more.
     """
-    if mask.ndim != 2 or mask.numel() >= 2**31:
-        raise ValueError(f"packing_plan: mask is {list(mask.shape)}, expected [B, S] of fewer than 2^31 places")
-    batch_size, seq_len = mask.shape
-    indices = torch.empty(mask.numel(), dtype=torch.int64, device=mask.device)
-    if mask.numel() == 0:
+    count, fill = _plan_packing(layout_of(mask))
+    batch_size, size = mask.shape[0], mask.numel()
+    indices = torch.empty(size, dtype=torch.int64, device=mask.device)
+    if size == 0:
         return indices, torch.zeros(batch_size + 1, dtype=torch.int32, device=mask.device)
     lengths, cu_seqlens = (
         torch.empty(size, dtype=torch.int32, device=mask.device) for size in (batch_size, batch_size + 1)
     )
-    strides = {"stride_row": mask.stride(0), "stride_column": mask.stride(1), "seq_len": seq_len, "BLOCK": BLOCK}
-    launch(_row_lengths_kernel, (batch_size,), mask.device, mask_ptr=mask, lengths_ptr=lengths, **strides)
-    launch(
-        _packing_plan_kernel,
-        (batch_size,),
-        mask.device,
-        mask_ptr=mask,
-        lengths_ptr=lengths,
-        indices_ptr=indices,
-        cu_seqlens_ptr=cu_seqlens,
-        **strides,
-    )
+    count.launch(mask, lengths)
+    fill.launch(mask, lengths, indices, cu_seqlens)
     return indices, cu_seqlens
 
 
@@ -136,6 +152,34 @@ def _unpack_kernel(
         tl.store(out_ptr + place[:, None] * width + offs_e[None, :], rows, mask=inside[:, None] & mask_e)
 
 
+@planned
+def _plan_unpacking(
+    hidden: Layout, indices: Layout, num_tokens: Layout | None, batch_size: int, seq_len: int
+) -> Plan | None:
+    check("unpack", hidden, indices, num_tokens)
+    size, num_places = hidden.shape[0], batch_size * seq_len
+    check_shape("unpack", "indices", indices, size)
+    # Rows that do not lie one after another are copied, as [T, width].
+    if len(hidden.shape) != 2 or not unit_strides(hidden, indices):
+        return None
+    width, blocks = hidden.shape[1], row_blocks(min(hidden.shape[1], BLOCK))
+    unit = common_unit(hidden, row_stride(hidden), width)
+    return Plan(
+        _unpack_kernel,
+        (triton.cdiv(size, blocks["BLOCK_ROWS"]) if num_places and width else 0,),
+        hidden.device,
+        dict.fromkeys(("hidden_ptr", "indices_ptr", "out_ptr", "num_tokens_ptr")),
+        {
+            "stride_hidden": row_stride(hidden) // unit,
+            "num_tokens": size,
+            "num_places": num_places,
+            "width": width // unit,
+            "UNIT": unit,
+            **blocks,
+        },
+    )
+
+
 def unpack(
     hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int, num_tokens: Tensor | None = None
 ) -> Tensor:
@@ -147,31 +191,13 @@ def unpack(
     """
     if indices is None:
         return hidden.unflatten(0, (batch_size, seq_len))
-    check("unpack", hidden, indices, num_tokens)
-    size, num_places = hidden.shape[0], batch_size * seq_len
-    check_shape("unpack", "indices", indices, size)
+    plan = _plan_unpacking(layout_of(hidden), layout_of(indices), layout_of(num_tokens), batch_size, seq_len)
+    if plan is None:
+        rows = hidden.reshape(hidden.shape[0], math.prod(hidden.shape[1:])).contiguous()
+        unpacked = unpack(rows, indices.contiguous(), batch_size, seq_len, num_tokens)
+        return unpacked.view(batch_size, seq_len, *hidden.shape[1:])
     # A permutation of all places fills them all.
-    new = hidden.new_empty if size == num_places else hidden.new_zeros
-    out = new(batch_size, seq_len, *hidden.shape[1:])
-    if out.numel() == 0 or size == 0:
-        return out
-    width = out[0, 0].numel()
-    hidden = with_unit_stride(hidden.reshape(size, width))
-    unit = common_unit(hidden, row_stride(hidden), width)
-    blocks = row_blocks(min(width, BLOCK))
-    launch(
-        _unpack_kernel,
-        (triton.cdiv(size, blocks["BLOCK_ROWS"]),),
-        hidden.device,
-        hidden_ptr=hidden,
-        indices_ptr=indices.contiguous(),
-        out_ptr=out,
-        num_tokens_ptr=num_tokens,
-        stride_hidden=row_stride(hidden) // unit,
-        num_tokens=size,
-        num_places=num_places,
-        width=width // unit,
-        UNIT=unit,
-        **blocks,
-    )
+    new = hidden.new_empty if hidden.shape[0] == batch_size * seq_len else hidden.new_zeros
+    out = new(batch_size, seq_len, hidden.shape[1])
+    plan.launch(hidden, indices, out, num_tokens)
     return out

@@ -8,7 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import MAX_ROW, check, common_unit, launch, row_stride, shape_of, with_unit_stride
+from fastbert_kernels.launch import (
+    MAX_ROW,
+    Layout,
+    Plan,
+    check,
+    common_unit,
+    layout_of,
+    planned,
+    row_stride,
+    shape_of,
+    unit_strides,
+)
 from fastbert_kernels.layer_norm import row_blocks
 
 MODES = ("first", "mean")
@@ -64,6 +75,35 @@ def _pool_kernel(
     tl.store(out_ptr + sequence * width + offs_e, pooled.to(out_ptr.dtype.element_ty), mask=mask_e)
 
 
+@planned
+def _plan(hidden: Layout, cu_seqlens: Layout, indices: Layout | None, mode: str, normalize: bool) -> Plan | None:
+    if mode not in MODES:
+        raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
+    check("pool", hidden, cu_seqlens, indices)
+    num_rows, width = shape_of("pool", "hidden", hidden, "T E")
+    if width > MAX_ROW:
+        raise ValueError(f"pool: rows of {width} elements are longer than {MAX_ROW}")
+    if not unit_strides(hidden, cu_seqlens, indices):
+        return None
+    unit = common_unit(hidden, row_stride(hidden), width)
+    return Plan(
+        _pool_kernel,
+        (cu_seqlens.shape[0] - 1 if width else 0,),
+        hidden.device,
+        dict.fromkeys(("hidden_ptr", "cu_seqlens_ptr", "indices_ptr", "out_ptr")),
+        {
+            "stride_hidden": row_stride(hidden) // unit,
+            "num_tokens": num_rows if indices is None else indices.shape[0],
+            "num_rows": num_rows,
+            "width": width // unit,
+            "UNIT": unit,
+            "MEAN": mode == "mean",
+            "NORMALIZE": normalize,
+            **row_blocks(width),
+        },
+    )
+
+
 def pool(
     hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, indices: Tensor | None = None
 ) -> Tensor:
@@ -72,35 +112,12 @@ def pool(
     mode: "first" or "mean". indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is
     packed. Raises ValueError for another mode or E above 16384, TypeError for dtypes.
     """
-    if mode not in MODES:
-        raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
-    check("pool", hidden, cu_seqlens, indices)
-    num_rows, width = shape_of("pool", "hidden", hidden, "T E")
-    if width > MAX_ROW:
-        raise ValueError(f"pool: rows of {width} elements are longer than {MAX_ROW}")
-    num_sequences = cu_seqlens.shape[0] - 1
-    if num_rows == 0 or width == 0:
-        return hidden.new_zeros(num_sequences, width)
-    out = hidden.new_empty(num_sequences, width)
-    if num_sequences == 0:
-        return out
-    hidden = with_unit_stride(hidden)
-    unit = common_unit(hidden, row_stride(hidden), width)
-    launch(
-        _pool_kernel,
-        (num_sequences,),
-        hidden.device,
-        hidden_ptr=hidden,
-        cu_seqlens_ptr=cu_seqlens.contiguous(),
-        indices_ptr=None if indices is None else indices.contiguous(),
-        out_ptr=out,
-        stride_hidden=row_stride(hidden) // unit,
-        num_tokens=num_rows if indices is None else indices.shape[0],
-        num_rows=num_rows,
-        width=width // unit,
-        UNIT=unit,
-        MEAN=mode == "mean",
-        NORMALIZE=normalize,
-        **row_blocks(width),
-    )
+    plan = _plan(layout_of(hidden), layout_of(cu_seqlens), layout_of(indices), mode, normalize)
+    if plan is None:
+        indices = None if indices is None else indices.contiguous()
+        return pool(hidden.contiguous(), cu_seqlens.contiguous(), mode, normalize, indices)
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(cu_seqlens.shape[0] - 1, hidden.shape[1])
+    out = hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1])
+    plan.launch(hidden, cu_seqlens, indices, out)
     return out

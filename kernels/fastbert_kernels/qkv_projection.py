@@ -9,17 +9,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert_kernels.launch import (
+    Layout,
+    Plan,
     check,
     check_shape,
     choose,
     common_unit,
+    gemm_blocks,
     gemm_options,
-    launch,
+    layout_of,
     num_processors,
-    operands,
+    planned,
+    precision,
     row_stride,
     shape_of,
-    with_unit_stride,
+    through_descriptors,
+    torch_precision,
+    unit_strides,
 )
 from fastbert_kernels.layer_norm import live_tokens
 from fastbert_kernels.matmul import matmul_tiles
@@ -83,6 +89,44 @@ def _qkv_projection_kernel(
         tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=(offs_t < count) & mask_n[None, :])
 
 
+@planned
+def _plan(
+    x: Layout, q_weight: Layout, q_bias: Layout, k_weight: Layout, k_bias: Layout, v_weight: Layout, v_bias: Layout,
+    num_tokens: Layout | None, num_heads: int, wanted: str | None,
+) -> Plan | None:  # fmt: skip
+    check("qkv_projection", x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_tokens)
+    (size, num_inputs), width = shape_of("qkv_projection", "x", x, "T K"), q_weight.shape[0]
+    for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
+        check_shape("qkv_projection", f"{name}_weight", weight, width, num_inputs)
+        check_shape("qkv_projection", f"{name}_bias", bias, width)
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"qkv_projection: a width of {width} cannot be cut into {num_heads} heads")
+    stride_x, stride_weight = row_stride(x), row_stride(q_weight)
+    unequal = {row_stride(k_weight), row_stride(v_weight)} != {stride_weight} and 0 not in q_weight.shape
+    if unequal or not unit_strides(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias):
+        return None
+    config = choose("qkv_projection", x, size)
+    descriptors = through_descriptors(config, x, q_weight, k_weight, v_weight)
+    block_x, block_weight = gemm_blocks(config, config["BLOCK_N"], descriptors)
+    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
+    unit = common_unit(x, stride_x, stride_weight, width, num_inputs)
+    return Plan(
+        _qkv_projection_kernel,
+        (min(tiles, num_processors(x.device) * config["programs"]),),
+        x.device,
+        {"x": block_x, "q_weight": block_weight, "q_bias_ptr": None, "k_weight": block_weight, "k_bias_ptr": None}
+        | {"v_weight": block_weight, "v_bias_ptr": None, "out_ptr": None, "num_tokens_ptr": None},
+        {
+            "stride_x": stride_x // unit,
+            "stride_weight": stride_weight // unit,
+            "num_tokens": size,
+            "width": width // unit,
+            "num_inputs": num_inputs // unit,
+            **gemm_options(config, config["BLOCK_N"], unit, precision(x, wanted), descriptors),
+        },
+    )
+
+
 def qkv_projection(
     x: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
     num_heads: int, num_tokens: Tensor | None = None,
@@ -92,42 +136,14 @@ def qkv_projection(
     num_tokens int32 [1], on the device: rows from it on are neither read nor written. Raises ValueError or TypeError
     for tensors whose shapes, dtypes or devices do not fit.
     """
-    check("qkv_projection", x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_tokens)
-    (size, num_inputs), width = shape_of("qkv_projection", "x", x, "T K"), q_weight.shape[0]
-    for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
-        check_shape("qkv_projection", f"{name}_weight", weight, width, num_inputs)
-        check_shape("qkv_projection", f"{name}_bias", bias, width)
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"qkv_projection: a width of {width} cannot be cut into {num_heads} heads")
-    out = x.new_empty(size, 3, num_heads, width // num_heads)
-    if out.numel() == 0:
-        return out
-    x, weights = with_unit_stride(x), tuple(map(with_unit_stride, (q_weight, k_weight, v_weight)))
-    if len({weight.stride(0) for weight in weights}) > 1:
-        weights = tuple(weight.contiguous() for weight in weights)
-    config = choose("qkv_projection", x, size)
-    descriptors, x_operand, weight_operands = operands(x, weights, config, config["BLOCK_N"])
-    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
-    stride_x, stride_weight = row_stride(x), row_stride(weights[0])
-    unit = common_unit(x, stride_x, stride_weight, width, num_inputs)
-    launch(
-        _qkv_projection_kernel,
-        (min(tiles, num_processors(x.device) * config["programs"]),),
-        x.device,
-        x=x_operand,
-        q_weight=weight_operands[0],
-        k_weight=weight_operands[1],
-        v_weight=weight_operands[2],
-        q_bias_ptr=q_bias.contiguous(),
-        k_bias_ptr=k_bias.contiguous(),
-        v_bias_ptr=v_bias.contiguous(),
-        out_ptr=out,
-        num_tokens_ptr=num_tokens,
-        stride_x=stride_x // unit,
-        stride_weight=stride_weight // unit,
-        num_tokens=size,
-        width=width // unit,
-        num_inputs=num_inputs // unit,
-        **gemm_options(x, config, config["BLOCK_N"], unit, descriptors),
-    )
+    plan = _plan(
+        layout_of(x), layout_of(q_weight), layout_of(q_bias), layout_of(k_weight), layout_of(k_bias),
+        layout_of(v_weight), layout_of(v_bias), layout_of(num_tokens), num_heads, torch_precision(x),
+    )  # fmt: skip
+    tensors = x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
+    if plan is None:
+        return qkv_projection(*(tensor.contiguous() for tensor in tensors), num_heads, num_tokens)
+    width = q_weight.shape[0]
+    out = x.new_empty(x.shape[0], 3, num_heads, width // num_heads)
+    plan.launch(*tensors, out, num_tokens)
     return out
