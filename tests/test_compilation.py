@@ -1,4 +1,5 @@
-"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads."""
+"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; and what a launch that
+skips Triton's own binding passes on."""
 
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_cases import OPS
 
 PRODUCTS = (
     "_attention_fwd_kernel",
@@ -35,3 +37,21 @@ def test_sizes_that_vary_compile_nothing_new_and_nothing_spills(dtype, tmp_path)
     for kernel, spill_bytes, matrix_instruction in machine_code:
         assert spill_bytes == 0, f"{kernel} spills {spill_bytes} bytes a thread"
         assert matrix_instruction == ("HGMMA" if kernel in PRODUCTS else "none"), f"{kernel}: {matrix_instruction}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_direct_launch_is_given_what_triton_gives(dtype):
+    """Kernels, grids and arguments; and a plan keeps no tensor alive."""
+    script = Path(__file__).with_name("direct_launches.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(script), dtype], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) == len(OPS)
+    for op, by_triton, directly, is_direct, is_released in found:
+        assert by_triton, op
+        assert directly == by_triton, op
+        assert is_direct, op
+        assert is_released, op
+    by_descriptors = [values for op, calls, *_ in found for _, _, values in calls if "linear_activation" in op]
+    assert any(value[0] == "descriptor" for values in by_descriptors for value in values if isinstance(value, list))

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,42 @@ class _CompileOnlyDriver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("meta")
+
+
+class _Utilities:
+    """What Triton asks a driver before the first launch of a kernel."""
+
+    def load_binary(self, name: str, kernel: bytes, shared_bytes: int, device) -> tuple:
+        return name, name, 0, 0, 1024  # module, function, registers, spills, threads at most
+
+    def get_device_properties(self, device) -> dict:
+        return {"max_shared_mem": max(chip.program_shared_bytes for chip in CHIPS.values())}
+
+
+@contextmanager
+def launching_into(target: GPUTarget, launched: Callable[..., None]) -> Iterator[None]:
+    """Launchers called inside with tensors of the CPU compile for a target, and their launches end in launched(name,
+    grid, arguments) in place of a GPU: what the host does for a launch, all but the driver's part, can be watched and
+    timed. arguments are those of the compiled kernel, in its order; a tensor's address may stand for it."""
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            pass
+
+        def __call__(self, x, y, z, stream, function, packed, metadata, enter_hook, exit_hook, *arguments):
+            launched(function, (x, y, z), arguments)
+
+    substitute = _CompileOnlyDriver(target)
+    # The index of CPU tensors' device, so that they are found to lie on the current one.
+    substitute.get_current_device = lambda: None
+    substitute.utils, substitute.launcher_cls = _Utilities(), Launcher
+    driver.set_active(substitute)
+    forget_plans()
+    try:
+        yield
+    finally:
+        driver.set_active(None)
+        forget_plans()
 
 
 @dataclass(frozen=True, eq=False)
