@@ -20,6 +20,7 @@ _HOME = {
     "BertForTokenClassification": "heads",
     "backend": "ops",
     "explain": "fusion",
+    "graphed": "graphs",
     "warmup": "compilation",
 }
 __all__ = sorted(_HOME)

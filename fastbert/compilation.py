@@ -4,11 +4,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers.models.bert.modeling_bert import BertForMultipleChoice
 
 
 def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
-    """Run a model on batches of these shapes (B, S), so that a service's first requests find the kernels compiled.
+    """Run a model on batches of these shapes (B, S), so that a service's first requests find the kernels compiled, and
+    the graphs of their buckets captured if the model is `fastbert.graphed`. Shows a progress bar on a terminal.
 
     model: on the device, in the dtype and in the mode in which it will serve. Sizes that vary do not compile again: of
     the kernels there is one variant for few rows and one for many (of tokens in the encoder, of texts in the pooler),
@@ -19,7 +21,7 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
     """
     device = next(model.parameters()).device
     with torch.no_grad():
-        for batch_size, seq_len in shapes:
+        for batch_size, seq_len in tqdm(list(shapes), "warming up", unit="shape", disable=None):
             size = (batch_size, 1, seq_len) if isinstance(model, BertForMultipleChoice) else (batch_size, seq_len)
             input_ids = torch.zeros(size, dtype=torch.long, device=device)
             mask = torch.ones(size, dtype=torch.long)

@@ -133,6 +133,12 @@ def must_see_padding(block: nn.Module) -> bool:
         return True
 
 
+def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
+    """Why the eager twin serves an op of a block with such weights; None if a kernel does."""
+    head_size = block.attention.self.attention_head_size if op == "attention" else 0
+    return ops.why_eager(op, weight.device, weight.dtype, head_size)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook of this very module would fire."""
     return bool(
@@ -192,9 +198,7 @@ def explain(model: nn.Module) -> Explanation:
         for op in block.ops_used:
             if refused or weight is None:
                 backend, reason = "modules", refused or "it has no parameters"
-            elif reason := ops.why_eager(
-                op, weight.device, weight.dtype, block.attention.self.attention_head_size if op == "attention" else 0
-            ):
+            elif reason := why_eager(block, op, weight):
                 backend = "eager"
             else:
                 backend = "triton"

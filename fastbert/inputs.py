@@ -88,16 +88,16 @@ def read_batch(
         layout = layout_from_cu_seqlens(cu_seqlens, max_seqlen, batch_size, seq_len, device)
         longest = layout.max_seqlen
         position_ids = layout.restarting_positions() if position_ids is None else position_ids
-    num_positions = _num_positions(config, embeddings)
-    if longest > num_positions:
+    limit = num_positions(config, embeddings)
+    if longest > limit:
         raise ValueError(
-            f"a sequence of {longest} tokens is longer than max_position_embeddings={num_positions}: tokenize "
-            f"with truncation=True, max_length={num_positions}, or split the text"
+            f"a sequence of {longest} tokens is longer than max_position_embeddings={limit}: tokenize "
+            f"with truncation=True, max_length={limit}, or split the text"
         )
     return Batch(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
 
 
-def _num_positions(config: BertConfig, embeddings: nn.Module) -> int:
+def num_positions(config: BertConfig, embeddings: nn.Module) -> int:
     """The table's own count: people extend it, and leave the configuration as it was."""
     table = getattr(embeddings, "position_embeddings", None)
     return getattr(table, "num_embeddings", config.max_position_embeddings)
@@ -150,7 +150,7 @@ def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenL
     for name, limit, way_out in (
         ("input_ids", config.vocab_size, "do tokenizer and model come from one checkpoint?"),
         ("token_type_ids", config.type_vocab_size, "the model knows no more token types"),
-        ("position_ids", _num_positions(config, embeddings), "the model knows no more positions"),
+        ("position_ids", num_positions(config, embeddings), "the model knows no more positions"),
     ):
         values = layout.clear(getattr(batch, name))
         if values is None:

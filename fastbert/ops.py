@@ -82,7 +82,7 @@ def current_backend() -> str:
 
 
 @functools.cache
-def _say_once(level: int, reason: str) -> None:
+def say_once(level: int, reason: str) -> None:
     logger.log(level, "%s", reason)
 
 
@@ -95,7 +95,7 @@ def fall_back(what: str, reason: str, device: torch.device) -> None:
         raise RuntimeError(f"backend 'triton' cannot serve {what}: {reason}; 'auto' falls back to eager PyTorch")
     if not eager.is_tracing():
         level = logging.INFO if device.type == "cpu" else logging.WARNING
-        _say_once(level, f"{what} runs in eager PyTorch: {reason}")
+        say_once(level, f"{what} runs in eager PyTorch: {reason}")
 
 
 def why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

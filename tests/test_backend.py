@@ -85,7 +85,7 @@ def test_the_environment_chooses(name, message):
 @interpreted
 def test_options_that_kernels_lack_fall_back(caplog):
     ours, _ = pair()
-    ops._say_once.cache_clear()
+    ops.say_once.cache_clear()
     with fastbert.backend("triton"), pytest.raises(RuntimeError, match="attention: a mask of attention scores"):
         ours(**batch(None), attention_mask=torch.ones(4, 1, 12, 12))
     with caplog.at_level(logging.INFO, "fastbert"):
@@ -97,7 +97,7 @@ def test_options_that_kernels_lack_fall_back(caplog):
 
 
 def test_attention_weights_are_said_to_need_eager_attention_once(caplog):
-    ops._say_once.cache_clear()
+    ops.say_once.cache_clear()
     ours, _ = pair()
     with caplog.at_level(logging.INFO, "fastbert"):
         for _ in range(2):

@@ -1,5 +1,5 @@
-"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; and what a launch that
-skips Triton's own binding passes on."""
+"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; and what a launch
+passes on that skips Triton's own binding."""
 
 import json
 import os

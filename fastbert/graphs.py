@@ -1,0 +1,326 @@
+"""CUDA graphs that unpad: a model's whole forward as one launch, whatever the lengths of the texts.
+
+A graph is captured for a bucket, the smallest powers of two (B, S) that hold a batch. The mask is data and the number
+of tokens stays on the device, so that one graph serves every mix of lengths inside its bucket, and tiles past the
+tokens cost nothing.
+"""
+
+import inspect
+import logging
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import chain
+from operator import is_, itemgetter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.modeling_outputs import ModelOutput
+
+from fastbert import ops
+from fastbert.eager import is_tracing, is_transforming
+from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
+from fastbert.inputs import num_positions
+from fastbert.pretrained import BertPreTrainedModel
+from fastbert.tokens import copied_to
+
+DEVICE_TYPE = "cuda"
+SHORTEST = 16  # places of a bucket's texts
+MOST_PLACES = 2**16  # of a bucket: beyond them launches cost nothing beside the work
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the rows of a graph's input buffer
+# Outputs of two dimensions that have a value for every token; those of three all do.
+PER_TOKEN = ("start_logits", "end_logits")
+INTEGERS = (torch.int64, torch.int32)
+MASKS = (*INTEGERS, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
+    """Let a model's forward replay CUDA graphs; in place, returns the model.
+
+    A call takes input_ids, attention_mask and token_type_ids, integers [B, S] on any device; outputs are the model's
+    own, on its device, and nothing overwrites them later. The first call of a bucket captures it, which takes about as
+    long as a few calls without a graph and the compilation of what is not compiled (`fastbert.warmup` does it before);
+    of more than max_graphs buckets the least recently used is dropped. New weights, `.to()`, hooks and adapters are
+    noticed in the next call; until then the weights of the last capture stay in memory. What graphs do not serve runs
+    as without them, and the logger "fastbert" says why, each reason once: gradients, training, hidden states,
+    attention weights, labels and other inputs, autocast, masks of scores, a CPU, blocks that run through their modules.
+
+    `del model.forward` takes it back. Raises TypeError for what is no fastbert model, ValueError for one whose forward
+    is patched already, or max_graphs below 1.
+    """
+    if not isinstance(model, BertPreTrainedModel):
+        raise TypeError(f"{type(model).__module__}.{type(model).__qualname__} is no model of fastbert's to graph")
+    if max_graphs < 1:
+        raise ValueError(f"max_graphs is {max_graphs}, it must be 1 or more")
+    if "forward" in model.__dict__:
+        raise ValueError("the model's forward is patched already: graph it once, before others wrap it")
+    model.forward = GraphedForward(model, max_graphs)
+    return model
+
+
+class CudaGraphs:
+    """What replaying needs of a CUDA device: graphs that share one memory pool, and so run one after another."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._last_stream = None
+
+    def capture(self, run: Callable[[], ModelOutput]) -> tuple[Callable[[], None], ModelOutput]:
+        """What replays run(), and the outputs that every replay writes anew. The first run, which may compile, is not
+        captured."""
+        self.wait()
+        with torch.cuda.device(self.device):
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            with torch.cuda.stream(stream):
+                run()
+            # Calls of other threads to CUDA are no part of this, and must not break it.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = run()
+        return graph.replay, outputs
+
+    def in_order(self) -> None:
+        """Let what the current stream does next come after the last replay, on whichever stream that was."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None and stream != self._last_stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+class State:
+    """What captured graphs rest on of a model, why it cannot be captured (refusal, or None), and whether it changed.
+
+    It keeps the tensors of the parameters: a graph that runs once more after they were replaced reads no foreign
+    memory, and no new one gets the address of an old one.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        others = modules[1:]
+        self.refusal = _refusal(model, others)
+        self.device, self._config = model.device, model.config
+        self._embeddings = model.base_model.embeddings
+        self.num_positions = num_positions(model.config, self._embeddings)
+        self._children = [module._modules for module in modules if module._modules]
+        self._tensors = [own for x in modules for own in (x._parameters, x._buffers) if own]
+        self._attributes = [x.__dict__ for x in others]
+        # The model's own hooks fire around its forward, as always.
+        self._hooks = [
+            hooks for x in others
+            for hooks in (x._forward_hooks, x._forward_pre_hooks, x._backward_hooks, x._backward_pre_hooks)
+        ]  # fmt: skip
+        self._kept = [x if x is None else x.detach() for own in self._tensors for x in own.values()]
+        self._seen_children = list(chain.from_iterable(map(dict.values, self._children)))
+        self._seen_tables, self._seen = self._table_addresses(), self._look()
+
+    def _look(self) -> tuple:
+        config = self._config
+        return (
+            [x if x is None else x.data_ptr() for own in self._tensors for x in own.values()],
+            list(map(itemgetter("training"), self._attributes)),
+            list(map(len, self._attributes)),
+            any(self._hooks) or _has_any_global_hook(),
+            (config.output_hidden_states, config.output_attentions),
+            torch.backends.cuda.matmul.fp32_precision,
+        )
+
+    def _table_addresses(self) -> list[int]:
+        tables = self._embeddings._modules.values()
+        return [table._parameters["weight"].data_ptr() for table in tables if type(table) is nn.Embedding]
+
+    def has_its_tables(self) -> bool:
+        """Whether the embedding tables are the same: where not, a graph would report ids that the new ones have."""
+        return self._table_addresses() == self._seen_tables
+
+    def is_current(self) -> bool:
+        """Whether everything is. It costs as much as the launch of a graph, and so is asked while one runs."""
+        children = chain.from_iterable(map(dict.values, self._children))
+        return self._look() == self._seen and all(map(is_, children, self._seen_children))
+
+
+def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        return "its parameters lie on several devices"
+    (device,) = devices
+    if device.type != DEVICE_TYPE:
+        return f"the model is on {device.type!r} and CUDA graphs need a CUDA device"
+    if model.config.output_hidden_states or model.config.output_attentions:
+        return "the configuration asks for hidden states or attention weights"
+    for module in others:
+        if has_hooks(module) or "forward" in module.__dict__:
+            return f"a {type(module).__name__} has hooks or a patched forward"
+        if module.training:
+            return f"a {type(module).__name__} is in training mode"
+        if isinstance(module, FusableBlock):
+            _, reason = fused_parts(module)
+            if reason is None:
+                weight = next(module.parameters())
+                reason = next(filter(None, (why_eager(module, op, weight) for op in module.ops_used)), None)
+            if reason:
+                return f"a {type(module).__name__} runs in eager PyTorch: {reason}"
+    return None
+
+
+class Graph:
+    """The captured forward for batches of up to [B, S]."""
+
+    def __init__(self, forward: Callable, graphs: CudaGraphs, batch_size: int, seq_len: int):
+        with torch.inference_mode(False):  # a tensor that may be written in any mode
+            self._inputs = torch.zeros(len(INPUTS), batch_size, seq_len, dtype=torch.int64, device=graphs.device)
+        self._size = None
+
+        def run():
+            with torch.inference_mode(False), torch.no_grad():
+                return forward(**dict(zip(INPUTS, self._inputs, strict=True)), return_dict=True)
+
+        self._replay, self._outputs = graphs.capture(run)
+
+    def launch(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
+        if input_ids.shape != self._size:
+            self._size = batch_size, seq_len = input_ids.shape
+            self._inputs.zero_()
+            self._batch, self._has_types = self._inputs[:, :batch_size, :seq_len], False
+            self._results = {
+                name: x[:batch_size, :seq_len] if x.ndim > 2 or name in PER_TOKEN else x[:batch_size]
+                for name, x in self._outputs.items()
+            }
+        rows = [input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask]
+        if token_type_ids is not None:
+            rows.append(token_type_ids)
+        elif self._has_types:
+            self._batch[len(rows)].zero_()
+        self._has_types = token_type_ids is not None
+        if any(row.device != input_ids.device for row in rows):
+            rows = [copied_to(self._inputs.device, row) for row in rows]
+        # From memory of the host that is not pinned, as here, a copy that goes ahead has been read when it returns.
+        self._batch[: len(rows)].copy_(torch.stack(rows), non_blocking=True)
+        self._replay()
+
+    def outputs(self) -> ModelOutput:
+        """Copies of what the last launch gives."""
+        return type(self._outputs)(**{name: x.clone() for name, x in self._results.items()})
+
+
+class GraphedForward:
+    """In the place of a model's forward: `graphed` has the contract."""
+
+    def __init__(self, model: nn.Module, max_graphs: int):
+        self.model, self.max_graphs = model, max_graphs
+        self.plain = types.MethodType(type(model).forward, model)
+        self.__signature__ = inspect.signature(self.plain)
+        self._names = tuple(self.__signature__.parameters)
+        self._lock = threading.Lock()  # the graphs' buffers are for one call at a time
+        self._state: State | None = None
+        self._device: CudaGraphs | None = None
+        self._graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
+
+    def __reduce__(self):
+        """A copy of the model captures graphs of its own."""
+        return GraphedForward, (self.model, self.max_graphs)
+
+    def __call__(self, *args, **kwargs):
+        if is_tracing() or is_transforming():
+            return self.plain(*args, **kwargs)
+        given = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+        refused = self._why_not(given, len(args) + len(kwargs))
+        if refused is None:
+            inputs = tuple(map(given.get, INPUTS))
+            with self._lock:
+                outputs, refused = self._replayed(*inputs)
+            if refused is None:
+                as_dict = given.get("return_dict")
+                as_dict = self.model.config.return_dict if as_dict is None else as_dict
+                return outputs if as_dict else outputs.to_tuple()
+        if refused:
+            level = logging.INFO if self.model.device.type == "cpu" else logging.WARNING
+            ops.say_once(level, f"no CUDA graph: {refused}")
+        return self.plain(*args, **kwargs)
+
+    def _why_not(self, given: dict, num_given: int) -> str | None:
+        """Why no graph serves such a call of whatever model; empty where the model's own forward knows better."""
+        if self.model.training:
+            return "the model is in training mode"
+        if torch.is_grad_enabled():
+            return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
+        if torch.is_autocast_enabled(DEVICE_TYPE):
+            return "autocast is on: give the model its dtype by .to()"
+        if ops.current_backend() == "eager":
+            return "backend 'eager' is chosen"
+        if ops.CHECK_IDS:
+            return "FASTBERT_CHECK=1 waits for each call"
+        if len(given) != num_given:
+            return ""  # too many arguments, or one twice
+        for name, value in given.items():
+            if value is not None and value is not False and name not in INPUTS and name != "return_dict":
+                return f"{name} is given"
+        input_ids, attention_mask, token_type_ids = map(given.get, INPUTS)
+        if type(input_ids) is not Tensor or input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
+            return "input_ids are not integers [B, S]"
+        if 0 in input_ids.shape:
+            return ""
+        for name, x, dtypes in (
+            ("attention_mask", attention_mask, MASKS),
+            ("token_type_ids", token_type_ids, INTEGERS),
+        ):
+            if x is not None and (type(x) is not Tensor or x.shape != input_ids.shape or x.dtype not in dtypes):
+                return f"{name} is not integers [B, S]"
+        return None
+
+    def _replayed(self, input_ids, attention_mask, token_type_ids) -> tuple[ModelOutput | None, str | None]:
+        """The outputs, or why there are none."""
+        state = self._state
+        if state is None or ((state.refusal or not state.has_its_tables()) and not state.is_current()):
+            state = self._renewed()
+        for _ in range(3):
+            if state.refusal:
+                return None, state.refusal
+            batch_size, seq_len = input_ids.shape
+            if seq_len > state.num_positions:
+                return None, ""  # an error, which the model itself words
+            bucket = _power_of_two(batch_size), min(max(SHORTEST, _power_of_two(seq_len)), state.num_positions)
+            if bucket[0] * bucket[1] > MOST_PLACES:
+                return None, f"beyond {MOST_PLACES} places a batch, launches cost nothing beside the work"
+            ops.raise_bad_ids(state.device)
+            graph = self._launched(bucket, input_ids, attention_mask, token_type_ids)
+            if state.is_current():
+                return graph.outputs(), None
+            state = self._renewed()
+        return None, "every call changes the model"
+
+    def _launched(self, bucket: tuple[int, int], *inputs: Tensor | None) -> Graph:
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            graph = self._graphs[bucket] = Graph(self.plain, self._device, *bucket)
+            if len(self._graphs) > self.max_graphs:
+                self._graphs.popitem(last=False)
+                ops.say_once(
+                    logging.WARNING,
+                    f"more buckets of batch sizes and lengths than max_graphs={self.max_graphs}: the least recently "
+                    "used CUDA graph makes room for each new one",
+                )
+        else:
+            self._graphs.move_to_end(bucket)
+        self._device.in_order()
+        graph.launch(*inputs)
+        return graph
+
+    def _renewed(self) -> State:
+        """The model's present state; graphs captured in another are gone."""
+        if self._graphs:
+            self._device.wait()  # they may run
+            self._graphs.clear()
+        self._state = State(self.model)
+        if self._state.refusal is None:
+            self._device = CudaGraphs(self._state.device)
+        return self._state
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two that is not below the size."""
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,507 @@
+"""CUDA graphs: on a GPU, or with the capture replaced by a recording that, like a graph, knows addresses only."""
+
+import copy
+import inspect
+import io
+import logging
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import HEADS, VOCAB, pair, tiny_config
+from torch import nn
+
+import fastbert
+import fastbert_kernels
+from fastbert import graphs, ops, tokens
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+LAYERS = {"num_hidden_layers": 1, "max_position_embeddings": 40}
+
+
+class Recordings(graphs.CudaGraphs):
+    """Replays the Python that a graph was captured from, with the parameters' memory of that time, into its outputs."""
+
+    model: nn.Module
+
+    def __init__(self, device):
+        self.device = device
+
+    def capture(self, run: Callable):
+        run()
+        outputs = run()
+        captured = [(parameter, parameter.data) for parameter in self.model.parameters()]
+
+        def replay():
+            present = [parameter.data for parameter, _ in captured]
+            for parameter, data in captured:
+                parameter.data = data
+            hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in self.model.modules()]
+            for registered, _ in hooks:
+                registered.clear()  # no Python runs in a graph
+            with torch.random.fork_rng():  # nothing random is left in a graph
+                results = run()
+            for name, output in outputs.items():
+                output.copy_(results[name])
+            for (parameter, _), data in zip(captured, present, strict=True):
+                parameter.data = data
+            for registered, functions in hooks:
+                registered.update(functions)
+
+        return replay, outputs
+
+    def in_order(self):
+        pass
+
+    def wait(self):
+        pass
+
+
+@pytest.fixture
+def captures(monkeypatch, caplog) -> list[tuple[int, ...]]:
+    """The buckets that are captured during the test, in their order; everything runs in the kernels."""
+    caplog.set_level(logging.INFO, logger="fastbert")
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs, "DEVICE_TYPE", "cpu")
+        monkeypatch.setattr(graphs, "CudaGraphs", Recordings)
+        monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
+    buckets, capture = [], graphs.CudaGraphs.capture
+
+    def counted(self, run):
+        (inputs,) = (cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, graphs.Graph))
+        buckets.append(tuple(inputs._inputs.shape[1:]))
+        return capture(self, run)
+
+    monkeypatch.setattr(graphs.CudaGraphs, "capture", counted)
+    fastbert_kernels.take_bad_ids(DEVICE)
+    ops.say_once.cache_clear()
+    with fastbert.backend("triton"), torch.no_grad():
+        yield buckets
+    ops.say_once.cache_clear()
+
+
+def models(head: str = "BertModel", max_graphs: int = 32, **settings) -> tuple[nn.Module, nn.Module]:
+    """A graphed model, and one with the same weights that is not."""
+    plain, _ = pair(head, **(LAYERS | settings))
+    plain.to(DEVICE)
+    model = fastbert.graphed(copy.deepcopy(plain), max_graphs)
+    Recordings.model = model
+    return model, plain
+
+
+def texts(batch_size: int, seq_len: int, *, seed: int = 0, on: torch.device = DEVICE) -> dict[str, torch.Tensor]:
+    """A batch with holes and padding, and at least one token."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch_size, seq_len
+    mask = torch.randint(0, 2, shape, generator=generator)
+    mask[-1, -1] = 1
+    given = {
+        "input_ids": torch.randint(0, VOCAB, shape, generator=generator),
+        "attention_mask": mask,
+        "token_type_ids": torch.randint(0, 2, shape, generator=generator),
+    }
+    return {name: x.to(on) for name, x in given.items()}
+
+
+def assert_same(outputs, expected) -> None:
+    assert type(outputs) is type(expected)
+    assert outputs.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(outputs[name], value), name
+
+
+def test_one_graph_serves_every_mix_of_lengths_of_a_bucket(captures):
+    model, plain = models()
+    for seed, (batch_size, seq_len) in enumerate([(3, 20), (4, 32), (3, 17), (3, 20), (4, 31), (3, 20)]):
+        batch = texts(batch_size, seq_len, seed=seed)
+        assert_same(model(**batch), plain(**batch))
+    assert captures == [(4, 32)]
+
+
+def test_buckets_are_powers_of_two_within_the_positions(captures):
+    model, plain = models()
+    for shape in ((1, 1), (1, 16), (2, 17), (5, 33), (8, 40), (7, 40)):
+        assert_same(model(**texts(*shape)), plain(**texts(*shape)))
+    assert captures == [(1, 16), (2, 32), (8, 40)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads(head, captures):
+    model, plain = models(head)
+    of_choices = head == "BertForMultipleChoice"  # whose input has three dimensions
+    batch = {name: x[:, None] if of_choices else x for name, x in texts(3, 18).items()}
+    for _ in range(2):
+        assert_same(model(**batch), plain(**batch))
+    assert captures == ([] if of_choices else [(4, 32)])
+
+
+def test_hidden_sizes_like_the_bucket_are_not_cut(captures):
+    model, plain = models(hidden_size=32, num_attention_heads=2)
+    batch = texts(3, 20)
+    assert_same(model(**batch), plain(**batch))
+    assert model(**batch).pooler_output.shape == (3, 32)
+    assert captures == [(4, 32)]
+
+
+def test_outputs_stay_as_they_are(captures):
+    model, _ = models()
+    first = model(**texts(4, 16, seed=1))
+    kept = copy.deepcopy(first)
+    second = model(**texts(4, 16, seed=2))
+    assert_same(first, kept)
+    assert not torch.equal(first.last_hidden_state, second.last_hidden_state)
+    assert captures == [(4, 16)]
+
+
+def test_inputs_of_every_kind(captures):
+    """Each after one with all three inputs: nothing of an earlier call may be left in the buffers."""
+    model, plain = models()
+    full = texts(3, 18, seed=9)
+    ids, mask, types = full.values()
+    others = [
+        {"input_ids": ids},
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": ids, "token_type_ids": types},
+        {"input_ids": ids.int(), "attention_mask": mask.bool(), "token_type_ids": types.int()},
+        {"input_ids": ids, "attention_mask": mask * -(2**40)},
+        {"input_ids": ids, "attention_mask": mask.to(torch.uint8) * 200, "token_type_ids": None},
+        {"input_ids": ids.t().contiguous().t(), "attention_mask": mask[:, :1].expand(-1, 18)},
+    ]
+    for other in others:
+        assert_same(model(**full), plain(**full))
+        assert_same(model(**other), plain(**other))
+    assert_same(model(ids, mask), plain(ids, mask))
+    assert_same(model(ids, token_type_ids=types), plain(ids, token_type_ids=types))
+    as_tuple, expected = model(ids, return_dict=False), plain(ids, return_dict=False)
+    assert type(as_tuple) is tuple
+    assert all(map(torch.equal, as_tuple, expected))
+    on_the_host = {name: x.cpu() for name, x in full.items()}
+    assert_same(model(**on_the_host), plain(**full))
+    assert_same(model(**(full | {"attention_mask": mask.cpu()})), plain(**full))
+    assert captures == [(4, 32)]
+
+
+def test_the_least_recently_used_graph_makes_room(captures, caplog):
+    model, _ = models(max_graphs=2)
+    for shape in ((1, 16), (2, 16), (1, 16), (4, 16)):
+        model(**texts(*shape))
+    assert "max_graphs=2" in caplog.text
+    captures.clear()
+    model(**texts(1, 16))
+    model(**texts(4, 16))
+    assert captures == []
+    model(**texts(2, 16))
+    assert captures == [(2, 16)]
+
+
+REFUSED = {
+    "output_hidden_states is given": {"output_hidden_states": True},
+    "output_attentions is given": {"output_attentions": True},
+    "position_ids is given": {"position_ids": torch.arange(18, device=DEVICE)[None]},
+    "attention_mask is not integers [B, S]": {"attention_mask": torch.ones(3, 18, device=DEVICE)},
+    "input_ids are not integers [B, S]": {
+        "input_ids": None,
+        "inputs_embeds": None,
+    },
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_no_graph_serves_runs_without_and_says_why(reason, captures, caplog):
+    model, plain = models()
+    batch = texts(3, 18) | REFUSED[reason]
+    if "inputs_embeds" in batch:
+        batch["inputs_embeds"] = torch.randn(3, 18, plain.config.hidden_size, device=DEVICE)
+        reason = "inputs_embeds is given"
+    with fastbert.backend("auto"):  # attention weights run in eager PyTorch, which "triton" refuses
+        expected = plain(**batch)
+        for _ in range(2):
+            outputs = model(**batch)
+    assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
+    assert outputs.keys() == expected.keys()
+    assert [message for message in caplog.messages if "no CUDA graph" in message] == [f"no CUDA graph: {reason}"]
+    assert captures == []
+
+
+def test_score_masks_gradients_training_and_autocast_run_without(captures, caplog):
+    model, plain = models()
+    batch = texts(3, 18)
+    scores = batch | {"attention_mask": torch.ones(3, 1, 18, 18, dtype=torch.long, device=DEVICE)}
+    with fastbert.backend("auto"):
+        assert torch.equal(model(**scores).last_hidden_state, plain(**scores).last_hidden_state)
+    with torch.enable_grad():
+        assert model(**batch).last_hidden_state.requires_grad
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert_same(model(**batch), plain(**batch))
+    with fastbert.backend("eager"):
+        assert_same(model(**batch), plain(**batch))
+    model.train()
+    plain.train()
+    assert_same(model(**batch), plain(**batch))
+    for reason in ("attention_mask is not", "gradients are recorded", "autocast is on", "'eager'", "in training mode"):
+        assert f"no CUDA graph: {reason}" in caplog.text.replace("the model is ", "").replace("backend ", ""), reason
+    assert captures == []
+
+
+def test_ids_that_are_checked_in_each_call_run_without(captures, caplog, monkeypatch):
+    monkeypatch.setattr(ops, "CHECK_IDS", True)
+    model, _ = models()
+    model(**texts(1, 16))
+    assert "FASTBERT_CHECK" in caplog.text
+    assert captures == []
+
+
+def test_a_batch_beyond_the_largest_bucket_runs_without(captures, caplog, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_PLACES", 64)
+    model, plain = models()
+    assert_same(model(**texts(5, 16)), plain(**texts(5, 16)))
+    assert "beyond 64 places" in caplog.text
+    assert captures == []
+
+
+def test_a_cpu_runs_without(caplog):
+    ops.say_once.cache_clear()
+    caplog.set_level(logging.INFO, logger="fastbert")
+    plain, _ = pair(**LAYERS)
+    model = fastbert.graphed(copy.deepcopy(plain))
+    batch = texts(3, 18, on=torch.device("cpu"))
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same(model(**batch), plain(**batch))
+    (message,) = [record for record in caplog.records if "no CUDA graph" in record.message]
+    assert "on 'cpu'" in message.message
+    assert message.levelno == logging.INFO
+
+
+def test_bad_input_meets_the_models_own_errors(captures):
+    model, _ = models()
+    batch = texts(2, 16)
+    model(**batch)
+    with pytest.raises(ValueError, match="longer than max_position_embeddings=40"):
+        model(**texts(1, 41))
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    with pytest.raises(TypeError, match="unknown arguments colour"):
+        model(**batch, colour=1)
+    with pytest.raises(TypeError):
+        model(*[batch["input_ids"]] * 20)
+    with pytest.raises(TypeError):
+        model(batch["input_ids"], input_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(batch["input_ids"], attention_mask=torch.ones(2, 3, dtype=torch.long, device=DEVICE))
+    assert model(batch["input_ids"][:0]).last_hidden_state.shape == (0, 16, 48)
+
+
+def test_a_bad_id_is_told_of_in_the_next_call(captures):
+    model, _ = models()
+    batch = texts(2, 16)
+    bad = batch["input_ids"].clone()
+    bad[0, 0] = VOCAB + 5
+    outputs = model(bad)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert outputs.last_hidden_state[0].isnan().all()
+    assert not outputs.last_hidden_state[1].isnan().any()
+    with pytest.raises(IndexError, match=f"input_ids held {VOCAB + 5}, allowed are 0 to {VOCAB - 1}"):
+        model(**batch)
+    assert not model(**batch).last_hidden_state.isnan().any()
+
+
+def double_a_weight(model):
+    model.encoder.layer[0].output.dense.weight.mul_(2)
+
+
+def load_other_weights(model):
+    model.load_state_dict({name: x * 1.5 for name, x in model.state_dict().items()})
+
+
+def assign_other_weights(model):
+    model.load_state_dict({name: x * 1.5 for name, x in model.state_dict().items()}, assign=True)
+
+
+def replace_data(model):
+    weight = model.encoder.layer[0].intermediate.dense.weight
+    weight.data = weight.data * 2
+
+
+def replace_parameter(model):
+    norm = model.encoder.layer[0].output.LayerNorm
+    norm.bias = nn.Parameter(norm.bias + 1)
+
+
+def change_dtype(model):
+    model.to(torch.bfloat16)
+
+
+def change_dtype_and_back(model):
+    model.half().float()
+
+
+def more_words(model):
+    model.resize_token_embeddings(VOCAB + 9)
+    model.embeddings.word_embeddings.weight[VOCAB:] = 0.5
+
+
+def fewer_layers(model):
+    del model.encoder.layer[1]
+
+
+CHANGES = {
+    double_a_weight: 0,
+    load_other_weights: 0,
+    assign_other_weights: 1,
+    replace_data: 1,
+    replace_parameter: 1,
+    change_dtype: 1,
+    change_dtype_and_back: 1,
+    more_words: 1,
+    fewer_layers: 1,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_captured_again(change, captures):
+    model, plain = models(num_hidden_layers=2)
+    batch = texts(2, 16)
+    before = model(**batch)
+    captures.clear()
+    torch.manual_seed(1)
+    change(model)
+    torch.manual_seed(1)
+    change(plain)
+    if change is more_words:
+        batch["input_ids"][-1, -1] = VOCAB + 7
+    outputs = model(**batch)
+    assert_same(outputs, plain(**batch))
+    assert not torch.equal(outputs.last_hidden_state, before.last_hidden_state) or change is change_dtype_and_back
+    assert captures == [(2, 16)] * CHANGES[change]
+    assert_same(model(**batch), plain(**batch))  # and raises nothing
+    assert len(captures) == CHANGES[change]
+
+
+def test_a_hook_is_noticed_and_its_end_too(captures, caplog):
+    model, plain = models()
+    batch = texts(2, 16)
+    model(**batch)
+    fired = []
+    hook = model.encoder.layer[0].register_forward_hook(lambda *_: fired.append(1))
+    with fastbert.backend("auto"):
+        model(**batch)
+        model(**batch)
+    assert fired == [1, 1]
+    assert "has hooks" in caplog.text
+    hook.remove()
+    assert_same(model(**batch), plain(**batch))
+    assert captures == [(2, 16)] * 2
+
+
+@pytest.mark.parametrize("what", ["dropout", "adapter", "configuration", "patched"])
+def test_a_block_that_changes_its_way_is_noticed(what, captures):
+    model, _ = models()
+    batch = texts(2, 16)
+    model(**batch)
+    layer = model.encoder.layer[0]
+    if what == "dropout":
+        layer.output.dropout.p = 0.5
+        layer.output.dropout.train()
+    elif what == "adapter":
+        layer.output.dense = nn.Sequential(layer.output.dense, nn.Tanh())
+    elif what == "configuration":
+        model.config.output_hidden_states = True
+    else:
+        layer.forward = type(layer).forward.__get__(layer)
+    with fastbert.backend("auto"):
+        torch.manual_seed(0)
+        outputs = model(**batch)
+        torch.manual_seed(0)
+        expected = model.forward.plain(**batch)
+    assert outputs.keys() == expected.keys()
+    assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
+    assert len(captures) == 1
+
+
+def test_training_between_calls_keeps_the_graphs(captures):
+    model, plain = models()
+    batch = texts(2, 16)
+    model(**batch)
+    model.train()
+    with torch.enable_grad():
+        model(**batch).pooler_output.sum().backward()
+    model.eval()
+    for parameter in (*model.parameters(), *plain.parameters()):
+        parameter.sub_(0.01)
+    assert_same(model(**batch), plain(**batch))
+    assert captures == [(2, 16)]
+
+
+def test_threads_get_their_own_outputs(captures):
+    model, plain = models()
+    batches = [texts(batch_size, seq_len, seed=seed) for seed in range(3) for batch_size, seq_len in ((1, 9), (2, 17))]
+    expected = [plain(**batch) for batch in batches]
+
+    def call(batch):
+        with fastbert.backend("triton"), torch.no_grad():
+            if DEVICE.type == "cpu":
+                return model(**batch)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                outputs = model(**batch)
+                torch.cuda.current_stream().synchronize()
+                return outputs
+
+    with ThreadPoolExecutor(8) as pool:
+        for outputs, wanted in zip(pool.map(call, batches * 3), expected * 3, strict=True):
+            assert_same(outputs, wanted)
+    assert sorted(captures) == [(1, 16), (2, 32)]
+
+
+def test_a_copy_has_graphs_of_its_own(captures):
+    model, plain = models()
+    batch = texts(2, 16)
+    model(**batch)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)]
+    for copied in copies:
+        assert copied.forward.model is copied
+        assert copied.forward.max_graphs == 32
+        Recordings.model = copied
+        copied.pooler.dense.weight.zero_()
+        assert not copied(**batch).pooler_output.equal(plain(**batch).pooler_output)
+    assert_same(model(**batch), plain(**batch))
+    assert len(captures) == 4
+
+
+def test_the_model_stays_what_it_is(captures, tmp_path):
+    model, plain = models()
+    assert type(model) is fastbert.BertModel
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    model(**texts(2, 16))
+    model.save_pretrained(tmp_path)
+    reloaded = fastbert.BertModel.from_pretrained(tmp_path).to(DEVICE).eval()
+    assert_same(reloaded(**texts(2, 16)), plain(**texts(2, 16)))
+    del model.forward
+    assert_same(model(**texts(2, 16)), plain(**texts(2, 16)))
+    assert len(captures) == 1
+
+
+def test_what_cannot_be_graphed():
+    with pytest.raises(TypeError, match="Linear is no model of fastbert's"):
+        fastbert.graphed(nn.Linear(2, 2))
+    model = fastbert.BertModel(tiny_config(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="max_graphs is 0"):
+        fastbert.graphed(model, max_graphs=0)
+    fastbert.graphed(model)
+    with pytest.raises(ValueError, match="patched already"):
+        fastbert.graphed(model)
+
+
+def test_warmup_captures(captures, capsys):
+    model, _ = models()
+    fastbert.warmup(model, [(1, 9), (2, 16)])
+    assert captures == [(1, 16), (2, 16)]
+    model(**texts(2, 12))
+    assert len(captures) == 2
