@@ -204,7 +204,12 @@ class Graph:
 
     def outputs(self) -> ModelOutput:
         """Copies of what the last launch gives."""
-        return type(self._outputs)(**{name: x.clone() for name, x in self._results.items()})
+        # As __init__ would make it, which looks at each field several times and takes as long as the copies.
+        outputs = type(self._outputs).__new__(type(self._outputs))
+        outputs.__dict__.update(self._outputs.__dict__)
+        for name, x in self._results.items():
+            outputs[name] = x.clone()
+        return outputs
 
 
 class GraphedForward:

@@ -125,8 +125,6 @@ def launching_into(target: GPUTarget, launched: Callable[..., None]) -> Iterator
             launched(function, (x, y, z), arguments)
 
     substitute = _CompileOnlyDriver(target)
-    # The index of CPU tensors' device, so that they are found to lie on the current one.
-    substitute.get_current_device = lambda: None
     substitute.utils, substitute.launcher_cls = _Utilities(), Launcher
     driver.set_active(substitute)
     forget_plans()

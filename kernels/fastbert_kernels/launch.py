@@ -246,7 +246,7 @@ class Plan:
         # One at a time: of threads that need a kernel first, one compiles it; the interpreter's state is global, and
         # the arguments below are the plan's.
         with _launching:
-            if self._runner is None or run is not _run or self._current_device() != self.device.index:
+            if self._runner is None or run is not _run or self._current_device() != self._device:
                 self._launch_by_triton(tensors)
                 return
             arguments = self._arguments
@@ -255,7 +255,7 @@ class Plan:
                 arguments[place] = tensors[index].data_ptr()
             for descriptor, index in self._descriptors:
                 descriptor.base = tensors[index]
-            self._runner(*arguments, stream=self._current_stream(self.device.index))
+            self._runner(*arguments, stream=self._current_stream(self._device))
             for descriptor, _ in self._descriptors:
                 descriptor.base = None  # a plan keeps no tensor alive
 
@@ -267,9 +267,9 @@ class Plan:
         elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
         with torch.cuda.device(self.device) if elsewhere else nullcontext():
             compiled = run(self.kernel, self.grid, arguments)
-        # Nothing is compiled in the interpreter.
-        if run is _run and compiled is not None:
-            self._launch_directly_by(compiled, arguments)
+            # Nothing is compiled in the interpreter.
+            if run is _run and compiled is not None:
+                self._launch_directly_by(compiled, arguments)
 
     def _launch_directly_by(self, compiled: CompiledKernel, arguments: dict) -> None:
         """Keep what Triton has chosen, which tensors of the same layouts and the same constants get again."""
@@ -284,6 +284,7 @@ class Plan:
                 self._pointers.append((place, index))
                 self._arguments[place] = None
         self._current_device, self._current_stream = driver.active.get_current_device, driver.active.get_current_stream
+        self._device = self._current_device()  # as Triton's driver names it
         self._runner = compiled[(*self.grid, 1, 1)[:3]]
 
 
