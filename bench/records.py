@@ -1,9 +1,12 @@
 """The records of benchmarks: one JSON line for each case and provider, in bench/results/<device>/<suite>.jsonl.
 
-Every record has suite, kind ("latency", "memory" or "kernel"), case, provider, baseline, ratio (baseline / provider:
-higher is better) and what `provenance` adds. Latencies and kernels add median_s, q20_s, q80_s and baseline_median_s in
-seconds, rounds, error and error_ratio (error / the baseline's); kernels also flops_per_s, bytes_per_s, of_roof (the
-least time the measured roofs allow / the median) and the roofs; memory adds peak_bytes and baseline_peak_bytes.
+Every record has suite, kind ("latency" of a forward, "request" from the call to the result on the host, "encode",
+"memory", or a kernel's), case, provider, baseline, ratio (baseline / provider: higher is better) and what `provenance`
+adds; that of a peer which could not run has "absent", the reason, and no ratio. Times add median_s, q20_s, q80_s and
+baseline_median_s in seconds, rounds, error and error_ratio (error / the baseline's); on a GPU also flops_per_s,
+bytes_per_s, of_roof (the least time the measured roofs allow / the median) and the roofs. clock, calls and host_s are
+`timing.Measured`'s, first_call_s is the first call's, compilation included, graph_breaks torch.compile's; requests add
+p50_s, p90_s and p99_s, encode texts_per_s; memory has peak_bytes and baseline_peak_bytes.
 """
 
 import json
@@ -22,6 +25,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+VERSIONS = ("torch", "transformers", "triton", "python", "driver")
 
 
 def write(record: dict) -> None:
@@ -43,9 +47,13 @@ def read(path: Path) -> Iterator[dict]:
 
 
 def _identity(record: dict) -> tuple:
-    """What a record is about. The tokens of a case are none of it: they follow from Python's own texts."""
-    case = {name: value for name, value in record["case"].items() if name != "tokens"}
-    return record["kind"], record["provider"], *sorted(case.items())
+    """What a record tells of whom."""
+    return record["kind"], record["provider"], *about(record["case"])
+
+
+def about(case: dict) -> tuple:
+    """What tells a case from others. Where it has a fill, its tokens do not: they follow from Python's own texts."""
+    return tuple(sorted((name, value) for name, value in case.items() if name != "tokens" or "fill" not in case))
 
 
 @cache
@@ -58,8 +66,18 @@ def _machine() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "triton": _version("triton"),
+        "driver": _driver_version() if on_gpu else None,
         "python": platform.python_version(),
     }
+
+
+def _driver_version() -> str | None:
+    """The NVIDIA driver's, or None where nvidia-smi is not there to tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -95,7 +113,7 @@ def provenance() -> dict:
 
 def describe(record: dict) -> str:
     """One line about the machine and the versions behind a record."""
-    versions = [f"{name} {record[name]}" for name in ("torch", "transformers", "triton", "python") if record[name]]
+    versions = [f"{name} {record[name]}" for name in VERSIONS if record.get(name)]
     return f"{record['device']}, {record['threads']} threads, {', '.join(versions)}"
 
 
