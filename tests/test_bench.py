@@ -1,37 +1,442 @@
-"""The benches and the demo run, and the README's figures are the ones their records give."""
+"""The benches and the demo run, on a CPU at toy sizes; the README's figures are the ones their records give."""
 
+import dataclasses
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import bench_encode
+import bench_latency
+import bench_memory
+import bench_model
+import cases
 import demo
+import memory
+import providers
 import pytest
 import records
 import report
+import timing
+import torch
+import transformers
+import workloads
+from peers import UnpaddedBert
+from providers import BASELINE, GRAPHED, UNPADDED
+from workloads import Case
+
+import fastbert
+from fastbert_kernels.roofline import H200, Roofs
 
 ROOT = Path(__file__).parent.parent
+TOY = Case("toy", 3, 24, 0.5)
 
 
-def test_the_bench_checks_its_results():
-    """One case of every provider of the tiny model, checked and not timed; nothing is recorded."""
-    before = {path: path.read_bytes() for path in records.RESULTS.rglob("*") if path.is_file()}
+def run_bench(*arguments: str) -> subprocess.CompletedProcess:
     # Not `python -m pytest`, which would put the repository on the path, and with it the bare folder `kernels`.
     pytest_itself = Path(sys.executable).with_name("pytest")
-    command = [pytest_itself, "bench", "-k", "tiny", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "3 passed" in run.stdout
-    assert before == {path: path.read_bytes() for path in records.RESULTS.rglob("*") if path.is_file()}
+    command = [pytest_itself, "bench", *arguments, "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_bench_of_kernels_checks_its_results():
-    """Every kernel at toy sizes, in the interpreter where there is no GPU."""
-    pytest_itself = Path(sys.executable).with_name("pytest")
-    command = [pytest_itself, "bench/bench_kernels.py", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def bench_options():
+    """bench/conftest.py as a module: that name belongs to the tests' own here."""
+    spec = importlib.util.spec_from_file_location("bench_options", ROOT / "bench" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Benchmark:
+    """What the benches use of pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.enabled, self.group, self.rounds = True, None, 0
+
+    def pedantic(self, function, setup=lambda: None, rounds=1, warmup_rounds=0):
+        self.rounds = rounds
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            function()
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """The records that a test writes, which go to a folder of its own."""
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "_commit", lambda: "0" * 7)
+
+    def read() -> list[dict]:
+        return [record for path in sorted(tmp_path.glob("*/*.jsonl")) for record in records.read(path)]
+
+    return read
+
+
+@pytest.mark.parametrize("suites", ["model,latency,encode,memory", "attention,kernels"])
+def test_the_bench_checks_its_results(suites):
+    """Every provider that runs here, checked and not timed; nothing is recorded."""
+    before = {path: path.read_bytes() for path in records.RESULTS.rglob("*") if path.is_file()}
+    run = run_bench("--suite", suites, "--benchmark-disable")
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
     assert "skipped" not in run.stdout
+    assert before == {path: path.read_bytes() for path in records.RESULTS.rglob("*") if path.is_file()}
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_named():
+    run = run_bench("--suite", "memory", "--seconds", "0.5", "--benchmark-disable")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "4 skipped" in run.stdout
+    assert " passed" not in run.stdout
+    assert "left out of memory for want of time, 4: test_memory[toy-8x24-50-filled-transformers-sdpa]" in run.stdout
+    assert "--seconds 0.5 has no time left for it in memory" in run.stdout
+
+
+def test_an_unknown_suite_is_refused_with_the_known_ones():
+    run = run_bench("--suite", "model,speed")
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "'speed': the suites are model, latency, encode, memory, attention, kernels" in run.stderr
+
+
+def test_options_of_the_bench(bench_options):
+    assert bench_options._suites("kernels,model") == ("model", "kernels")
+    assert bench_options._seconds("1.5") == 1.5
+    for text in ("0", "-1", "nan", "soon"):
+        with pytest.raises(bench_options.argparse.ArgumentTypeError, match=f"'{text}': a number of seconds above 0"):
+            bench_options._seconds(text)
+    assert set(bench_options.SUITES) == set(report.SUITES)
+
+
+def test_time_that_a_suite_leaves_is_the_next_ones(bench_options, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(bench_options.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bench_options, "SUITES", {"model": 0.3, "memory": 0.1, "kernels": 0.6})
+    budget = bench_options.Budget(40.0, ("model", "memory"))  # to 130 and to 140
+    assert budget.allows("model", 29)
+    assert not budget.allows("model", 31)
+    now[0] = 105.0
+    assert budget.allows("memory", 34)
+    assert not budget.allows("memory", 36)
+
+
+def every_forward() -> list[tuple[Case, str]]:
+    return [*bench_model._toy_forwards(), *bench_model._cpu_forwards(), *bench_model._gpu_forwards()]
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(case for case, _ in every_forward()), ids=str)
+def test_batches_have_the_fill_they_are_named_after(case):
+    batch = workloads.inputs(case)
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (case.batch, case.seq_len)
+    assert lengths.max() == case.seq_len
+    assert lengths.double().mean() / case.seq_len == pytest.approx(case.fill, abs=workloads.FILL_TOLERANCE)
+    assert not batch["input_ids"][batch["attention_mask"] == 0].any()
+
+
+def test_batches_that_no_texts_make_are_refused():
+    with pytest.raises(ValueError, match="toy 2x16 52% filled"):
+        workloads.inputs(Case("toy", 2, 16, 0.52))
+    with pytest.raises(ValueError, match="toy 4000x512 full needs texts of 512 tokens, and only"):
+        workloads.inputs(Case("toy", 4000, 512))
+
+
+def test_every_provider_is_known_and_drawn():
+    assert {provider for _, provider in every_forward()} <= set(providers.PROVIDERS)
+    assert set(report.COLOURS) == set(providers.PROVIDERS)
+    assert len(set(report.COLOURS.values())) == len(providers.PROVIDERS)
+    assert len(bench_model._gpu_forwards()) == len(set(bench_model._gpu_forwards()))
+
+
+def test_the_floor_of_a_forward():
+    """By hand, a layer: 12 E^2 + 9 E weights; a token's products are 24 E^2 operations, its attention 4 S E."""
+    config = transformers.BertConfig()
+    small = workloads.forward_work(config, Case("base", 1, 16, dtype="bfloat16"))
+    assert small.bytes == 2 * (12 * (12 * 768**2 + 9 * 768) + 16 * 768)
+    large = workloads.forward_work(config, Case("base", 32, 128, dtype="bfloat16"))
+    assert large.flops == 12 * (2 * 12 * 768**2 + 4 * 128 * 768) * 4096
+    assert large.seconds("bf16", H200) == pytest.approx(0.905e-3, rel=0.01)
+    lengths = workloads.inputs(TOY)["attention_mask"].sum(1)
+    ragged = workloads.forward_work(transformers.BertConfig(**providers.SIZES["toy"]), TOY)
+    products = 2 * (4 * 48**2 + 2 * 48 * 80) * lengths.sum()
+    assert ragged.flops == 2 * (products + 4 * 48 * (lengths**2).sum())
+
+
+def right_padded(lengths: list[int]) -> dict[str, torch.Tensor]:
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.randint(0, cases.VOCAB, mask.shape), "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    "lengths", [[7, 12, 1, 4], [12] * 3, [1], list(range(1, 25))], ids=["ragged", "full", "one", "all lengths"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_unpadded_peer_is_transformers_model(lengths, dtype):
+    theirs = cases.pair()[1].to(dtype)
+    peer, batch = UnpaddedBert.from_transformers(theirs), right_padded(lengths)
+    with torch.no_grad():
+        outputs, expected = peer(**batch), theirs(**batch)
+    keep = batch["attention_mask"].bool()
+    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(outputs.last_hidden_state[keep], expected.last_hidden_state[keep], **close)
+    torch.testing.assert_close(outputs.pooler_output, expected.pooler_output, **close)
+    assert not outputs.last_hidden_state[~keep].any()
+
+
+def test_the_unpadded_peer_refuses_another_activation():
+    with pytest.raises(ValueError, match="hidden_act is 'relu'"):
+        UnpaddedBert.from_transformers(cases.pair(hidden_act="relu")[1])
+
+
+def test_providers_by_name(monkeypatch):
+    graphed = []
+    monkeypatch.setattr(fastbert, "graphed", lambda model: graphed.append(model) or model, raising=False)
+    assert type(providers.model_of(Case("toy", 1, 16, dtype="float16"), GRAPHED)) is fastbert.BertModel
+    assert len(graphed) == 1
+    compiled = providers.model_of(TOY, f"{UNPADDED}-compiled")
+    assert type(compiled) is UnpaddedBert
+    assert hasattr(compiled.encode, "_torchdynamo_orig_callable")
+    with pytest.raises(ValueError, match="no provider is called 'tensorrt', but fastbert, "):
+        providers.model_of(TOY, "tensorrt")
+
+
+@pytest.mark.parametrize("value", [1.01, float("nan")])
+def test_a_wrong_provider_is_not_timed(value, monkeypatch):
+    right = providers.uncompiled("toy", "float32", "fastbert")
+
+    def wrong(**batch):
+        outputs = right(**batch)
+        outputs.last_hidden_state[0, 0, 0] *= value
+        return outputs
+
+    model_of = providers.model_of
+    monkeypatch.setattr(providers, "model_of", lambda case, name: wrong if name == "fastbert" else model_of(case, name))
+    assert providers.checked(TOY, BASELINE).fields["error_ratio"] == 1
+    with torch.no_grad(), pytest.raises(ArithmeticError, match=f"errs by .*, {BASELINE} by"):
+        providers.checked(TOY, "fastbert")
+
+
+def test_a_peer_that_cannot_run_leaves_its_reason(recorded):
+    about = providers.about("model", "latency", dataclasses.asdict(TOY), UNPADDED)
+    with pytest.raises(pytest.skip.Exception, match="unpadded-varlen is absent"), providers.or_absent(about, True):
+        raise RuntimeError("FlashAttention takes 16 bits\nand more lines")
+    assert [record["absent"] for record in recorded()] == ["RuntimeError: FlashAttention takes 16 bits"]
+    with pytest.raises(AssertionError), providers.or_absent(about, False):
+        raise AssertionError
+    with pytest.raises(RuntimeError, match="no kernel"), providers.or_absent(about | {"provider": "fastbert"}, True):
+        raise RuntimeError("no kernel")
+    assert len(recorded()) == 1
+
+
+def test_times_of_the_device(monkeypatch):
+    """Events of a device that takes 1 ms for our call and 2 ms for the baseline's, and a host that takes no time."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
+    def taking(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    benchmark = Benchmark()
+    measured = timing.side_by_side(benchmark, taking(1e-3), taking(2e-3), seconds=0.07, clock="device")
+    assert (measured.clock, measured.calls, benchmark.rounds) == ("device", 3, 10)
+    fields = measured.fields()
+    assert fields["rounds"] == 10
+    assert fields["median_s"] == pytest.approx(1e-3)
+    assert fields["ratio"] == pytest.approx(2)
+    assert 0 <= fields["host_s"] < 1e-3
+
+
+def test_peak_memory_of_a_gpu(monkeypatch):
+    reset = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 175)
+    assert memory.peak_memory_bytes(lambda: None, torch.device("cuda")) == 75
+    assert len(reset) == 1
+
+
+def test_the_driver_is_recorded_where_it_is_known(monkeypatch):
+    def answers(command, **_):
+        return SimpleNamespace(stdout="580.159.04\n")
+
+    def missing(command, **_):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(records.subprocess, "run", answers)
+    assert records._driver_version() == "580.159.04"
+    monkeypatch.setattr(records.subprocess, "run", missing)
+    assert records._driver_version() is None
+
+
+def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path, capsys):
+    """Toy cases, timed on this CPU into a folder of the test's own, and a device's page of them."""
+    for bench in (bench_model, bench_latency, bench_encode):
+        monkeypatch.setattr(bench, "SECONDS_PER_CASE", 0.01)
+    for name in ("fastbert", BASELINE):
+        bench_model.test_forward(Benchmark(), TOY, name)
+        bench_latency.test_latency(Benchmark(), Case("toy", 1, 16), "host", name)
+        bench_encode.test_encode(
+            Benchmark(), bench_encode.TOY[0][0], bench_encode.BASELINE if name == BASELINE else name
+        )
+        config = SimpleNamespace(getoption=lambda _: False)
+        bench_memory.test_memory(SimpleNamespace(config=config), bench_memory.TOY[0][0], name)
+    found = {(record["suite"], record["provider"]): record for record in recorded()}
+    assert len(found) == 8
+    assert found["model", "fastbert"]["clock"] == "host"
+    assert found["model", "fastbert"]["rounds"] >= timing.LEAST_ROUNDS
+    assert found["model", BASELINE]["error_ratio"] == 1
+    request = found["latency", "fastbert"]
+    assert request["p50_s"] == pytest.approx(request["median_s"])
+    assert request["p50_s"] <= request["p90_s"] <= request["p99_s"]
+    assert found["encode", "fastbert"]["texts_per_s"] == pytest.approx(8 / found["encode", "fastbert"]["median_s"])
+    assert found["memory", "fastbert"]["peak_bytes"] > 0
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    report.main()
+    assert "| toy 3x24 50% filled |" in readme.read_text()
+    assert readme.read_text().startswith("before\n")
+    assert "old" not in readme.read_text()
+    (page,) = (path.read_text() for path in tmp_path.glob("*/README.md"))
+    for heading in ("The model's forward", "One text, as a user waits for it", "Sentences", "Peak memory"):
+        assert f"## {heading}" in page
+    assert "toy 1x16 full, ids on the host" in page
+    assert "## Absent" not in page
+    assert "latency.svg" in capsys.readouterr().out
+
+
+def gpu_records() -> list[dict]:
+    """Of every forward of a GPU's run, with made-up times by which fastbert loses the smallest and wins the others."""
+    machine = {
+        "device": "NVIDIA H200", "threads": 16, "torch": "2.11.0", "transformers": "5.17.0", "triton": "3.6.0",
+        "driver": "580.1", "python": "3.12.3", "commit": "abc1234", "load": 0.1, "date": "2026-12-01T00:00:00+00:00",
+    }  # fmt: skip
+    speeds = {"fastbert": 2.0, GRAPHED: 4.0, "transformers-eager": 0.5, BASELINE: 1.0, UNPADDED: 1.5}
+    found = []
+    for case, provider in bench_model._gpu_forwards():
+        record = providers.about("model", "latency", dataclasses.asdict(case) | {"tokens": 1}, provider)
+        if provider == UNPADDED and case.dtype == "float32":
+            found.append(machine | record | {"absent": "RuntimeError: only 16 | bits"})
+            continue
+        ratio = speeds.get(provider, 3.0)
+        baseline_s = case.batch * case.seq_len * 1e-6
+        if provider == "fastbert" and case == Case("base", 8, 16, dtype="bfloat16"):
+            ratio = 0.75
+        seconds = baseline_s / ratio
+        times = {"median_s": seconds, "q20_s": seconds, "q80_s": seconds, "baseline_median_s": baseline_s}
+        found.append(
+            machine | record | times | {"ratio": ratio, "rounds": 9, "error": 0.1, "error_ratio": 1.1, "of_roof": 0.42}
+            | {"clock": "device", "calls": 1, "host_s": seconds if case.batch == 1 else seconds / 10}
+        )  # fmt: skip
+    kernel = {"suite": "kernels", "kind": "kernel", "case": {"op": "pool", "model": "base", "tokens": 128}}
+    times = {
+        "median_s": 2e-6,
+        "q20_s": 2e-6,
+        "q80_s": 2e-6,
+        "baseline_median_s": 1e-6,
+        "rounds": 30,
+        "error_ratio": None,
+    }
+    found.append(machine | kernel | times | {"provider": "fastbert", "baseline": "eager", "ratio": 0.5, "of_roof": 0.1})
+    found.append(machine | kernel | {"provider": "compiled", "baseline": "eager", "wrong": "errs by 1, eager by 0"})
+    return found
+
+
+def test_the_report_of_a_gpu(tmp_path, monkeypatch):
+    folder = tmp_path / "nvidia-h200"
+    folder.mkdir()
+    for suite in ("model", "kernels"):
+        lines = [json.dumps(record) for record in gpu_records() if record["suite"] == suite]
+        (folder / f"{suite}.jsonl").write_text("\n".join(lines) + "\n")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", readme)
+    report.main()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "fill.svg", "kernels.jsonl", "model.jsonl", "seq_len.svg",
+    ]  # fmt: skip
+    page = (folder / "README.md").read_text()
+    sections = {part.partition("\n")[0]: part.splitlines() for part in page.split("\n## ")}
+
+    rows = [line for line in sections["The model's forward"] if line.startswith("| ")][2:]
+    assert len(rows) == sum(provider in ("fastbert", GRAPHED) for _, provider in bench_model._gpu_forwards())
+    columns = next(line for line in sections["The model's forward"] if line.startswith("| case")).split(" | ")
+    ratios = [float(row.split(" | ")[columns.index("best peer / ours")]) for row in rows]
+    assert ratios == sorted(ratios)
+    assert rows[0].startswith("| base 8x16 full bfloat16 | 1 | fastbert |")
+    assert ratios[0] == 0.5  # 0.75 beside unpadded-varlen's 1.5
+    assert "| 42% |" in rows[0]
+    assert "| host |" in next(row for row in rows if row.startswith("| base 1x128 full bfloat16"))
+    assert "host" not in rows[0]
+
+    assert "| eager | 0.00100 | 0.50 | 0.50 | 10% |" in "\n".join(sections["Kernels"])
+    absent = "\n".join(sections["Absent"])
+    assert (
+        "| model | unpadded-varlen | RuntimeError: only 16 \\| bits | base 32x128 full; base 32x128 50% filled |"
+        in absent
+    )
+    assert "| kernels | compiled | errs by 1, eager by 0 | pool base tokens 128 |" in absent
+    for text in (page, readme.read_text()):
+        assert "| MLPerf, as published | INT8, 99 % of float32's accuracy | H200 | 9164 |" in text
+        assert "| fastbert-graphed | bfloat16 | NVIDIA H200 | 10417 |" in text  # 4 / (384e-6)
+    assert "large 32x128" not in readme.read_text()
+    assert "| base 32x128 full |" in readme.read_text()
+    assert "driver 580.1" in readme.read_text()
+
+
+def test_a_sweep_needs_points():
+    cases_of_three = {Case("base", 8, seq_len): {} for seq_len in (16, 32, 64)}
+    assert report.sweep(cases_of_three, "seq_len") == []
+    cases_of_four = {Case("base", 8, 128): {}, Case("base", 1, 8): {}} | cases_of_three
+    assert [case.seq_len for case in report.sweep(cases_of_four, "seq_len")] == [16, 32, 64, 128]
+
+
+def test_no_records_make_no_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="run `pytest bench` first"):
+        report.main()
+
+
+def test_the_rates_of_a_gpu(monkeypatch):
+    roofs = Roofs({"float32": 1e12}, 1e12)
+    fake = SimpleNamespace(TIMER=None, roofs=lambda timer: roofs)
+    monkeypatch.setitem(sys.modules, "device_timing", fake)
+    assert bench_model._rates(TOY, 1.0) == {}
+    monkeypatch.setattr(bench_model, "DEVICE", torch.device("cuda"))
+    rates = bench_model._rates(TOY, 1.0)
+    work = workloads.forward_work(transformers.BertConfig(**providers.SIZES["toy"]), TOY)
+    assert rates["flops_per_s"] == work.flops
+    assert rates["of_roof"] == work.seconds("float32", roofs)
+    assert rates["roofs"] == {"flops_per_s": {"float32": 1e12}, "bytes_per_s": 1e12}
+
+
+def test_tokens_tell_kernels_apart_but_not_batches():
+    kernels = [{"op": "pool", "tokens": tokens} for tokens in (128, 4096)]
+    assert records.about(kernels[0]) != records.about(kernels[1])
+    batches = [dataclasses.asdict(TOY) | {"tokens": tokens} for tokens in (36, 37)]
+    assert records.about(batches[0]) == records.about(batches[1])
 
 
 def test_the_readme_shows_what_the_records_say():
@@ -43,6 +448,16 @@ def test_the_readme_shows_what_the_records_say():
     shown = text.partition(report.BEGIN)[2].partition(report.END)[0]
     assert tables
     assert shown.strip() == "\n\n".join(tables)
+
+
+def test_the_pages_show_what_the_records_say(tmp_path):
+    folders = sorted({path.parent for path in records.RESULTS.glob("*/*.jsonl")})
+    assert folders
+    for folder in folders:
+        lines = [record for path in sorted(folder.glob("*.jsonl")) for record in records.read(path)]
+        plots = report.draw(report.by_case(lines, "latency"), tmp_path)
+        assert (folder / "README.md").read_text() == report.page(lines, plots)
+        assert all((folder / name).exists() for name in plots)
 
 
 @pytest.mark.parametrize(
