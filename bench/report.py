@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import records
+from matplotlib.ticker import LogLocator
 from providers import BASELINE, PROVIDERS
 from workloads import Case
 
@@ -109,8 +110,13 @@ def on_cpu(record: dict) -> bool:
 def overview(latencies: Measured) -> str:
     """The README's table: fastbert and the baseline in milliseconds, of the same interleaved rounds, and how many times
     as fast as the baseline each provider was, each in its own interleaved rounds with it. Of a GPU's cases, which are
-    many, BERT base's; and BERT-large's samples a second."""
-    shown = {case: of for case, of in latencies.items() if case.model == "base" or on_cpu(of["fastbert"])}
+    many, BERT base's but for those that are drawn, and BERT-large's samples a second."""
+    drawn = {*sweep(latencies, "seq_len"), *sweep(latencies, "fill")}
+    shown = {
+        case: of
+        for case, of in latencies.items()
+        if on_cpu(of["fastbert"]) or (case.model == "base" and case not in drawn)
+    }
     compared = [name for name in PROVIDERS if name != BASELINE and any(name in of for of in shown.values())]
     rows = []
     for case, of in shown.items():
@@ -296,6 +302,8 @@ def draw(latencies: Measured, folder: Path) -> dict[str, str]:
         axis = plot_sweep(latencies, lengths, lambda case: case.seq_len, lambda case, seconds: seconds * 1e3)
         axis.set(xlabel="sequence length", ylabel="time of a forward, ms", xscale="log", yscale="log")
         axis.set_xticks([case.seq_len for case in lengths], [str(case.seq_len) for case in lengths], minor=False)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         save(axis.figure, folder / "seq_len.svg")
     if fills := sweep(latencies, "fill"):

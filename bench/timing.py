@@ -62,8 +62,29 @@ CLOCKS = {"host": host_seconds, "device": device_seconds}
 THROUGHPUT_CLOCK = "host" if DEVICE.type == "cpu" else "device"
 
 
+class ShownClock:
+    """pytest-benchmark's timer: stands still but for the seconds that were measured and are to be shown."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def show(self, benchmark, seconds: list[float]) -> None:
+        rounds = iter(seconds)
+
+        def advance():
+            self.now += next(rounds)
+
+        benchmark.pedantic(advance, rounds=len(seconds))
+
+
+CLOCK = ShownClock()
+
+
 def side_by_side(
-    benchmark, call: Callable, baseline: Callable, seconds: float, clock: str = THROUGHPUT_CLOCK, probe: float = 0.1
+    call: Callable, baseline: Callable, seconds: float, clock: str = THROUGHPUT_CLOCK, probe: float = 0.1
 ) -> Measured:
     """Time both for about `seconds` in all, a round of the baseline before each of the call; the number of rounds
     follows from the least that each takes in `probe` times as long."""
@@ -73,12 +94,9 @@ def side_by_side(
     rounds = int(seconds / (repeats[0] * least + repeats[1] * baseline_least))
     rounds = min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
     timed, baseline_timed = [], []
-    benchmark.pedantic(
-        lambda: timed.append(clocked(call, repeats[0])),
-        setup=lambda: baseline_timed.append(clocked(baseline, repeats[1])),
-        rounds=rounds,
-        warmup_rounds=WARMUP_ROUNDS,
-    )
+    for _ in range(WARMUP_ROUNDS + rounds):
+        baseline_timed.append(clocked(baseline, repeats[1]))
+        timed.append(clocked(call, repeats[0]))
     timed, baseline_timed = timed[WARMUP_ROUNDS:], baseline_timed[WARMUP_ROUNDS:]
     host_s = statistics.median(issued for _, issued in timed)
     return Measured(clock, repeats[0], [each for each, _ in timed], [each for each, _ in baseline_timed], host_s)
