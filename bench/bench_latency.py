@@ -40,10 +40,10 @@ def pytest_generate_tests(metafunc):
     )
 
 
-def request_of(case: Case, ids: str, provider: str) -> Callable:
+def request_of(model: Callable, case: Case, ids: str, provider: str) -> Callable:
     """A call that ends with the pooled vectors [B, E] on the host. Ids on the host go to the device within it; the
     graphed model takes them from wherever they are."""
-    model, on_device = model_of(case, provider), batch_of(case, provider)
+    on_device = batch_of(case, provider)
     on_host = {name: x.cpu() for name, x in on_device.items()}
     if ids == "device" or provider == GRAPHED:
         batch = on_device if ids == "device" else on_host
@@ -60,14 +60,14 @@ def test_latency(benchmark, case, ids, provider):
     tokens = int(inputs(case)["attention_mask"].sum())
     record = about("latency", "request", asdict(case) | {"tokens": tokens, "ids": ids}, provider)
     with or_absent(record, benchmark.enabled):
-        said = checked(case, provider).fields
-        request = request_of(case, ids, provider)
+        found = checked(case, provider)
+        request = request_of(found.model, case, ids, provider)
         if not benchmark.enabled:
             benchmark.pedantic(request)
             return
-        baseline = request_of(case, ids, BASELINE)
+        baseline = request_of(model_of(case, BASELINE), case, ids, BASELINE)
         measured = side_by_side(request, baseline, SECONDS_PER_CASE, clock="host")
         percentiles = statistics.quantiles(measured.seconds, n=100, method="inclusive")
-        record |= measured.fields() | said | {f"p{rank}_s": percentiles[rank - 1] for rank in (50, 90, 99)}
+        record |= measured.fields() | found.fields | {f"p{rank}_s": percentiles[rank - 1] for rank in (50, 90, 99)}
     CLOCK.show(benchmark, measured.seconds)
     records.write(record)

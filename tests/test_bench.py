@@ -197,8 +197,10 @@ def test_providers_by_name(monkeypatch):
     monkeypatch.setattr(fastbert, "graphed", lambda model: graphed.append(model) or model, raising=False)
     assert type(providers.model_of(Case("toy", 1, 16, dtype="float16"), GRAPHED)) is fastbert.BertModel
     assert len(graphed) == 1
-    compiled = providers.model_of(TOY, f"{UNPADDED}-compiled")
+    with torch.inference_mode():
+        compiled = providers.model_of(TOY, f"{UNPADDED}-compiled")
     assert type(compiled) is UnpaddedBert
+    assert not any(parameter.is_inference() for parameter in compiled.parameters())
     assert hasattr(compiled.encode, "_torchdynamo_orig_callable")
     with pytest.raises(ValueError, match="no provider is called 'tensorrt', but fastbert, "):
         providers.model_of(TOY, "tensorrt")
