@@ -101,7 +101,7 @@ def test_what_does_not_fit_the_time_is_left_out_and_named():
 def test_an_unknown_suite_is_refused_with_the_known_ones():
     run = run_bench("--suite", "model,speed")
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "'speed': the suites are model, latency, encode, memory, attention, kernels" in run.stderr
+    assert "'speed': the suites are model, latency, encode, memory, attention, kernels, host" in run.stderr
 
 
 def test_options_of_the_bench(bench_options):
