@@ -1,10 +1,8 @@
 """What the tests of the kernels share: operands, plain formulas, layouts, and outputs that begin as NaN."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations, product
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from closeness import OP_FACTOR, check_close
 from torch import Tensor
 
 import fastbert_kernels
+from fastbert_kernels import configuration
 
 # With a GPU these tests are the proof on it; without one the kernels run in Triton's interpreter, on CPU tensors.
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -32,8 +31,8 @@ OPS = (
 )
 LARGEST = 2**31 - 1  # of int32
 TABLES = {
-    path.stem: json.loads(path.read_text())
-    for path in sorted((Path(fastbert_kernels.__file__).parent / "configs").iterdir())
+    path.stem: configuration.operations(configuration.read(path))
+    for path in sorted(configuration.FOLDER.glob("*.json"))
 }
 # Elements, and a multiple of 16 bytes in every dtype: what lies behind them is as aligned as a whole buffer.
 GUARD = 64

@@ -1,7 +1,7 @@
 """What every launcher shares: launch configurations, checks of its operands, and launches planned by their layouts.
 
-Configurations are data: `configs/<architecture>.json`, or `configs/default.json` for an architecture without a file.
-An operation's entries for one operand width are tried in their order; the first whose `up_to` reaches the size serves.
+Configurations are data (`configuration` has their format): the first that there is of `configs/<device>.json`,
+`configs/<architecture>.json` and `configs/default.json`, or the user's own file that FASTBERT_CONFIGS names.
 
 What a launch takes beside addresses (checks, configuration, grid, strides, Triton's choice of a compiled kernel)
 follows from the layouts of its tensors. The first call with a layout plans it; later ones find the plan and hand
@@ -9,10 +9,9 @@ addresses to the compiled kernel, in a fraction of the time of a launch through 
 """
 
 import functools
-import json
 import logging
 import math
-import re
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastbert_kernels import configuration
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter runs the configurations of this architecture.
@@ -57,22 +58,43 @@ def architecture_of(target: GPUTarget) -> str:
 
 @functools.cache
 def configurations(name: str) -> dict:
-    """The launch configurations of an architecture, or of its family's first from sm_90 on; those of default.json,
-    with one warning, where there are none."""
-    folder = Path(__file__).parent / "configs"
-    family = re.sub(r"^sm_(9|10)\d$", r"sm_\g<1>0", name)
-    for path in (folder / f"{name}.json", folder / f"{family}.json"):
-        if path.exists():
-            return json.loads(path.read_text())
-    path = folder / "default.json"
-    logger.warning("no launch configurations for %s: using %s, which nobody has tuned for it", name, path)
-    return json.loads(path.read_text())
+    """The launch configurations of a device or an architecture; those of default.json, with one warning, where there
+    are none. A user's own file serves under every name."""
+    if own := os.environ.get("FASTBERT_CONFIGS"):
+        return configuration.operations(configuration.check(configuration.read(Path(own)), Path(own)))
+    path = configuration.shipped(name)
+    if path == configuration.path_of("default"):
+        logger.warning("no launch configurations for %s: using %s, which nobody has tuned for it", name, path)
+    return configuration.operations(configuration.read(path))
+
+
+@contextmanager
+def configured_by(table: dict) -> Iterator[None]:
+    """Every launch, of all threads, takes its configuration from this table: operation -> operand width -> entries."""
+    global configurations
+    before, configurations = configurations, lambda name: table
+    _entries.cache_clear()
+    try:
+        yield
+    finally:
+        configurations = before
+        _entries.cache_clear()
+
+
+def configuration_name(device: torch.device) -> str:
+    """What a device's launch configurations are called: its own name where it has a file, else its architecture."""
+    return _configuration_name_of_gpu(device) if device.type == "cuda" else architecture(device)
+
+
+@functools.cache
+def _configuration_name_of_gpu(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device)
+    return name if configuration.path_of(name).exists() else architecture(device)
 
 
 @functools.cache
 def _entries(operation: str, name: str, itemsize: int) -> tuple[dict, ...]:
-    table = configurations(name)
-    return tuple(table[operation].get("32" if itemsize == 4 else "16", ()))
+    return tuple(configurations(name)[operation]["32" if itemsize == 4 else "16"])
 
 
 class Layout(NamedTuple):
@@ -92,7 +114,7 @@ def layout_of(x: Tensor | None) -> tuple | None:
 
 def choose(operation: str, x: Layout, size: int) -> dict | None:
     """The launch configuration of an operation on tensors like x; None where no entry reaches the size."""
-    for entry in _entries(operation, architecture(x.device), x.dtype.itemsize):
+    for entry in _entries(operation, configuration_name(x.device), x.dtype.itemsize):
         if entry["up_to"] is None or size <= entry["up_to"]:
             return entry["config"]
     return None

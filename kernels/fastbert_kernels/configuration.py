@@ -1,0 +1,144 @@
+"""Files of launch configurations: `configs/<device>.json`, `configs/<architecture>.json`, or a user's own.
+
+A file says in "source" where its choices come from and has, for each operation and operand width in bits ("16", "32"),
+entries {"up_to": size, "config": {...}}: the first whose `up_to` reaches the size serves, null has no end. The tuner
+adds the device, the versions and each entry's "measured_us".
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "configs"
+GEMM_KEYS = ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "programs", "descriptors")
+ATTENTION_KEYS = ("BLOCK_Q", "BLOCK_KEYS", "num_warps", "num_stages")
+KEYS = {
+    "qkv_projection": GEMM_KEYS,
+    "linear_activation": GEMM_KEYS,
+    "linear_residual": GEMM_KEYS,
+    "linear_residual_layer_norm": GEMM_KEYS,
+    "attention": ATTENTION_KEYS,
+}
+WIDTHS = ("16", "32")
+LARGEST_HEAD = 128
+# What a file may say beside "source": where and with what it was measured.
+PROVENANCE = ("device", "architecture", "commit", "torch", "triton", "date")
+
+
+def path_of(name: str) -> Path:
+    """The file of an architecture ("sm_90") or of a device ("NVIDIA H200": nvidia-h200.json)."""
+    return FOLDER / f"{re.sub('[^a-z0-9_]+', '-', name.lower()).strip('-')}.json"
+
+
+def shipped(name: str) -> Path:
+    """The file that serves a device or an architecture: its own, that of its family's first from sm_90 on, or
+    default.json."""
+    family = re.sub(r"^sm_(9|10)\d$", r"sm_\g<1>0", name)
+    return next((path for path in map(path_of, (name, family)) if path.exists()), path_of("default"))
+
+
+def read(path: Path) -> dict:
+    """A file as it stands. Raises ValueError, with the path, for one that cannot be read or is no JSON object."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"launch configurations {path}: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"launch configurations {path}: expected a JSON object, not {type(document).__name__}")
+    return document
+
+
+def operations(document: dict) -> dict:
+    """The part of a file that launches read."""
+    return {operation: document[operation] for operation in KEYS}
+
+
+def check(document: dict, path: Path) -> dict:
+    """The document itself, if every launch can use it and batch invariance holds: ValueError with path, operation and
+    field otherwise."""
+
+    def refuse(place: str, problem: str) -> None:
+        raise ValueError(f"launch configurations {path}: {place}{problem}")
+
+    def check_keys(place: str, found: object, needed: tuple[str, ...], allowed: tuple[str, ...] = ()) -> None:
+        if not isinstance(found, dict):
+            refuse(place, f"expected an object, not {found!r}")
+        for key in needed:
+            if key not in found:
+                refuse(place, f"{key!r} is missing")
+        for key in found:
+            if key not in (*needed, *allowed):
+                refuse(place, f"{key!r} is unknown; known are {', '.join((*needed, *allowed))}")
+
+    check_keys("", document, ("source", *KEYS), PROVENANCE)
+    for operation, keys in KEYS.items():
+        check_keys(f"{operation}: ", document[operation], WIDTHS)
+        for width, entries in document[operation].items():
+            place = f"{operation}, {width} bits: "
+            if not isinstance(entries, list):
+                refuse(place, f"expected a list of entries, not {entries!r}")
+            for number, entry in enumerate(entries):
+                at = f"{operation}, {width} bits, entry {number}: "
+                check_keys(at, entry, ("up_to", "config"), ("measured_us",))
+                if entry["up_to"] is not None and not _is_count(entry["up_to"]):
+                    refuse(at, f"up_to is {entry['up_to']!r}, expected a positive integer or null")
+                check_keys(at, entry["config"], keys)
+                for key, value in entry["config"].items():
+                    if problem := _problem(key, value):
+                        refuse(at, f"{key} is {value!r}, expected {problem}")
+            if problem := _problem_of_entries(operation, entries):
+                refuse(place, problem)
+    return document
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _problem(key: str, value: object) -> str | None:
+    """What a value should be instead."""
+    if key == "descriptors":
+        return None if isinstance(value, bool) else "true or false"
+    if not _is_count(value):
+        return "a positive integer"
+    power_of_two = value & (value - 1) == 0
+    if key.startswith("BLOCK_"):
+        return None if power_of_two and value >= 16 else "a power of two from 16 on"
+    return "a power of two up to 32" if key == "num_warps" and not (power_of_two and value <= 32) else None
+
+
+def _problem_of_entries(operation: str, entries: list[dict]) -> str | None:
+    reach = [float("inf") if entry["up_to"] is None else entry["up_to"] for entry in entries]
+    if reach != sorted(set(reach)):
+        return f"up_to has to grow from entry to entry, not {[entry['up_to'] for entry in entries]}"
+    if operation == "attention":
+        if reach[-1:] != [LARGEST_HEAD]:
+            return f"the last up_to has to be {LARGEST_HEAD}, the largest head size"
+        return None
+    blocks = sorted({entry["config"]["BLOCK_K"] for entry in entries})
+    if len(blocks) > 1:
+        return f"entries differ in BLOCK_K, {blocks}: a row's bits would depend on its batch"
+    if operation == "linear_residual_layer_norm":
+        for entry, limit in zip(entries, reach, strict=True):
+            if limit > 3 * entry["config"]["BLOCK_N"]:
+                return f"rows up to {entry['up_to']} do not fit three times BLOCK_N = {entry['config']['BLOCK_N']}"
+    elif reach[-1:] != [float("inf")]:
+        return "the last up_to has to be null: any number of tokens is served"
+    return None
+
+
+def write(document: dict, path: Path) -> None:
+    """Replace the file as a whole, an entry a line: a run that is killed leaves the last whole one."""
+    check(document, path)
+    parts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items() if key not in KEYS]
+    for operation in KEYS:
+        widths = []
+        for width, entries in document[operation].items():
+            lines = ",\n".join(f"      {json.dumps(entry)}" for entry in entries)
+            widths.append(f'    "{width}": [\n{lines}\n    ]' if entries else f'    "{width}": []')
+        parts.append(f"  {json.dumps(operation)}: {{\n" + ",\n".join(widths) + "\n  }")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    os.replace(unfinished, path)
