@@ -22,6 +22,7 @@ from torch import Tensor
 from triton import knobs
 
 import fastbert_kernels
+from fastbert_kernels import configuration
 from fastbert_kernels.ahead_of_time import (
     CHIPS,
     MATRIX_INSTRUCTIONS,
@@ -30,7 +31,7 @@ from fastbert_kernels.ahead_of_time import (
     Compiled,
     compiling_for,
 )
-from fastbert_kernels.launch import MAX_ROW
+from fastbert_kernels.launch import MAX_ROW, configurations, configured_by
 from fastbert_kernels.roofline import H200, LAYER, MODELS, Model, work
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -84,17 +85,26 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         yield place, op, partial(getattr(fastbert_kernels, op), *arguments)
 
 
+def tables_of(target: str) -> list[dict]:
+    """The launch configurations that devices of a target may have: its architecture's, and those of single devices."""
+    documents = map(configuration.read, sorted(configuration.FOLDER.glob("*.json")))
+    of_devices = [document for document in documents if document.get("architecture") == target]
+    return [configurations(target), *map(configuration.operations, of_devices)]
+
+
 def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
     """A row for each kernel that the models compile for a target; kernels/README.md lists the keys."""
     rows, refusals = {}, {}
+    models, tables = (MODELS | FURTHER_MODELS).items(), tables_of(target)
     with compiling_for(CHIPS[target].target) as launches:
-        for (name, model), (batch_size, seq_len) in product((MODELS | FURTHER_MODELS).items(), SHAPES):
+        for table, (name, model), (batch_size, seq_len) in product(tables, models, SHAPES):
             for place, op, call in calls(model, batch_size, seq_len, DTYPES[dtype]):
                 if op not in ops:
                     continue
                 launches.clear()
                 try:
-                    call()
+                    with configured_by(table):
+                        call()
                 except Exception as error:  # the launcher's own, before there is a kernel
                     refused = Compiled(op, {}, 0.0, None, f"{type(error).__name__}: {error}")
                     launches.append(refusals.setdefault((op, refused.error), refused))
@@ -102,11 +112,11 @@ def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
                     row = rows.setdefault(compiled, _row(op, target, dtype, compiled))
                     part = PARTS.get(compiled.kernel, place)
                     needed = work(part, model, batch_size, seq_len, DTYPES[dtype].itemsize)
-                    row["shapes"].append(
-                        {"model": name, "batch_size": batch_size, "seq_len": seq_len, "place": part}
-                        | {"flops": needed.flops, "bytes": needed.bytes}
-                        | {"floor_us": round(needed.seconds(dtype) * 1e6, 3)}
-                    )
+                    shape = {"model": name, "batch_size": batch_size, "seq_len": seq_len, "place": part}
+                    shape |= {"flops": needed.flops, "bytes": needed.bytes}
+                    shape |= {"floor_us": round(needed.seconds(dtype) * 1e6, 3)}
+                    if shape not in row["shapes"]:  # neither for a second table nor a second LayerNorm
+                        row["shapes"].append(shape)
     return list(rows.values())
 
 

@@ -187,6 +187,7 @@ class Trial:
         self.width = width_of(every[0].dtype)
         self.present = {up_to: self._present(up_to) for up_to in cases}
         self.families: list[tuple[int | None, list[Tensor], list[dict | None]]] = []
+        self.dropped: list[dict | None] = []
         places = {(case.place, case.model, case.dtype): case for case in every}.values()
         self._around_a_text = [list(around_a_text(case, device)) for case in places]
         self._inputs: dict[Case, tuple[list[partial], Tensor, float]] = {}
@@ -213,16 +214,18 @@ class Trial:
         return alone
 
     def admit(self, config: dict | None) -> bool:
-        """Whether a configuration computes at all and is batch invariant; it then belongs to a family."""
-        if self._family(config) is not None:
+        """Whether a configuration runs at all and is batch invariant; it then belongs to a family."""
+        if config in self.dropped:
+            return False
+        if any(config in configs for *_, configs in self.families):
             return True
         try:
             bits = self.bits(config)
         except TritonError as error:
-            self.say(f"dropped {config}: {type(error).__name__}: {error}")
+            self.drop(config, f"{type(error).__name__}: {error}")
             return False
         if bits is None:
-            self.say(f"dropped {config}: a text's bits depend on its batch")
+            self.drop(config, "a text's bits depend on its batch")
             return False
         inner = config and config.get("BLOCK_K")
         for block_k, others, configs in self.families:
@@ -232,11 +235,10 @@ class Trial:
         self.families.append((inner, bits, [config]))
         return True
 
-    def _family(self, config: dict | None) -> int | None:
-        return next((number for number, (*_, configs) in enumerate(self.families) if config in configs), None)
-
     def drop(self, config: dict | None, reason: str) -> None:
+        """Take a configuration out of the trial, for good."""
         self.say(f"dropped {config}: {reason}")
+        self.dropped.append(config)
         for *_, configs in self.families:
             if config in configs:
                 configs.remove(config)
@@ -310,7 +312,11 @@ class Trial:
             if not refused:
                 return chosen
             for up_to, reasons in refused.items():
-                self.drop(chosen[up_to].config, "; ".join(reasons))
+                # Another number of programs is the same code.
+                code = chosen[up_to].config | {"programs": 1}
+                alike = [config for *_, configs in self.families for config in configs if config]
+                for config in (config for config in alike if config | {"programs": 1} == code):
+                    self.drop(config, "; ".join(reasons))
 
     def _heats(self, candidates: list[Candidate], end: float) -> dict[int | None, list[tuple[Timing, Candidate]]]:
         heats = {up_to: [] for up_to in self.cases}

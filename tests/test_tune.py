@@ -1,0 +1,357 @@
+"""The tuner, on toy sizes and with times of its own making; the cut, by the compiler; the files, by their rules."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from itertools import cycle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_cases import DEVICE, MARKS, TABLES, normal
+
+from fastbert_kernels import configuration, launch, linear_activation, report, trial, tune
+from fastbert_kernels.candidates import ALL_MODELS, Candidate
+from fastbert_kernels.launch import launching_by, run
+from fastbert_kernels.roofline import Model
+from fastbert_kernels.trial import Timing, Trial, cases_of
+
+OPERATION = "linear_activation"
+PRESENT = {
+    "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "programs": 2, "descriptors": False,
+}  # fmt: skip
+TABLE = TABLES["sm_90"] | {OPERATION: {"16": [], "32": [{"up_to": None, "config": PRESENT}]}}
+# The planted bugs, by the number of stages, which changes no result by itself.
+FINE, BATCH_DEPENDENT, OTHER_BITS, WRONG = 2, 1, 4, 5
+
+
+def candidate(**config) -> Candidate:
+    return Candidate(PRESENT | config, 0, 0, "HGMMA", 2, [])
+
+
+def planted(kernel, grid, arguments):
+    run(kernel, grid, arguments)
+    out, stages = arguments["out_ptr"], arguments.get("num_stages")
+    if stages == OTHER_BITS or (stages == BATCH_DEPENDENT and len(out) > 150):
+        out.copy_(out.nextafter(torch.full_like(out, float("inf"))))
+    elif stages == WRONG:
+        out.mul_(1.01)
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Toy cases of two classes, timed by the numbers that a test gives for a configuration and a count of tokens."""
+    monkeypatch.setitem(ALL_MODELS, "toy", Model(1, 48, 3, 80))
+    for name, value in (("SHAPES", ((1, 16), (2, 80))), ("TEXT_LEN", 37), ("TEXT", 2), ("TEXTS", 5)):
+        monkeypatch.setattr(trial, name, value)
+    given_times = SimpleNamespace(of=lambda config, tokens: 1.0)
+
+    def captured(given, turns):
+        given[0]()
+        return launch.configurations("")[OPERATION]["32"][0]["config"], len(given[0].args[0])
+
+    monkeypatch.setattr(trial, "captured", captured)
+    monkeypatch.setattr(trial, "event_seconds", lambda replay: given_times.of(*replay))
+    with launching_by(planted):
+        yield given_times
+
+
+def trial_of(lines: list[str]) -> Trial:
+    return Trial(OPERATION, cases_of(OPERATION, ["toy"], ["fp32"]), TABLE, DEVICE, lines.append)
+
+
+def test_the_fastest_of_those_that_are_right_wins(times):
+    """Of the faster ones, one is wrong, one depends on the batch, and one, with other bits than the rest, is slow for
+    the other class; the report refuses the next one."""
+    seconds = {WRONG: 0.1, BATCH_DEPENDENT: 0.1, FINE: 0.6, 3: 1.0}
+    times.of = lambda config, tokens: (
+        (0.1 if tokens == 16 else 20.0)
+        if config["num_stages"] == OTHER_BITS
+        else seconds[config["num_stages"]] * (0.5 if config["num_warps"] == 8 else 1.0)
+    )
+    lines = []
+    candidates = [candidate(num_stages=stages) for stages in (WRONG, BATCH_DEPENDENT, OTHER_BITS, FINE)]
+    candidates.append(candidate(num_stages=FINE, num_warps=8))
+    refused = []
+
+    def refuse(config, up_to):
+        refused.append(config["num_warps"])
+        return ["spills"] if config["num_warps"] == 8 else []
+
+    chosen = trial_of(lines).run(candidates, refuse, 1000.0)
+    assert set(chosen) == {128, 1024}
+    for timing in chosen.values():
+        assert (timing.config["num_stages"], timing.config["num_warps"]) == (FINE, 4)
+        assert timing.ratio == pytest.approx(0.6)
+    assert refused == [8, 8, 4, 4]
+    dropped = [(int(re.search(r"'num_stages': (\d)", line)[1]), line.split("}: ")[1]) for line in lines]
+    assert {(stages, reason.split(" above")[0][:14]) for stages, reason in dropped} == {
+        (WRONG, dict(dropped)[WRONG][:14]), (BATCH_DEPENDENT, "a text's bits "), (FINE, "spills"),
+    }  # fmt: skip
+    assert dict(dropped)[WRONG].startswith("error ")
+
+
+def test_only_more_than_the_spread_wins(times):
+    noisy = cycle((0.8, 0.9, 1.3))
+    times.of = lambda config, tokens: 1.0 if config == PRESENT else next(noisy)
+    chosen = trial_of([]).run([candidate(num_stages=FINE)], lambda config, up_to: [], 1000.0)
+    assert [timing.config for timing in chosen.values()] == [PRESENT, PRESENT]
+    assert all(timing.measured_us for timing in chosen.values())
+
+
+def test_a_family_with_other_bits_wins_as_a_whole(times):
+    """Every class takes it, also the one in which it is slower, as long as it is faster in all."""
+    times.of = lambda config, tokens: (0.1 if tokens == 16 else 1.5) if config["num_stages"] == OTHER_BITS else 1.0
+    chosen = trial_of([]).run([candidate(num_stages=OTHER_BITS)], lambda config, up_to: [], 1000.0)
+    assert [timing.config["num_stages"] for timing in chosen.values()] == [OTHER_BITS, OTHER_BITS]
+
+
+def test_without_time_the_present_configuration_stays(times):
+    times.of = lambda config, tokens: 1.0 if config == PRESENT else 0.1
+    chosen = trial_of([]).run([candidate(num_stages=FINE)], lambda config, up_to: [], 0.0)
+    assert [timing.config for timing in chosen.values()] == [PRESENT, PRESENT]
+
+
+def test_one_launch_or_two(times):
+    """LayerNorm in one launch is weighed against the two that need no configuration; formulas and rows are right."""
+    table = deepcopy(TABLES["sm_90"])
+    fused = table["linear_residual_layer_norm"]["16"][0]["config"]
+    table["linear_residual_layer_norm"]["32"] = [{"up_to": 384, "config": fused | {"BLOCK_K": 32, "num_stages": 2}}]
+
+    def captured(given, turns):
+        given[0]()
+        return launch.configurations("")["linear_residual_layer_norm"]["32"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "captured", captured)
+        patch.setattr(trial, "SHAPES", ((1, 16),))
+        patch.setattr(trial, "event_seconds", lambda entries: 1.0 if entries else 0.5)
+        cases = cases_of("linear_residual_layer_norm", ["toy"], ["fp32"])
+        chosen = Trial("linear_residual_layer_norm", cases, table, DEVICE, print).run([], lambda config, up_to: [], 9.0)
+    assert chosen[384].config is None
+    assert tune.merged("linear_residual_layer_norm", table["linear_residual_layer_norm"]["32"], chosen) == []
+
+
+@pytest.mark.parametrize("operation", ["qkv_projection", "attention"])
+def test_other_operations_are_checked_by_their_formulas(operation, times, monkeypatch):
+    monkeypatch.setattr(trial, "captured", lambda given, turns: given[0]())
+    times.of = lambda *output: 1.0
+    cases = cases_of(operation, ["toy"], ["fp32"])
+    chosen = Trial(operation, cases, TABLES["sm_90"], DEVICE, pytest.fail).run([], lambda config, up_to: [], 9.0)
+    assert {timing.config["num_stages"] for timing in chosen.values()} <= {2, 3}
+    assert len(chosen) == (1 if operation == "attention" else 2)
+
+
+def test_a_killed_run_keeps_what_it_has_found(times, monkeypatch, tmp_path):
+    times.of = lambda config, tokens: 1.0 if config == PRESENT else 0.5
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    path, document = tmp_path / "own.json", {"source": "guessed", **TABLE}
+    document[OPERATION] = document[OPERATION] | {"16": TABLES["sm_90"][OPERATION]["16"]}
+
+    def killed():
+        raise KeyboardInterrupt
+
+    class Compilers:
+        def cut(self, operation, dtypes, models):
+            assert (dtypes, models) == (["fp32"], ["toy"])
+            broken = replace(candidate(num_warps=8), reasons=["spills"])
+            return killed if operation == "attention" else lambda: [candidate(num_stages=FINE), broken]
+
+        def refuse(self, operation, width, config, up_to):
+            return []
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(path, document, [OPERATION, "attention"], ["fp32"], ["toy"], 1000.0, Compilers(), DEVICE)
+    written = configuration.check(configuration.read(path), path)
+    assert not list(tmp_path.glob("*.unfinished"))
+    small, large = written[OPERATION]["32"]
+    assert (small["up_to"], small["config"]["num_stages"]) == (1024, FINE)
+    assert list(small["measured_us"]) == ["toy 1x16 linear_activation fp32", "toy 2x80 linear_activation fp32"]
+    assert large == {"up_to": None, "config": PRESENT}
+    assert written["attention"] == TABLE["attention"]
+    assert (written["device"], written["source"]) == ("NVIDIA H200", tune.MEASURED + "guessed")
+    assert tune.provenance(DEVICE, written["source"])["source"] == written["source"]
+
+
+def test_neighbours_of_one_configuration_are_one_entry():
+    other = PRESENT | {"num_warps": 8}
+    before = [{"up_to": 1024, "config": PRESENT}, {"up_to": None, "config": other}]
+    assert tune.merged("qkv_projection", before, {}) == before
+    timing = Timing(other, 0.5, 0.6, {"a": 1.0})
+    assert tune.merged("qkv_projection", before, {128: timing}) == [
+        {"up_to": 128, "config": other, "measured_us": {"a": 1.0}}, *before
+    ]  # fmt: skip
+    assert tune.merged("qkv_projection", before, {1024: timing})[1:] == [
+        {"up_to": None, "config": other, "measured_us": {"a": 1.0}}
+    ]
+
+
+def test_what_spills_or_is_too_large_is_cut(tmp_path):
+    """By the compiler for sm_90, at the sizes of a real model; and without a GPU nothing is timed."""
+    script = tmp_path / "cut.py"
+    script.write_text("""
+import json, sys
+from fastbert_kernels import tune
+from fastbert_kernels.candidates import examine, grid
+from fastbert_kernels.ahead_of_time import CHIPS
+given = [c for c in grid("qkv_projection", CHIPS["sm_90"], 2) if c["BLOCK_T"] == c["BLOCK_N"] == 128][:1]
+assert given[0]["descriptors"]
+given += [given[0] | {"BLOCK_N": 256, "num_warps": 4}, given[0] | {"num_stages": 8, "BLOCK_K": 128}]
+given += [given[0] | {"BLOCK_T": 16}]
+print(json.dumps([vars(c) for c in examine("sm_90", ["bf16"], "qkv_projection", ["tiny"], given)]))
+try:
+    tune.main([])
+except SystemExit as error:
+    print(error.code)
+""")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script], env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, code = done.stdout.splitlines()
+    fine, spilling, large, rows = json.loads(found)
+    assert fine["reasons"] == []
+    assert (fine["matrix_instruction"], fine["programs"]) == ("HGMMA", 2)
+    assert re.fullmatch(r"spills \d+ bytes a thread", spilling["reasons"][0])
+    assert re.fullmatch(r"\d+ bytes of shared memory of 232448", large["reasons"][0])
+    assert rows["reasons"] == ["matrix instruction HMMA instead of HGMMA"]
+    assert code == "2"
+    assert "no GPU to time candidates on; --candidates lists them without one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "unset TRITON_INTERPRET"), (["--op", "softmax"], "invalid choice: 'softmax'")],
+)
+def test_options_are_checked(options, message, capsys, monkeypatch):
+    monkeypatch.setattr("fastbert_kernels.tune.knobs.runtime.interpret", True)
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def forgetful():
+    """Files are read again."""
+    caches = launch.configurations, launch._entries, launch._configuration_name_of_gpu
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_a_file_of_ones_own(forgetful, monkeypatch, tmp_path):
+    """It serves in place of what is shipped; every GPU and target takes it."""
+    path = tmp_path / "own.json"
+    document = deepcopy(configuration.read(configuration.path_of("sm_90")))
+    document[OPERATION]["32"] = [{"up_to": None, "config": PRESENT | {"BLOCK_N": 32}}]
+    configuration.write(document, path)
+    assert configuration.read(path) == document
+    monkeypatch.setenv("FASTBERT_CONFIGS", str(path))
+    seen = []
+    with launching_by(lambda kernel, grid, arguments: seen.append(arguments["BLOCK_N"])):
+        linear_activation(normal(5, 48), normal(7, 48), normal(7), "none")
+    assert seen == [32]
+    assert launch.configurations("sm_80") == configuration.operations(document)
+
+
+def test_a_devices_own_file_goes_before_its_architectures(forgetful, monkeypatch, tmp_path):
+    monkeypatch.setattr(configuration, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    properties = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda", 7)
+    for name, document in (("sm_90", {"source": "architecture"}), ("default", {"source": "default"})):
+        configuration.path_of(name).write_text(json.dumps(document | TABLE))
+    assert launch.configuration_name(device) == "sm_90"
+    own = configuration.path_of("NVIDIA H200")
+    assert own == tmp_path / "nvidia-h200.json"
+    own.write_text(json.dumps({"source": "device", "architecture": "sm_90"} | TABLES["sm_80"]))
+    forgotten = (launch.configurations, launch._configuration_name_of_gpu)
+    for cache in forgotten:
+        cache.cache_clear()
+    assert launch.configurations(launch.configuration_name(device)) == TABLES["sm_80"]
+    assert launch.configurations("sm_90") == TABLE
+    assert report.tables_of("sm_90") == [TABLE, TABLES["sm_80"]]
+    assert launch.configuration_name(torch.device("cpu")) == launch.INTERPRETED_ARCHITECTURE
+
+
+def changed(*path, to=None):
+    """A shipped file with another value, or without it."""
+    document = deepcopy(configuration.read(configuration.path_of("sm_90")))
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    if to is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = to
+    return document
+
+
+FIRST = ("qkv_projection", "16", 0)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (changed("source"), "'source' is missing"),
+        (changed("attention"), "'attention' is missing"),
+        (changed("softmax", to={}), "'softmax' is unknown; known are source, qkv_projection, "),
+        (changed("attention", "16"), "attention: '16' is missing"),
+        (changed("attention", "16", to={}), "attention, 16 bits: expected a list of entries, not {}"),
+        (changed("attention", "16", to=[]), "attention, 16 bits: the last up_to has to be 128"),
+        (changed("attention", "16", to=[3]), "attention, 16 bits, entry 0: expected an object, not 3"),
+        (changed("attention", "16", 0, "config", "BLOCK_K", to=64), "entry 0: 'BLOCK_K' is unknown; known are BLOCK_Q"),
+        (changed(*FIRST, "config", "BLOCK_K"), "qkv_projection, 16 bits, entry 0: 'BLOCK_K' is missing"),
+        (changed(*FIRST, "config", "BLOCK_T", to=96), "entry 0: BLOCK_T is 96, expected a power of two from 16 on"),
+        (changed(*FIRST, "config", "BLOCK_N", to=8), "entry 0: BLOCK_N is 8, expected a power of two from 16 on"),
+        (changed(*FIRST, "config", "BLOCK_K", to=32), "qkv_projection, 16 bits: entries differ in BLOCK_K, [32, 64]"),
+        (changed(*FIRST, "config", "num_warps", to=3), "entry 0: num_warps is 3, expected a power of two up to 32"),
+        (changed(*FIRST, "config", "num_warps", to=64), "entry 0: num_warps is 64, expected a power of two up to 32"),
+        (changed(*FIRST, "config", "num_stages", to=0), "entry 0: num_stages is 0, expected a positive integer"),
+        (changed(*FIRST, "config", "programs", to=1.5), "entry 0: programs is 1.5, expected a positive integer"),
+        (changed(*FIRST, "config", "descriptors", to=1), "entry 0: descriptors is 1, expected true or false"),
+        (changed(*FIRST, "up_to", to="many"), "entry 0: up_to is 'many', expected a positive integer or null"),
+        (changed("qkv_projection", "16", 1), "qkv_projection, 16 bits: the last up_to has to be null"),
+        (changed("qkv_projection", "16", 1, "up_to", to=64), "up_to has to grow from entry to entry, not [1024, 64]"),
+        (changed("linear_residual_layer_norm", "16", 0, "up_to", to=768), "up to 768 do not fit three times BLOCK_N"),
+    ],
+)  # fmt: skip
+def test_what_a_file_may_not_hold(document, message, forgetful, monkeypatch, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(document))
+    monkeypatch.setenv("FASTBERT_CONFIGS", str(path))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        linear_activation(normal(5, 48), normal(7, 48), normal(7), "none")
+    assert str(error.value).startswith(f"launch configurations {path}: ")
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_what_is_no_file_of_configurations(text, forgetful, monkeypatch, tmp_path):
+    path = tmp_path / "own.json"
+    if text:
+        path.write_text(text)
+    monkeypatch.setenv("FASTBERT_CONFIGS", str(path))
+    with pytest.raises(ValueError, match=re.escape(f"launch configurations {path}: ")):
+        launch.configurations("sm_90")
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_device_writes_a_file(tmp_path):
+    path = tmp_path / "own.json"
+    options = ("--model=minilm", "--op=attention", "--op=linear_residual_layer_norm", "--seconds=20", f"--out={path}")
+    done = subprocess.run([sys.executable, "-m", "fastbert_kernels.tune", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = configuration.check(configuration.read(path), path)
+    assert document["device"] == torch.cuda.get_device_name()
+    assert any("measured_us" in entry for entry in document["attention"]["16"])
+
+
+pytestmark = [] if DEVICE.type == "cuda" else MARKS
