@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.runtime.errors import TritonError
+from triton.errors import TritonError
 
 from fastbert_kernels.candidates import ALL_MODELS, CLASSES, TOKEN_CLASSES, Candidate, replaced, size_of, width_of
 from fastbert_kernels.launch import configured_by
@@ -346,12 +346,12 @@ class Trial:
             now = time.perf_counter()
             stop = now + (end - now) / (len(heats) - number)
             results.sort(key=lambda result: result[0].ratio)
+            of_families = ([r for r in results if r[0].config in configs][:FINALISTS] for *_, configs in self.families)
+            # The fastest first, of whatever family: where time runs out, the others have not lost much.
+            finalists = sorted(chain.from_iterable(of_families), key=lambda result: result[0].ratio)
+            entrants = [config for _, candidate in finalists for config in candidate.variants()]
             # Two launches in the place of one need no configuration.
-            finalists = [None] if self.operation == "linear_residual_layer_norm" else []
-            for *_, configs in self.families:
-                of_family = [candidate for timing, candidate in results if timing.config in configs]
-                finalists += [config for candidate in of_family[:FINALISTS] for config in candidate.variants()]
-            for config in finalists:
+            for config in [None, *entrants] if self.operation == "linear_residual_layer_norm" else entrants:
                 if config == self.present[up_to]:
                     continue
                 if time.perf_counter() > stop:
