@@ -56,11 +56,9 @@ class Compilers:
     def refuse(self, operation: str, width: str, config: dict, up_to: int | None) -> list[str]:
         """What the report would have against a configuration for its class, in any model and dtype."""
         dtypes = [dtype for dtype in DTYPES if width_of(dtype) == width]
-        models = {case.model for case in cases_of(operation, ALL_MODELS, dtypes)[up_to]}
-        begun = [
-            self.pool.submit(examine, self.target, [dtype], operation, [model], [config])
-            for dtype, model in product(dtypes, sorted(models))
-        ]
+        models = sorted({case.model for case in cases_of(operation, ALL_MODELS, dtypes)[up_to]})
+        # A process compiles once what several models share.
+        begun = [self.pool.submit(examine, self.target, [dtype], operation, models, [config]) for dtype in dtypes]
         return list(dict.fromkeys(chain.from_iterable(part.result()[0].reasons for part in begun)))
 
 
