@@ -73,12 +73,12 @@ def configured_by(table: dict) -> Iterator[None]:
     """Every launch, of all threads, takes its configuration from this table: operation -> operand width -> entries."""
     global configurations
     before, configurations = configurations, lambda name: table
-    _entries.cache_clear()
+    forget_plans()
     try:
         yield
     finally:
         configurations = before
-        _entries.cache_clear()
+        forget_plans()
 
 
 def configuration_name(device: torch.device) -> str:
@@ -327,5 +327,6 @@ def planned(plan_of: Callable) -> Callable:
 
 def forget_plans() -> None:
     """For those who change what plans follow from beside layouts: configurations, or the target of compilation."""
+    _entries.cache_clear()
     for planner in _planners:
         planner.cache_clear()
