@@ -275,8 +275,8 @@ MUTANTS = [
     Mutant(
         "linear-rows-past-the-count",
         "kernels/fastbert_kernels/linear_activation.py",
-        "mask = (offs_t < count) & mask_n[None, :]",
-        "mask = (offs_t < num_tokens) & mask_n[None, :]",
+        "result, row, col, count, num_outputs",
+        "result, row, col, num_tokens, num_outputs",
         "test_kernel_properties.py::test_rows_past_the_count_are_neither_read_nor_written",
     ),
     Mutant(
@@ -289,9 +289,16 @@ MUTANTS = [
     Mutant(
         "linear-residual-of-the-first-tile",
         "kernels/fastbert_kernels/linear_activation.py",
-        "places = offs_t * (stride_residual * UNIT)",
-        "places = (offs_t - row) * (stride_residual * UNIT)",
+        "places = offs_t * stride_residual + offs_n",
+        "places = (offs_t - row) * stride_residual + offs_n",
         "test_kernels.py::test_linear_residual_layer_norm",
+    ),
+    Mutant(
+        "linear-residual-of-the-left-half-twice",
+        "kernels/fastbert_kernels/linear_activation.py",
+        "col + half * (BLOCK_N // 2), count",
+        "col, count",
+        "test_kernels.py::test_every_configuration_computes_the_truth",
     ),
     Mutant(
         "linear-last-tile-is-missing",

@@ -34,6 +34,25 @@ from fastbert_kernels.layer_norm import live_tokens
 from fastbert_kernels.matmul import matmul_tiles
 
 
+@triton.jit
+def _store_tile(
+    tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out,
+    ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """activation(tile + bias + residual) to out[row :, col :], in float32 up to the store."""
+    offs_t = (row + tl.arange(0, tile.shape[0])).to(tl.int64)[:, None]
+    offs_n = col + tl.arange(0, tile.shape[1])
+    mask_n = offs_n < num_outputs
+    mask = (offs_t < count) & mask_n[None, :]
+    tile += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        places = offs_t * stride_residual + offs_n[None, :]
+        tile += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    tile = activate(tile, ACTIVATION, EXACT)
+    places = offs_t * stride_out + offs_n[None, :]
+    tl.store(out_ptr + places, tile.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(
     do_not_specialize=["stride_x", "stride_weight", "stride_residual", "stride_out", "num_tokens"],
     do_not_specialize_on_alignment=["num_tokens_ptr"],
@@ -73,17 +92,20 @@ def _linear_kernel(
             x, weight, row, col, count, num_outputs, num_inputs, stride_x * UNIT, stride_weight * UNIT,
             BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
-        offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        offs_n = col + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < num_outputs
-        mask = (offs_t < count) & mask_n[None, :]
-        result += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        if residual_ptr is not None:
-            places = offs_t * (stride_residual * UNIT) + offs_n[None, :]
-            result += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-        result = activate(result, ACTIVATION, EXACT)
-        places = offs_t * (stride_out * UNIT) + offs_n[None, :]
-        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=mask)
+        if residual_ptr is None or BLOCK_N < 128:
+            _store_tile(
+                result, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual * UNIT, out_ptr,
+                stride_out * UNIT, ACTIVATION, EXACT,
+            )  # fmt: skip
+        else:
+            # One half of the columns after the other: with the residual of a whole tile beside the accumulator,
+            # registers would leave room for one program on a multiprocessor instead of two.
+            halves = tl.split(tl.permute(tl.reshape(result, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
+            for half in tl.static_range(2):
+                _store_tile(
+                    halves[half], row, col + half * (BLOCK_N // 2), count, num_outputs, bias_ptr, residual_ptr,
+                    stride_residual * UNIT, out_ptr, stride_out * UNIT, ACTIVATION, EXACT,
+                )  # fmt: skip
 
 
 @planned
