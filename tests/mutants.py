@@ -231,10 +231,10 @@ MUTANTS = [
         "kernels/fastbert_kernels/configs/sm_90.json",
         """"linear_activation": {
     "16": [
-      {"up_to": 1024, "config": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64,""",
+      {"up_to": 256, "config": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64,""",
         """"linear_activation": {
     "16": [
-      {"up_to": 1024, "config": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32,""",
+      {"up_to": 256, "config": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32,""",
         "test_kernel_properties.py::test_configurations",
     ),
     Mutant(

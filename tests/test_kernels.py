@@ -386,7 +386,7 @@ def test_every_configuration_computes_the_truth(name, dtype, configured):
         pytest.skip("a GPU runs its own configurations")
     configured(TABLES[name])
     for op in ("linear_activation", "qkv_projection", "linear_residual_layer_norm"):
-        for tokens in (70, 1030):
+        for tokens in (70, 300, 1030):
             arguments = example(op, dtype)[1]
             for rows in {"x", "residual"} & arguments.keys():
                 arguments[rows] = normal(tokens, arguments[rows].shape[1], dtype=dtype)
