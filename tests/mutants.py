@@ -238,6 +238,13 @@ MUTANTS = [
         "test_kernel_properties.py::test_configurations",
     ),
     Mutant(
+        "configuration-of-other-keys-for-short-sequences",
+        "kernels/fastbert_kernels/configs/sm_90.json",
+        '"BLOCK_Q": 64, "BLOCK_KEYS": 64, "num_warps": 4',
+        '"BLOCK_Q": 64, "BLOCK_KEYS": 32, "num_warps": 4',
+        "test_kernel_properties.py::test_attention_of_short_sequences_keeps_the_bits",
+    ),
+    Mutant(
         "layer-norm-mean-in-low-precision",
         "kernels/fastbert_kernels/layer_norm.py",
         "mean = tl.sum(rows, axis=1) / width",

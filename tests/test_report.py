@@ -72,7 +72,7 @@ def test_every_kernel_and_every_shipped_configuration_is_there(sm_90):
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
     assert {row["kernel"] for row in sm_90} == functions
-    of_op = {"linear_residual": "linear_residual_layer_norm"}
+    of_op = {"linear_residual": "linear_residual_layer_norm", "attention_short": "attention"}
     for operation, widths in TABLES["sm_90"].items():
         for width, dtypes in (("16", ("fp16", "bf16")), ("32", ("fp32",))):
             for dtype, entry in product(dtypes, widths[width]):

@@ -27,6 +27,7 @@ from fastbert_kernels.launch import (
 from fastbert_kernels.matmul import dot
 
 MAX_HEAD_SIZE = 128
+SHORT = 64  # tokens: no sequence fills more than half of a block of 128 queries
 LOG2_E = 1.4426950408889634
 
 
@@ -98,7 +99,8 @@ def _plan(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: float, wanted
         raise ValueError(f"attention: scale is {scale}, it must be positive")
     if not unit_strides(qkv, cu_seqlens):
         return None
-    config = choose("attention", qkv, head_size)
+    config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
+    config = config or choose("attention", qkv, head_size)
     query_blocks = triton.cdiv(max_seqlen, config["BLOCK_Q"]) if num_tokens else 0
     return Plan(
         _attention_fwd_kernel,

@@ -57,11 +57,11 @@ def size_of(operation: str, model: Model, tokens: int) -> int:
 def replaced(table: dict, operation: str, width: str, config: dict | None) -> dict:
     """The table with one configuration of an operation for all sizes; None: no configuration.
 
-    Where the GEMM of two launches is asked for, nothing runs in one.
+    Nothing else serves in the operation's place: no launch for two, no configuration for short sequences alone.
     """
     entries = [] if config is None else [{"up_to": None, "config": config}]
-    alone = {"linear_residual_layer_norm": {width: []}} if operation == "linear_residual" else {}
-    return table | alone | {operation: {width: entries}}
+    instead = {"linear_residual": "linear_residual_layer_norm", "attention": "attention_short"}.get(operation)
+    return table | ({instead: {width: []}} if instead else {}) | {operation: {width: entries}}
 
 
 def grid(operation: str, chip: Chip, itemsize: int) -> list[dict]:

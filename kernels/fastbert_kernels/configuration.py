@@ -19,6 +19,7 @@ KEYS = {
     "linear_residual": GEMM_KEYS,
     "linear_residual_layer_norm": GEMM_KEYS,
     "attention": ATTENTION_KEYS,
+    "attention_short": ATTENTION_KEYS,
 }
 WIDTHS = ("16", "32")
 LARGEST_HEAD = 128
@@ -89,7 +90,29 @@ def check(document: dict, path: Path) -> dict:
                         refuse(at, f"{key} is {value!r}, expected {problem}")
             if problem := _problem_of_entries(operation, entries):
                 refuse(place, problem)
+    for width in WIDTHS:
+        if not keeps_bits(document["attention"][width], document["attention_short"][width]):
+            refuse(
+                f"attention_short, {width} bits: ",
+                "BLOCK_KEYS or the rows a warp are not those of attention: a row's bits would depend on its batch",
+            )
     return document
+
+
+def keeps_bits(attention: list[dict], short: list[dict]) -> bool:
+    """Whether entries for short sequences sum in the order of those for all, wherever both serve a head size: blocks of
+    as many keys, and as many rows a warp."""
+
+    def order(entry: dict) -> tuple[int, float]:
+        config = entry["config"]
+        return config["BLOCK_KEYS"], config["BLOCK_Q"] / config["num_warps"]
+
+    def serving(entries: list[dict], head_size: int) -> dict | None:
+        return next((entry for entry in entries if head_size <= entry["up_to"]), None)
+
+    limits = {entry["up_to"] for entry in (*attention, *short)}
+    pairs = ((serving(short, limit), serving(attention, limit)) for limit in limits)
+    return all(order(brief) == order(every) for brief, every in pairs if brief)
 
 
 def _is_count(value: object) -> bool:
@@ -112,8 +135,8 @@ def _problem_of_entries(operation: str, entries: list[dict]) -> str | None:
     reach = [float("inf") if entry["up_to"] is None else entry["up_to"] for entry in entries]
     if reach != sorted(set(reach)):
         return f"up_to has to grow from entry to entry, not {[entry['up_to'] for entry in entries]}"
-    if operation == "attention":
-        if reach[-1:] != [LARGEST_HEAD]:
+    if operation.startswith("attention"):
+        if reach[-1:] != [LARGEST_HEAD] and (entries or operation == "attention"):
             return f"the last up_to has to be {LARGEST_HEAD}, the largest head size"
         return None
     blocks = sorted({entry["config"]["BLOCK_K"] for entry in entries})

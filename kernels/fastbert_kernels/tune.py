@@ -151,6 +151,10 @@ def tune(
             say("  nothing chosen: no family of candidates was timed in every class")
         entries = merged(operation, document[operation][width], chosen)
         document = document | {operation: document[operation] | {width: entries}}
+        # What serves short sequences is not searched: it goes with the configuration that it was made for.
+        if not configuration.keeps_bits(document["attention"][width], document["attention_short"][width]):
+            say("  attention_short has no configuration any more: its bits would differ")
+            document = document | {"attention_short": document["attention_short"] | {width: []}}
         document = provenance(device, document["source"]) | configuration.operations(document)
         configuration.write(document, path)
         del trial  # and with it the inputs
