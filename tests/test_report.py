@@ -95,6 +95,26 @@ def test_nothing_spills_and_every_product_takes_the_matrix_unit(sm_90):
     assert {row["tma"] for row in sm_90 if row["op"] == "qkv_projection"} == {True, False}
 
 
+def test_a_persistent_grid_is_what_a_multiprocessor_holds(sm_90):
+    """Of more programs some would begin when others end, fewer would leave room; where tiles come through TMA."""
+    for operation, op, kernel in (
+        ("qkv_projection", "qkv_projection", "_qkv_projection_kernel"),
+        ("linear_activation", "linear_activation", "_linear_kernel"),
+        ("linear_residual", "linear_residual_layer_norm", "_linear_kernel"),
+        ("linear_residual_layer_norm", "linear_residual_layer_norm", "_linear_residual_layer_norm_kernel"),
+    ):
+        rows = [row for row in sm_90 if (row["op"], row["kernel"], row["tma"]) == (op, kernel, True)]
+        for width, entries in TABLES["sm_90"][operation].items():
+            for entry in entries:
+                config = {key: entry["config"][key] for key in ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_stages")}
+                held = {
+                    row["programs"]
+                    for row in rows
+                    if (row["dtype"] == "fp32") == (width == "32") and config.items() <= row["config"].items()
+                }
+                assert min(held) == entry["config"]["programs"], (operation, entry)
+
+
 def test_other_targets_compile_their_configurations():
     others = [f"--target={target}" for target in CHIPS if target != "sm_90"]
     run = report("--json", *others, "--dtype=bf16", "--op=attention", "--op=qkv_projection")
