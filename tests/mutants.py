@@ -242,7 +242,7 @@ MUTANTS = [
         "kernels/fastbert_kernels/configs/sm_90.json",
         '"BLOCK_Q": 64, "BLOCK_KEYS": 64, "num_warps": 4',
         '"BLOCK_Q": 64, "BLOCK_KEYS": 32, "num_warps": 4',
-        "test_kernel_properties.py::test_attention_of_short_sequences_keeps_the_bits",
+        "test_kernel_properties.py::test_configurations",
     ),
     Mutant(
         "layer-norm-mean-in-low-precision",

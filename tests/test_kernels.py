@@ -56,11 +56,9 @@ def configured(monkeypatch):
 
     def use(table: dict) -> None:
         monkeypatch.setattr(launch, "configurations", lambda name: table)
-        launch._entries.cache_clear()
         launch.forget_plans()
 
     yield use
-    launch._entries.cache_clear()
     launch.forget_plans()
 
 

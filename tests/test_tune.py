@@ -141,9 +141,27 @@ def test_other_operations_are_checked_by_their_formulas(operation, times, monkey
     monkeypatch.setattr(trial, "captured", lambda given, turns: given[0]())
     times.of = lambda *output: 1.0
     cases = cases_of(operation, ["toy"], ["fp32"])
-    chosen = Trial(operation, cases, TABLES["sm_90"], DEVICE, pytest.fail).run([], lambda config, up_to: [], 9.0)
-    assert {timing.config["num_stages"] for timing in chosen.values()} <= {2, 3}
+    tried = Trial(operation, cases, TABLES["sm_90"], DEVICE, pytest.fail)
+    chosen = tried.run([], lambda config, up_to: [], 9.0)
+    assert {up_to: timing.config for up_to, timing in chosen.items()} == tried.present
     assert len(chosen) == (1 if operation == "attention" else 2)
+
+
+@pytest.mark.parametrize(("keys", "left"), [(64, 1), (32, 0)])
+def test_short_sequences_keep_no_configuration_of_other_bits(keys, left, monkeypatch, tmp_path, capsys):
+    document = configuration.read(configuration.path_of("sm_90"))
+    (entry,) = document["attention"]["16"]
+    config = entry["config"] | {"BLOCK_KEYS": keys, "num_stages": 1}
+    found = trial.Timing(config, 0.5, 0.5, {"a case": 1.0})
+    monkeypatch.setattr(trial.Trial, "run", lambda self, *_: {128: found})
+    monkeypatch.setattr(tune, "provenance", lambda device, source: {"source": source})
+    nothing_compiles = SimpleNamespace(cut=lambda *_: list, refuse=None)
+    path = tmp_path / "out.json"
+    tune.tune(path, document, ["attention"], ["fp16"], ["toy"], 1.0, nothing_compiles, DEVICE)
+    written = configuration.read(path)
+    assert written["attention"]["16"][-1]["config"] == config
+    assert len(written["attention_short"]["16"]) == left
+    assert ("attention_short has no configuration any more" in capsys.readouterr().out) == (left == 0)
 
 
 def test_a_killed_run_keeps_what_it_has_found(times, monkeypatch, tmp_path):
@@ -238,12 +256,15 @@ def test_options_are_checked(options, message, capsys, monkeypatch):
 @pytest.fixture
 def forgetful():
     """Files are read again."""
-    caches = launch.configurations, launch._entries, launch._configuration_name_of_gpu
-    for cache in caches:
-        cache.cache_clear()
+
+    def forget():
+        launch.configurations.cache_clear()
+        launch._configuration_name_of_gpu.cache_clear()
+        launch.forget_plans()
+
+    forget()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    forget()
 
 
 def test_a_file_of_ones_own(forgetful, monkeypatch, tmp_path):
@@ -320,7 +341,9 @@ FIRST = ("qkv_projection", "16", 0)
         (changed(*FIRST, "config", "descriptors", to=1), "entry 0: descriptors is 1, expected true or false"),
         (changed(*FIRST, "up_to", to="many"), "entry 0: up_to is 'many', expected a positive integer or null"),
         (changed("qkv_projection", "16", 1), "qkv_projection, 16 bits: the last up_to has to be null"),
-        (changed("qkv_projection", "16", 1, "up_to", to=64), "up_to has to grow from entry to entry, not [1024, 64]"),
+        (changed("qkv_projection", "16", 1, "up_to", to=64), "up_to has to grow from entry to entry, not [256, 64]"),
+        (changed("attention_short", "16", 0, "config", "BLOCK_KEYS", to=32), "attention_short, 16 bits: BLOCK_KEYS or"),
+        (changed("attention_short", "16", 0, "config", "num_warps", to=8), "attention_short, 16 bits: BLOCK_KEYS or"),
         (changed("linear_residual_layer_norm", "16", 0, "up_to", to=768), "up to 768 do not fit three times BLOCK_N"),
     ],
 )  # fmt: skip
