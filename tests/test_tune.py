@@ -148,14 +148,14 @@ def test_other_operations_are_checked_by_their_formulas(operation, times, monkey
 
 
 @pytest.mark.parametrize(("keys", "left"), [(64, 1), (32, 0)])
-def test_short_sequences_keep_no_configuration_of_other_bits(keys, left, monkeypatch, tmp_path, capsys):
+def test_short_sequences_keep_no_configuration_of_other_bits(keys, left, times, monkeypatch, tmp_path, capsys):
     document = configuration.read(configuration.path_of("sm_90"))
     (entry,) = document["attention"]["16"]
     config = entry["config"] | {"BLOCK_KEYS": keys, "num_stages": 1}
     found = trial.Timing(config, 0.5, 0.5, {"a case": 1.0})
     monkeypatch.setattr(trial.Trial, "run", lambda self, *_: {128: found})
     monkeypatch.setattr(tune, "provenance", lambda device, source: {"source": source})
-    nothing_compiles = SimpleNamespace(cut=lambda *_: list, refuse=None)
+    nothing_compiles = SimpleNamespace(cut=lambda *_: list, refuse=lambda *_: [])
     path = tmp_path / "out.json"
     tune.tune(path, document, ["attention"], ["fp16"], ["toy"], 1.0, nothing_compiles, DEVICE)
     written = configuration.read(path)
