@@ -13,8 +13,8 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
     the graphs of their buckets captured if the model is `fastbert.graphed`. Shows a progress bar on a terminal.
 
     model: on the device, in the dtype and in the mode in which it will serve. Sizes that vary do not compile again: of
-    the kernels there is one variant for few rows and one for many (of tokens in the encoder, of texts in the pooler),
-    so that the smallest and the largest batch are enough. Each shape runs without padding, with a mask on the model's
+    a kernel there is one variant for each class of sizes in the launch configurations (of tokens in the encoder, of
+    texts in the pooler). The smallest batch, one of about 1,000 tokens and the largest meet all that are shipped. Each shape runs without padding, with a mask on the model's
     device, and with one on the host, with token types and without; ids and mask of int64, as tokenizers send them.
     inputs_embeds, position_ids and other dtypes compile with their first batch. Raises what the model raises for such
     a batch: ValueError for one too long.

@@ -153,13 +153,13 @@ def test_short_sequences_keep_no_configuration_of_other_bits(keys, left, times, 
     (entry,) = document["attention"]["16"]
     config = entry["config"] | {"BLOCK_KEYS": keys, "num_stages": 1}
     found = trial.Timing(config, 0.5, 0.5, {"a case": 1.0})
-    monkeypatch.setattr(trial.Trial, "run", lambda self, *_: {128: found})
+    monkeypatch.setattr(trial.Trial, "run", lambda self, *_: {32: found})
     monkeypatch.setattr(tune, "provenance", lambda device, source: {"source": source})
     nothing_compiles = SimpleNamespace(cut=lambda *_: list, refuse=lambda *_: [])
     path = tmp_path / "out.json"
     tune.tune(path, document, ["attention"], ["fp16"], ["toy"], 1.0, nothing_compiles, DEVICE)
     written = configuration.read(path)
-    assert written["attention"]["16"][-1]["config"] == config
+    assert written["attention"]["16"][0]["config"] == config
     assert len(written["attention_short"]["16"]) == left
     assert ("attention_short has no configuration any more" in capsys.readouterr().out) == (left == 0)
 
