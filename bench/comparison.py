@@ -1,6 +1,5 @@
 """A case of kernels: every provider is checked against float64, timed in turns with the baseline, and recorded."""
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 import records
 import torch
 from device_timing import DTYPES, Replay, Timer, float32_precision, roofs, sets_to_rotate
+from timing import CLOCK, summary
 
 from fastbert_kernels.roofline import Work
 
@@ -88,16 +88,9 @@ class Comparison:
         return timer.capture([self.provide(provider, given) for given in self._sets])
 
     def _rates(self, seconds: list[float], baseline_s: list[float], timer: Timer) -> dict:
-        median_s, baseline_median_s = statistics.median(seconds), statistics.median(baseline_s)
-        q20_s, *_, q80_s = statistics.quantiles(seconds, n=5, method="inclusive")
-        measured = roofs(timer)
-        return {
-            "median_s": median_s,
-            "q20_s": q20_s,
-            "q80_s": q80_s,
-            "rounds": len(seconds),
-            "baseline_median_s": baseline_median_s,
-            "ratio": baseline_median_s / median_s,
+        times, measured = summary(seconds, baseline_s), roofs(timer)
+        median_s = times["median_s"]
+        return times | {
             "flops_per_s": self.work.flops / median_s,
             "bytes_per_s": self.work.bytes / median_s,
             "of_roof": self.work.seconds(self.case["dtype"], measured) / median_s,
@@ -125,27 +118,6 @@ class Budget:
         if self._end is None:
             self._end = time.monotonic() + self.seconds
         return time.monotonic() >= self._end
-
-
-class DeviceClock:
-    """pytest-benchmark's timer: the seconds that the device took, which were measured before they are shown."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def show(self, benchmark, seconds: list[float]) -> None:
-        rounds = iter(seconds)
-
-        def advance():
-            self.now += next(rounds)
-
-        benchmark.pedantic(advance, rounds=len(seconds))
-
-
-CLOCK = DeviceClock()
 
 
 def run(request, budget: Budget, compare: Callable[[Any], Comparison], case: Any, provider: str) -> None:

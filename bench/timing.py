@@ -30,13 +30,22 @@ class Measured:
 
     def fields(self) -> dict:
         """What goes into the record."""
-        median_s, baseline_median_s = map(statistics.median, (self.seconds, self.baseline_seconds))
-        q20_s, *_, q80_s = statistics.quantiles(self.seconds, n=5, method="inclusive")
-        return (
-            {"clock": self.clock, "calls": self.calls, "host_s": self.host_s}
-            | {"median_s": median_s, "q20_s": q20_s, "q80_s": q80_s, "rounds": len(self.seconds)}
-            | {"baseline_median_s": baseline_median_s, "ratio": baseline_median_s / median_s}
-        )
+        about = {"clock": self.clock, "calls": self.calls, "host_s": self.host_s}
+        return about | summary(self.seconds, self.baseline_seconds)
+
+
+def summary(seconds: list[float], baseline_seconds: list[float]) -> dict:
+    """The statistics of a record's times, from the seconds of each round."""
+    median_s, baseline_median_s = map(statistics.median, (seconds, baseline_seconds))
+    q20_s, *_, q80_s = statistics.quantiles(seconds, n=5, method="inclusive")
+    return {
+        "median_s": median_s,
+        "q20_s": q20_s,
+        "q80_s": q80_s,
+        "rounds": len(seconds),
+        "baseline_median_s": baseline_median_s,
+        "ratio": baseline_median_s / median_s,
+    }
 
 
 def host_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
