@@ -80,6 +80,7 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("case", for_this_run(metafunc.config, TOY, cases, cases), ids=str)
 
 
+@pytest.mark.planned_seconds(6)
 @pytest.mark.benchmark(timer=CLOCK)
 def test_launches(benchmark, case):
     """Both ways launch the same kernels on the same grids; then a forward of either is timed."""
@@ -108,6 +109,7 @@ def test_launches(benchmark, case):
     )
 
 
+@pytest.mark.planned_seconds(2)
 @pytest.mark.benchmark(timer=CLOCK)
 def test_replay(benchmark, case):
     """A call that replays gives outputs of the same shapes as one that launches; then it is timed beside that."""
