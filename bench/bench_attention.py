@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import OURS, Comparison, planned, run
-from device_timing import DTYPES
 from timing import CLOCK
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -125,7 +124,7 @@ def provider(name: str, layout: Layout, compiled_flex: Callable, qkv: Tensor) ->
 @lru_cache(maxsize=1)
 def comparison(case: Case) -> Comparison:
     num_heads, head_size = HEADS[case.model]
-    dtype, lengths = DTYPES[case.dtype], lengths_of(case)
+    dtype, lengths = getattr(torch, case.dtype), lengths_of(case)
     layout, tokens, width = Layout(lengths, case.seq_len), int(lengths.sum()), num_heads * head_size
     generator = torch.Generator(DEVICE).manual_seed(0)
     qkv = torch.randn(tokens, 3, num_heads, head_size, generator=generator, device=DEVICE, dtype=dtype)

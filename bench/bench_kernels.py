@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 import pytest
 import torch
 from comparison import OURS, Comparison, planned, run
-from device_timing import DTYPES
 from timing import CLOCK
 from workloads import DEVICE, for_this_run
 
@@ -83,7 +82,7 @@ def pytest_generate_tests(metafunc):
 def call_of(case: KernelCase) -> tuple[str, tuple]:
     """The name of the case's function and its arguments."""
     _, width, heads, inner = MODELS[case.model]
-    dtype, batch, seq_len = DTYPES[case.dtype], case.batch, case.seq_len
+    dtype, batch, seq_len = getattr(torch, case.dtype), case.batch, case.seq_len
     tokens = batch * seq_len
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -156,7 +155,7 @@ def comparison(case: KernelCase) -> Comparison:
         provide=lambda provider, given: partial(functions[provider], *given),
         error=lambda output: error_of(output, truth),
         largest=0.0 if isinstance(truth, tuple) else truth.abs().max().item(),
-        work=roofline.work(case.op, MODELS[case.model], case.batch, case.seq_len, DTYPES[case.dtype].itemsize),
+        work=roofline.work(case.op, MODELS[case.model], case.batch, case.seq_len, getattr(torch, case.dtype).itemsize),
     )
 
 

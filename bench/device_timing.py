@@ -14,7 +14,6 @@ from workloads import DEVICE
 
 from fastbert_kernels.roofline import Roofs
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROUNDS, WARMUP_ROUNDS, GRAPH_SECONDS = 30, 2, 2e-3
 CACHE_MULTIPLE, FEWEST_SETS, MOST_SETS = 4, 2, 64
 # A product large enough for the matrix unit to be the only limit, and a copy that no cache holds. float32 runs at a
@@ -111,7 +110,7 @@ def roofs(timer: Timer) -> Roofs:
     copy, bytes read and written."""
     flops_per_s = {}
     for name, size in MATMUL_SIZES.items():
-        a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPES[name]) for _ in range(2))
+        a, b = (torch.randn(size, size, device=DEVICE, dtype=getattr(torch, name)) for _ in range(2))
         flops_per_s[name] = 2.0 * size**3 / _median_seconds(lambda a=a, b=b: a @ b, timer)
     source = torch.empty(COPY_BYTES, device=DEVICE, dtype=torch.uint8)
     target = torch.empty_like(source)

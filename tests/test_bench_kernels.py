@@ -53,7 +53,7 @@ def timer(monkeypatch, tmp_path):
     """As on a GPU, but for the clock, the sizes of the roofs, and where records go."""
     timer = HostTimer()
     monkeypatch.setattr(device_timing, "TIMER", timer)
-    monkeypatch.setattr(device_timing, "MATMUL_SIZES", dict.fromkeys(device_timing.DTYPES, 32))
+    monkeypatch.setattr(device_timing, "MATMUL_SIZES", dict.fromkeys(device_timing.MATMUL_SIZES, 32))
     monkeypatch.setattr(device_timing, "COPY_BYTES", 2**12)
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     yield timer
