@@ -14,9 +14,10 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
 
     model: on the device, in the dtype and in the mode in which it will serve. Sizes that vary do not compile again: of
     a kernel there is one variant for each class of sizes in the launch configurations (of tokens in the encoder, of
-    texts in the pooler). The smallest batch, one of about 1,000 tokens and the largest meet all that are shipped. Each shape runs without padding, with a mask on the model's
-    device, and with one on the host, with token types and without; ids and mask of int64, as tokenizers send them.
-    inputs_embeds, position_ids and other dtypes compile with their first batch. Raises what the model raises for such
+    texts in the pooler, and texts of up to 64 tokens or more). The smallest batch, one of about 1,000 tokens and the
+    largest meet all classes that are shipped. Each shape runs without padding, with a mask on the model's device, and
+    with one on the host, with token types and without; ids and mask of int64, as tokenizers send them. inputs_embeds,
+    position_ids and other dtypes compile with their first batch. Raises what the model raises for such
     a batch: ValueError for one too long.
     """
     device = next(model.parameters()).device
