@@ -66,6 +66,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # to capture on
         self._last_stream = None
 
     def capture(self, run: Callable[[], ModelOutput]) -> tuple[Callable[[], None], ModelOutput]:
@@ -73,11 +74,11 @@ class CudaGraphs:
         captured."""
         self.wait()
         with torch.cuda.device(self.device):
-            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._stream):
                 run()
+            graph = torch.cuda.CUDAGraph()
             # Calls of other threads to CUDA are no part of this, and must not break it.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = run()
         return graph.replay, outputs
 
