@@ -7,6 +7,8 @@ import logging
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -505,3 +507,61 @@ def test_warmup_captures(captures, capsys):
     assert captures == [(1, 16), (2, 16)]
     model(**texts(2, 12))
     assert len(captures) == 2
+
+
+class FakeCuda:
+    """torch.cuda's part in a capture, which writes down what is asked of it."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.stream = [], "main"
+        self.streams = {name: SimpleNamespace(name=name) for name in ("main", "other")}
+        for name, stream in self.streams.items():
+            stream.wait_stream = lambda other, name=name: self.log.append(f"{name} after {other.name}")
+        names = ("graph_pool_handle", "Stream", "CUDAGraph", "synchronize", "device", "graph", "current_stream")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.inside(f"on {stream}"))
+
+    @contextmanager
+    def inside(self, what):
+        self.log.append(what)
+        yield
+        self.log.append(f"end {what}")
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def Stream(self, device):
+        return f"side stream of {device}"
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    def synchronize(self, device):
+        self.log.append(f"wait for {device}")
+
+    def device(self, device):
+        return nullcontext()
+
+    def graph(self, graph, pool, stream, capture_error_mode):
+        return self.inside(f"capture into {pool} on {stream}, {capture_error_mode}")
+
+    def current_stream(self, device):
+        return self.streams[self.stream]
+
+
+def test_what_is_asked_of_a_cuda_device(monkeypatch):
+    """A first run that is not captured, the shared pool, and an order among the streams of calls."""
+    cuda = FakeCuda(monkeypatch)
+    device = graphs.CudaGraphs("cuda:0")
+    for _ in range(2):
+        replay, outputs = device.capture(lambda: cuda.log.append("run") or "outputs")
+    assert outputs == "outputs"
+    side, captured = "on side stream of cuda:0", "capture into pool on side stream of cuda:0, thread_local"
+    assert cuda.log == 2 * ["wait for cuda:0", side, "run", f"end {side}", captured, "run", f"end {captured}"]
+    cuda.log.clear()
+    for stream in ("main", "main", "other", "other", "main"):
+        cuda.stream = stream
+        device.in_order()
+        replay()
+    assert cuda.log == ["replay"] * 2 + ["other after main", "replay", "replay", "main after other", "replay"]
