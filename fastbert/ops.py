@@ -219,7 +219,7 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     """
     # Not there before the first kernel, nor while another thread still imports it.
     take_bad_ids = getattr(sys.modules.get("fastbert_kernels"), "take_bad_ids", None)
-    if take_bad_ids is None or eager.is_tracing():
+    if take_bad_ids is None or eager.is_tracing() or eager.is_transforming():
         return
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)

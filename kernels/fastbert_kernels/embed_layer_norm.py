@@ -39,23 +39,30 @@ class BadId(NamedTuple):
     limit: int
 
 
-_buffers: dict[torch.device, Tensor] = {}
+class _Notes(NamedTuple):
+    """int64 [3, 2] that kernels on a device write to and the host reads: a bad value and its limit, by input.
+
+    Zero stands for none: no index of 0 is ever out of range. values is the buffer's memory without torch, which takes
+    the host a fraction of the time.
+    """
+
+    buffer: Tensor
+    values: memoryview
+
+
+_notes: dict[torch.device, _Notes] = {}
 _taking = threading.Lock()
 
 
-def _bad_id_buffer(device: torch.device) -> Tensor:
-    """int64 [3, 2] that kernels on this device write to and the host reads: a bad value and its limit, by input.
-
-    Zero stands for none: no index of 0 is ever out of range.
-    """
+def _notes_of(device: torch.device) -> _Notes:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    buffer = _buffers.get(device)
-    if buffer is None:
-        with torch.inference_mode(False):  # a tensor that may be cleared in any mode
-            buffer = torch.zeros(len(INPUTS), 2, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        buffer = _buffers.setdefault(device, buffer)  # one for all threads
-    return buffer
+    notes = _notes.get(device)
+    if notes is None:
+        buffer = torch.zeros(len(INPUTS), 2, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        notes = _Notes(buffer, buffer.numpy().data)
+        notes = _notes.setdefault(device, notes)  # one for all threads
+    return notes
 
 
 def take_bad_ids(device: torch.device) -> list[BadId]:
@@ -63,15 +70,15 @@ def take_bad_ids(device: torch.device) -> list[BadId]:
 
     It does not wait for kernels that still run: synchronize first to be told of those.
     """
-    buffer = _bad_id_buffer(device)
-    # Asked before every call of a model: bytes take a fifth of the time of torch's any().
-    if not buffer.numpy().tobytes().strip(b"\0"):
+    values = _notes_of(device).values
+    # Asked before every call of a model.
+    if not values.tobytes().strip(b"\0"):
         return []
     with _taking:
         # A kernel that still runs may have written one of the two only.
-        found = [(row, BadId(INPUTS[row], *values)) for row, values in enumerate(buffer.tolist()) if all(values)]
+        found = [(row, BadId(INPUTS[row], *pair)) for row, pair in enumerate(values.tolist()) if all(pair)]
         for row, _ in found:
-            buffer[row] = 0
+            values[row, 0] = values[row, 1] = 0
     return [bad_id for _, bad_id in found]
 
 
@@ -279,7 +286,7 @@ def embed_layer_norm(
         return embed_layer_norm(*ids, inputs_embeds, indices, *copied, eps, padding_idx, num_tokens)
     places = (input_ids if inputs[3] is None else inputs_embeds).shape[:2].numel()
     out = word_table.new_empty(places if indices is None else indices.shape[0], word_table.shape[1])
-    plan.launch(*inputs, *tables, out, _bad_id_buffer(out.device), num_tokens)
+    plan.launch(*inputs, *tables, out, _notes_of(out.device).buffer, num_tokens)
     return out
 
 
