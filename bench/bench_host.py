@@ -114,10 +114,12 @@ def test_launches(benchmark, case):
 def test_replay(benchmark, case):
     """A call that replays gives outputs of the same shapes as one that launches; then it is timed beside that."""
     benchmark.group = f"replay of {case}"
-    with launching_into(TARGET, lambda name, grid, arguments: None):
+    seen = []
+    with launching_into(TARGET, lambda name, grid, arguments: seen.append(name)):
         launched, replayed = _forward(case, DEPTHS[1]), _forward(case, DEPTHS[1], graphed=True)
         shapes = [{name: x.shape for name, x in forward().items()} for forward in (launched, replayed)]
         assert shapes[0] == shapes[1]
+        assert not _made(seen, replayed)
         if not benchmark.enabled:
             benchmark.pedantic(replayed)
             return

@@ -8,7 +8,7 @@ tokens cost nothing.
 import inspect
 import logging
 import threading
-import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain
@@ -16,24 +16,32 @@ from operator import is_, itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import activation
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import ModelOutput
 
 from fastbert import ops
 from fastbert.eager import is_tracing, is_transforming
 from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
-from fastbert.inputs import num_positions
+from fastbert.inputs import KEYWORDS, num_positions
+from fastbert.model import BertEmbeddings, BertEncoder, BertLayer, BertPooler
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
 
 DEVICE_TYPE = "cuda"
 SHORTEST = 16  # places of a bucket's texts
-MOST_PLACES = 2**16  # of a bucket: beyond them launches cost nothing beside the work
+MOST_PLACES = 2**15  # of a bucket: beyond them launches cost nothing beside the work
+MOST_OUTPUT_BYTES = 2**28  # of a graph, which keeps its outputs' memory
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the rows of a graph's input buffer
 # Outputs of two dimensions that have a value for every token; those of three all do.
 PER_TOKEN = ("start_logits", "end_logits")
 INTEGERS = (torch.int64, torch.int32)
 MASKS = (*INTEGERS, torch.int16, torch.int8, torch.uint8, torch.bool)
+# What a head may be made of: these look at a token by itself, and so not at a bucket's padding.
+TOKENWISE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList)
+
+# There is one capture at a time in a process, and none while a device is waited for.
+_capturing = threading.Lock()
 
 
 def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
@@ -42,10 +50,14 @@ def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
     A call takes input_ids, attention_mask and token_type_ids, integers [B, S] on any device; outputs are the model's
     own, on its device, and nothing overwrites them later. The first call of a bucket captures it, which takes about as
     long as a few calls without a graph and the compilation of what is not compiled (`fastbert.warmup` does it before);
-    of more than max_graphs buckets the least recently used is dropped. New weights, `.to()`, hooks and adapters are
-    noticed in the next call; until then the weights of the last capture stay in memory. What graphs do not serve runs
-    as without them, and the logger "fastbert" says why, each reason once: gradients, training, hidden states,
-    attention weights, labels and other inputs, autocast, masks of scores, a CPU, blocks that run through their modules.
+    of more than max_graphs buckets the least recently used is dropped. Graphs share the memory of what they compute,
+    each keeps that of its outputs. While one is captured no other thread may call `torch.cuda.synchronize`.
+
+    New weights, `.to()`, other modules, hooks, adapters and modes are noticed in the next call (numbers that a module
+    has beside parameters, such as a norm's eps, are not); until then the weights of the last capture stay in memory.
+    What graphs do not serve runs as without them, and the logger "fastbert" says why, each reason once: gradients,
+    training, hidden states, attention weights, labels and other inputs, autocast, masks of scores, a CPU, blocks that
+    run through their modules, modules and models of classes from elsewhere, outputs above 256 MiB, a failed capture.
 
     `del model.forward` takes it back. Raises TypeError for what is no fastbert model, ValueError for one whose forward
     is patched already, or max_graphs below 1.
@@ -72,12 +84,12 @@ class CudaGraphs:
     def capture(self, run: Callable[[], ModelOutput]) -> tuple[Callable[[], None], ModelOutput]:
         """What replays run(), and the outputs that every replay writes anew. The first run, which may compile, is not
         captured."""
-        self.wait()
-        with torch.cuda.device(self.device):
-            with torch.cuda.stream(self._stream):
-                run()
+        # The stream outside of torch.cuda.graph, which does not put the caller's back where a capture fails.
+        with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            torch.cuda.synchronize()
+            run()
             graph = torch.cuda.CUDAGraph()
-            # Calls of other threads to CUDA are no part of this, and must not break it.
+            # What other threads launch or allocate is no part of this, and must not break it.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = run()
         return graph.replay, outputs
@@ -90,7 +102,8 @@ class CudaGraphs:
         self._last_stream = stream
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with _capturing:
+            torch.cuda.synchronize(self.device)
 
 
 class State:
@@ -105,7 +118,7 @@ class State:
         others = modules[1:]
         self.refusal = _refusal(model, others)
         self.device, self._config = model.device, model.config
-        self._embeddings = model.base_model.embeddings
+        self._embeddings = getattr(model.base_model, "embeddings", nn.Module())
         self.num_positions = num_positions(model.config, self._embeddings)
         self._children = [module._modules for module in modules if module._modules]
         self._tensors = [own for x in modules for own in (x._parameters, x._buffers) if own]
@@ -117,7 +130,7 @@ class State:
         ]  # fmt: skip
         self._kept = [x if x is None else x.detach() for own in self._tensors for x in own.values()]
         self._seen_children = list(chain.from_iterable(map(dict.values, self._children)))
-        self._seen_tables, self._seen = self._table_addresses(), self._look()
+        self._seen_tables, self._seen = self._tables(), self._look()
 
     def _look(self) -> tuple:
         config = self._config
@@ -130,13 +143,14 @@ class State:
             torch.backends.cuda.matmul.fp32_precision,
         )
 
-    def _table_addresses(self) -> list[int]:
-        tables = self._embeddings._modules.values()
-        return [table._parameters["weight"].data_ptr() for table in tables if type(table) is nn.Embedding]
+    def _tables(self) -> list[tuple[int, torch.Size]]:
+        tables = (x._parameters["weight"] for x in self._embeddings._modules.values() if type(x) is nn.Embedding)
+        return [(table.data_ptr(), table.shape) for table in tables]
 
     def has_its_tables(self) -> bool:
-        """Whether the embedding tables are the same: where not, a graph would report ids that the new ones have."""
-        return self._table_addresses() == self._seen_tables
+        """Whether the embedding tables are the same: where not, a graph would report ids that the new ones have, or
+        read past their end."""
+        return self._tables() == self._seen_tables
 
     def is_current(self) -> bool:
         """Whether everything is. It costs as much as the launch of a graph, and so is asked while one runs."""
@@ -153,6 +167,8 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
         return f"the model is on {device.type!r} and CUDA graphs need a CUDA device"
     if model.config.output_hidden_states or model.config.output_attentions:
         return "the configuration asks for hidden states or attention weights"
+    if foreign := _foreign(model):
+        return f"a {foreign.__module__}.{foreign.__qualname__} may look at a bucket's padding"
     for module in others:
         if has_hooks(module) or "forward" in module.__dict__:
             return f"a {type(module).__name__} has hooks or a patched forward"
@@ -165,6 +181,27 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
                 reason = next(filter(None, (why_eager(module, op, weight) for op in module.ops_used)), None)
             if reason:
                 return f"a {type(module).__name__} runs in eager PyTorch: {reason}"
+    return None
+
+
+def _foreign(model: nn.Module) -> type | None:
+    """A class among the model's modules, or its own, of which is not known that padding does not matter to it."""
+    base = model.base_model
+    if not type(model).__module__.startswith("fastbert."):
+        return type(model)
+    expected = {"embeddings": BertEmbeddings, "encoder": BertEncoder, "pooler": BertPooler}
+    for name, module in base.named_children():
+        if type(module) is not expected.get(name):
+            return type(module)
+    encoder = set(base.modules())
+    for layer in base.encoder.layer:
+        if type(layer) is not BertLayer:
+            return type(layer)
+    for module in model.modules():
+        kind = type(module)
+        known = kind in TOKENWISE or kind.__module__ == activation.__name__
+        if module not in encoder and not known and kind.__module__.split(".")[0] not in ("fastbert", "transformers"):
+            return kind
     return None
 
 
@@ -181,16 +218,18 @@ class Graph:
                 return forward(**dict(zip(INPUTS, self._inputs, strict=True)), return_dict=True)
 
         self._replay, self._outputs = graphs.capture(run)
+        self.output_bytes = sum(x.nbytes for x in self._outputs.values())
 
     def launch(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
         if input_ids.shape != self._size:
-            self._size = batch_size, seq_len = input_ids.shape
+            batch_size, seq_len = input_ids.shape
             self._inputs.zero_()
             self._batch, self._has_types = self._inputs[:, :batch_size, :seq_len], False
             self._results = {
                 name: x[:batch_size, :seq_len] if x.ndim > 2 or name in PER_TOKEN else x[:batch_size]
                 for name, x in self._outputs.items()
             }
+            self._size = input_ids.shape
         rows = [input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask]
         if token_type_ids is not None:
             rows.append(token_type_ids)
@@ -217,14 +256,26 @@ class GraphedForward:
     """In the place of a model's forward: `graphed` has the contract."""
 
     def __init__(self, model: nn.Module, max_graphs: int):
-        self.model, self.max_graphs = model, max_graphs
-        self.plain = types.MethodType(type(model).forward, model)
+        # Not the model itself, which then would be freed by the garbage collector alone.
+        self._model, self.max_graphs = weakref.ref(model), max_graphs
         self.__signature__ = inspect.signature(self.plain)
         self._names = tuple(self.__signature__.parameters)
+        self._known = {*self._names, *KEYWORDS}
         self._lock = threading.Lock()  # the graphs' buffers are for one call at a time
         self._state: State | None = None
         self._device: CudaGraphs | None = None
         self._graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
+        self._failed: dict[tuple[int, int], str] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model()
+
+    @property
+    def plain(self) -> Callable:
+        """The forward of the model's class."""
+        model = self.model
+        return type(model).forward.__get__(model)
 
     def __reduce__(self):
         """A copy of the model captures graphs of its own."""
@@ -263,6 +314,8 @@ class GraphedForward:
         if len(given) != num_given:
             return ""  # too many arguments, or one twice
         for name, value in given.items():
+            if name not in self._known:
+                return ""
             if value is not None and value is not False and name not in INPUTS and name != "return_dict":
                 return f"{name} is given"
         input_ids, attention_mask, token_type_ids = map(given.get, INPUTS)
@@ -293,16 +346,32 @@ class GraphedForward:
             if bucket[0] * bucket[1] > MOST_PLACES:
                 return None, f"beyond {MOST_PLACES} places a batch, launches cost nothing beside the work"
             ops.raise_bad_ids(state.device)
-            graph = self._launched(bucket, input_ids, attention_mask, token_type_ids)
-            if state.is_current():
-                return graph.outputs(), None
+            # What is captured is looked at before, what was captured while it runs.
+            if bucket in self._graphs or state.is_current():
+                graph = self._graph(bucket)
+                if graph is None:
+                    return None, self._failed[bucket]
+                self._device.in_order()
+                graph.launch(input_ids, attention_mask, token_type_ids)
+                if state.is_current():
+                    return graph.outputs(), None
             state = self._renewed()
         return None, "every call changes the model"
 
-    def _launched(self, bucket: tuple[int, int], *inputs: Tensor | None) -> Graph:
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            graph = self._graphs[bucket] = Graph(self.plain, self._device, *bucket)
+    def _graph(self, bucket: tuple[int, int]) -> Graph | None:
+        """The graph of a bucket, captured if need be; None where that failed, now or before."""
+        if bucket in self._graphs:
+            self._graphs.move_to_end(bucket)
+        elif bucket not in self._failed:
+            try:
+                graph = Graph(self.plain, self._device, *bucket)
+            except RuntimeError as error:  # the device's memory is full, or CUDA refuses something
+                self._failed[bucket] = f"capturing {bucket[0]} x {bucket[1]} places failed: {error}"
+                return None
+            if graph.output_bytes > MOST_OUTPUT_BYTES:
+                self._failed[bucket] = f"the outputs of a bucket take more than {MOST_OUTPUT_BYTES >> 20} MiB"
+                return None
+            self._graphs[bucket] = graph
             if len(self._graphs) > self.max_graphs:
                 self._graphs.popitem(last=False)
                 ops.say_once(
@@ -310,17 +379,14 @@ class GraphedForward:
                     f"more buckets of batch sizes and lengths than max_graphs={self.max_graphs}: the least recently "
                     "used CUDA graph makes room for each new one",
                 )
-        else:
-            self._graphs.move_to_end(bucket)
-        self._device.in_order()
-        graph.launch(*inputs)
-        return graph
+        return self._graphs.get(bucket)
 
     def _renewed(self) -> State:
         """The model's present state; graphs captured in another are gone."""
         if self._graphs:
             self._device.wait()  # they may run
             self._graphs.clear()
+        self._failed.clear()
         self._state = State(self.model)
         if self._state.refusal is None:
             self._device = CudaGraphs(self._state.device)

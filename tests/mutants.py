@@ -795,7 +795,7 @@ MUTANTS = [
     Mutant(
         "graphs-ids-of-old-tables",
         "fastbert/graphs.py",
-        "return self._table_addresses() == self._seen_tables",
+        "return self._tables() == self._seen_tables",
         "return True",
         "test_graphs.py::test_a_changed_model_is_captured_again[more_words]",
     ),
@@ -903,6 +903,27 @@ MUTANTS = [
         "    for planner in _planners:\n        planner.cache_clear()\n",
         "    pass\n",
         "test_tune.py::test_a_file_of_ones_own",
+    ),
+    Mutant(
+        "graphs-captured-as-it-happens-to-be",
+        "fastbert/graphs.py",
+        "if bucket in self._graphs or state.is_current():",
+        "if True:",
+        "test_graphs.py::test_a_hook_is_noticed_before_another_bucket_is_captured",
+    ),
+    Mutant(
+        "graphs-of-foreign-classes",
+        "fastbert/graphs.py",
+        "    if foreign := _foreign(model):",
+        "    if foreign := None:",
+        "test_graphs.py::test_classes_from_elsewhere_are_not_captured",
+    ),
+    Mutant(
+        "graphs-that-failed-again-and-again",
+        "fastbert/graphs.py",
+        "elif bucket not in self._failed:",
+        "else:",
+        "test_graphs.py::test_a_failed_capture_is_not_tried_again",
     ),
 ]
 

@@ -1,10 +1,12 @@
 """CUDA graphs: on a GPU, or with the capture replaced by a recording that, like a graph, knows addresses only."""
 
 import copy
+import gc
 import inspect
 import io
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -286,8 +288,9 @@ def test_bad_input_meets_the_models_own_errors(captures):
         model(**texts(1, 41))
     with pytest.raises(ValueError, match="exactly one"):
         model()
-    with pytest.raises(TypeError, match="unknown arguments colour"):
-        model(**batch, colour=1)
+    for colour in (1, None):
+        with pytest.raises(TypeError, match="unknown arguments colour"):
+            model(**batch, colour=colour)
     with pytest.raises(TypeError):
         model(*[batch["input_ids"]] * 20)
     with pytest.raises(TypeError):
@@ -425,6 +428,94 @@ def test_a_block_that_changes_its_way_is_noticed(what, captures):
     assert len(captures) == 1
 
 
+def test_a_hook_is_noticed_before_another_bucket_is_captured(captures):
+    """A hook may wait for the device, which would break the capture; and it should not see the captured run."""
+    model, _ = models()
+    model(**texts(2, 16))
+    seen = []
+    model.encoder.layer[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with fastbert.backend("auto"):
+        model(**texts(3, 16))
+    assert seen == [(3, 16, 48)]
+    assert captures == [(2, 16)]
+
+
+class MeanOverPlaces(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states.mean(1)
+
+
+class Subclass(fastbert.BertModel):
+    pass
+
+
+@pytest.mark.parametrize("what", ["pooler", "layer", "head", "subclass"])
+def test_classes_from_elsewhere_are_not_captured(what, captures, caplog):
+    """They may look along a text's places, of which a bucket has more."""
+    model, _ = models("BertForTokenClassification" if what == "head" else "BertModel")
+    if what == "pooler":
+        model.pooler = MeanOverPlaces()
+    elif what == "layer":
+        layer = model.encoder.layer[0]
+        layer.__class__ = type("OtherLayer", (type(layer),), {})
+    elif what == "head":
+        model.dropout = nn.Flatten(0, 0)  # changes nothing
+    else:
+        model = fastbert.graphed(Subclass(tiny_config(**LAYERS)).eval().to(DEVICE))
+    with fastbert.backend("auto"):
+        outputs, expected = (forward(**texts(3, 20)) for forward in (model, model.forward.plain))
+    assert_same(outputs, expected)
+    assert captures == []
+    assert "may look at a bucket's padding" in caplog.text
+
+
+def test_a_failed_capture_is_not_tried_again(captures, caplog, monkeypatch):
+    model, plain = models()
+    model(**texts(1, 16))
+    tries = []
+
+    def full(self, run):
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.CudaGraphs, "capture", full)
+        for _ in range(3):
+            assert_same(model(**texts(2, 16)), plain(**texts(2, 16)))
+        assert_same(model(**texts(1, 16)), plain(**texts(1, 16)))
+    assert tries == [1]
+    assert "capturing 2 x 16 places failed: CUDA out of memory" in caplog.text
+    assert captures == [(1, 16)]
+    model.bfloat16()
+    model(**texts(2, 16))
+    assert captures == [(1, 16), (2, 16)]
+
+
+def test_outputs_too_large_to_be_kept_run_without(captures, caplog, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_OUTPUT_BYTES", 16 * 48 * 4)
+    model, plain = models()
+    for _ in range(2):
+        assert_same(model(**texts(1, 16)), plain(**texts(1, 16)))
+    assert "outputs of a bucket take more than" in caplog.text
+    assert captures == [(1, 16)]
+
+
+def test_a_model_that_is_dropped_is_freed(captures, monkeypatch):
+    model, _ = models()
+    if DEVICE.type == "cpu":  # a recording keeps what it recorded, as a graph does not
+        monkeypatch.setattr(graphs.CudaGraphs, "capture", lambda self, run: (lambda: None, run()))
+    model(**texts(1, 16))
+    weight = weakref.ref(model.pooler.dense.weight)
+    Recordings.model = None
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
 def test_training_between_calls_keeps_the_graphs(captures):
     model, plain = models()
     batch = texts(2, 16)
@@ -537,8 +628,8 @@ class FakeCuda:
     def CUDAGraph(self):
         return SimpleNamespace(replay=lambda: self.log.append("replay"))
 
-    def synchronize(self, device):
-        self.log.append(f"wait for {device}")
+    def synchronize(self, device=None):
+        self.log.append("wait")
 
     def device(self, device):
         return nullcontext()
@@ -558,7 +649,7 @@ def test_what_is_asked_of_a_cuda_device(monkeypatch):
         replay, outputs = device.capture(lambda: cuda.log.append("run") or "outputs")
     assert outputs == "outputs"
     side, captured = "on side stream of cuda:0", "capture into pool on side stream of cuda:0, thread_local"
-    assert cuda.log == 2 * ["wait for cuda:0", side, "run", f"end {side}", captured, "run", f"end {captured}"]
+    assert cuda.log == 2 * [side, "wait", "run", captured, "run", f"end {captured}", f"end {side}"]
     cuda.log.clear()
     for stream in ("main", "main", "other", "other", "main"):
         cuda.stream = stream

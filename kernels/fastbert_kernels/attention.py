@@ -23,6 +23,7 @@ from fastbert_kernels.launch import (
     shape_of,
     torch_precision,
     unit_strides,
+    with_unit_stride,
 )
 from fastbert_kernels.matmul import dot
 
@@ -133,7 +134,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     """
     plan = _plan(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
     if plan is None:
-        return attention(qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, scale)
+        return attention(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale)
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
     plan.launch(qkv, cu_seqlens, out)
     return out

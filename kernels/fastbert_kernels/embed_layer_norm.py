@@ -25,6 +25,7 @@ from fastbert_kernels.launch import (
     planned,
     row_stride,
     unit_strides,
+    with_unit_stride,
 )
 from fastbert_kernels.layer_norm import live_tokens, normalize_rows, row_blocks
 
@@ -281,9 +282,9 @@ def embed_layer_norm(
     tables = word_table, position_table, token_type_table, weight, bias
     plan = _plan(*map(layout_of, (*inputs, *tables, num_tokens)), eps)
     if plan is None:
-        *ids, inputs_embeds, indices = (x if x is None else x.contiguous() for x in inputs)
-        copied = (table.contiguous() for table in tables)
-        return embed_layer_norm(*ids, inputs_embeds, indices, *copied, eps, padding_idx, num_tokens)
+        # Of ids any column stride is served.
+        copied = map(with_unit_stride, (*inputs[3:], *tables))
+        return embed_layer_norm(*inputs[:3], *copied, eps, padding_idx, num_tokens)
     places = (input_ids if inputs[3] is None else inputs_embeds).shape[:2].numel()
     out = word_table.new_empty(places if indices is None else indices.shape[0], word_table.shape[1])
     plan.launch(*inputs, *tables, out, _notes_of(out.device).buffer, num_tokens)

@@ -169,6 +169,11 @@ def unit_strides(*operands: Layout | None) -> bool:
     return all(x is None or x.strides[-1] == 1 or x.shape[-1] == 1 or 0 in x.shape for x in operands)
 
 
+def with_unit_stride(x: Tensor | None) -> Tensor | None:
+    """x itself where `unit_strides` holds for it; a copy otherwise."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def _addressable_by_tma(x: Layout) -> bool:
     """Whether rows begin at multiples of 16 bytes, one after another."""
     stride, unit = x.strides
@@ -314,9 +319,9 @@ _planners: list = []
 
 
 def planned(plan_of: Callable) -> Callable:
-    """Remember what plan_of(*layouts and settings) returned for the last 4096 different arguments."""
+    """Remember what plan_of(*layouts and settings) returned for the last 1024 different arguments: 4 MB at most."""
 
-    @functools.lru_cache(4096)
+    @functools.lru_cache(1024)
     @functools.wraps(plan_of)
     def planner(*arguments):
         return plan_of(*(Layout(*x) if type(x) is tuple else x for x in arguments))

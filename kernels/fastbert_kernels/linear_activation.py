@@ -29,6 +29,7 @@ from fastbert_kernels.launch import (
     through_descriptors,
     torch_precision,
     unit_strides,
+    with_unit_stride,
 )
 from fastbert_kernels.layer_norm import live_tokens
 from fastbert_kernels.matmul import matmul_tiles
@@ -157,8 +158,7 @@ def linear(
         activation, torch_precision(x),
     )  # fmt: skip
     if plan is None:
-        residual = None if residual is None else residual.contiguous()
-        copied = x.contiguous(), weight.contiguous(), bias.contiguous(), residual
+        copied = map(with_unit_stride, (x, weight, bias, residual))
         return linear(operation, *copied, activation, num_tokens)
     out = (x if residual is None else residual).new_empty(x.shape[0], weight.shape[0])
     plan.launch(x, weight, bias, residual, out, num_tokens)

@@ -30,6 +30,7 @@ from fastbert_kernels.launch import (
     through_descriptors,
     torch_precision,
     unit_strides,
+    with_unit_stride,
 )
 from fastbert_kernels.layer_norm import layer_norm, live_tokens
 from fastbert_kernels.linear_activation import linear
@@ -209,7 +210,7 @@ def linear_residual_layer_norm(
     )  # fmt: skip
     tensors = x, weight, bias, residual, norm_weight, norm_bias
     if plan is None:
-        return linear_residual_layer_norm(*(tensor.contiguous() for tensor in tensors), eps, num_tokens)
+        return linear_residual_layer_norm(*map(with_unit_stride, tensors), eps, num_tokens)
     if not plan:
         summed = linear("linear_residual", x, weight, bias, residual, "none", num_tokens)
         layer_norm(summed, norm_weight, norm_bias, eps, summed, num_tokens)

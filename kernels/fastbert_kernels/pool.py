@@ -19,6 +19,7 @@ from fastbert_kernels.launch import (
     row_stride,
     shape_of,
     unit_strides,
+    with_unit_stride,
 )
 from fastbert_kernels.layer_norm import row_blocks
 
@@ -114,8 +115,8 @@ def pool(
     """
     plan = _plan(layout_of(hidden), layout_of(cu_seqlens), layout_of(indices), mode, normalize)
     if plan is None:
-        indices = None if indices is None else indices.contiguous()
-        return pool(hidden.contiguous(), cu_seqlens.contiguous(), mode, normalize, indices)
+        hidden, cu_seqlens, indices = map(with_unit_stride, (hidden, cu_seqlens, indices))
+        return pool(hidden, cu_seqlens, mode, normalize, indices)
     if hidden.shape[0] == 0:
         return hidden.new_zeros(cu_seqlens.shape[0] - 1, hidden.shape[1])
     out = hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1])

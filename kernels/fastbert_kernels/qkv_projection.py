@@ -26,6 +26,7 @@ from fastbert_kernels.launch import (
     through_descriptors,
     torch_precision,
     unit_strides,
+    with_unit_stride,
 )
 from fastbert_kernels.layer_norm import live_tokens
 from fastbert_kernels.matmul import matmul_tiles
@@ -142,7 +143,9 @@ def qkv_projection(
     )  # fmt: skip
     tensors = x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
     if plan is None:
-        return qkv_projection(*(tensor.contiguous() for tensor in tensors), num_heads, num_tokens)
+        # Weights of several strides, too, are copied to have one.
+        parts = (tensor.contiguous() for tensor in tensors[1:])
+        return qkv_projection(with_unit_stride(x), *parts, num_heads, num_tokens)
     width = q_weight.shape[0]
     out = x.new_empty(x.shape[0], 3, num_heads, width // num_heads)
     plan.launch(*tensors, out, num_tokens)
