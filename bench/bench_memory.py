@@ -1,17 +1,14 @@
 """The most memory that a forward holds on top of the weights and inputs: recorded, whatever it is."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 
 import records
 import torch
 from memory import peak_memory_bytes
-from providers import BASELINE, UNPADDED, about, checked, or_absent, planned, uncompiled
+from providers import BASELINE, HOST_MASK, UNPADDED, about, checked, or_absent, planned
 from workloads import DEVICE, Case, for_this_run, inputs
 
-# The mask on the host, where its tokens can be counted, lets fastbert allocate no more than they need.
-HOST_MASK = "fastbert-host-mask"
 PROVIDERS = (BASELINE, "fastbert", HOST_MASK, UNPADDED)
 
 TOY = [(Case("toy", 8, 24, 0.5), provider) for provider in PROVIDERS]
@@ -37,22 +34,9 @@ def pytest_generate_tests(metafunc):
 
 @cache
 def peak_of(case: Case, provider: str) -> int:
-    forward = forward_of_least_memory(case, provider)
+    forward = checked(case, provider).forward
     forward()
     return peak_memory_bytes(forward, DEVICE)
-
-
-def forward_of_least_memory(case: Case, provider: str) -> Callable:
-    """The provider's forward, checked; fastbert's also with the mask on the host."""
-    if provider != HOST_MASK:
-        return checked(case, provider).forward
-    model, batch = uncompiled(case.model, case.dtype, "fastbert"), inputs(case)
-    on_host = batch | {"attention_mask": batch["attention_mask"].cpu()}
-    forward = checked(case, "fastbert").forward
-    ours, theirs = model(**on_host).last_hidden_state, forward().last_hidden_state
-    if not torch.equal(ours, theirs):
-        raise ArithmeticError("a mask on the host changes the result")
-    return lambda: model(**on_host)
 
 
 @torch.inference_mode()

@@ -54,11 +54,11 @@ def _gpu_forwards() -> list[tuple[Case, str]]:
     forwards = [
         *((case, provider) for case in headline for provider in GPU_PROVIDERS),
         *((case, "transformers-eager") for case in headline),
+        (dense, f"{BASELINE}-max-autotune"),
         (one, f"{BASELINE}-reduce-overhead"),
         (one, f"{BASELINE}-compiled"),
         (ragged, f"{UNPADDED}-compiled"),
         (ragged, f"{BASELINE}-compiled"),
-        (dense, f"{BASELINE}-max-autotune"),
         *((case, provider) for case in swept for provider in GPU_PROVIDERS),
         (float32, f"{BASELINE}-compiled"),
         *((case, provider) for case in [*dtypes, *models] for provider in GPU_PROVIDERS),
@@ -100,11 +100,6 @@ def _rates(case: Case, median_s: float) -> dict:
     if DEVICE.type != "cuda":
         return {}
     # Only a GPU's roofs are measured.
-    from device_timing import TIMER, roofs
+    from device_timing import TIMER, rates
 
-    needed, measured = forward_work(source(case.model, case.dtype).config, case), roofs(TIMER)
-    return (
-        {"flops_per_s": needed.flops / median_s, "bytes_per_s": needed.bytes / median_s}
-        | {"of_roof": needed.seconds(case.dtype, measured) / median_s}
-        | {"roofs": measured._asdict()}
-    )
+    return rates(forward_work(source(case.model, case.dtype).config, case), case.dtype, median_s, TIMER)

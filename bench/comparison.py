@@ -10,7 +10,7 @@ import device_timing
 import pytest
 import records
 import torch
-from device_timing import Replay, Timer, float32_precision, roofs, sets_to_rotate
+from device_timing import Replay, Timer, rates, sets_to_rotate
 from timing import CLOCK, summary
 
 from fastbert_kernels.roofline import Work
@@ -47,7 +47,8 @@ class Comparison:
 
         The record has "wrong" and no times where the error is more than twice the baseline's plus one rounding of the
         largest value, and "absent", the reason, where the provider cannot run the case. Raises what our own kernel or
-        the baseline raises: those have to run.
+        the baseline raises: those have to run. With a timer, what ours raises is recorded, in the place of an earlier
+        run's times.
         """
         told = {"suite": self.suite, "kind": self.kind, "case": self.case}
         told |= {"provider": provider, "baseline": self.baseline}
@@ -66,10 +67,14 @@ class Comparison:
                 replay = baseline_replay if provider == self.baseline else self._capture(provider, timer)
                 baseline_s, seconds = timer.seconds([baseline_replay, replay])
         except Exception as problem:
+            told["absent"] = _reason(problem, hints)
             if provider in (OURS, self.baseline):
+                if timer:
+                    records.write(told)
                 raise
-            return told | {"absent": _reason(problem, hints)}, []
-        return told | self._rates(seconds, baseline_s, timer), seconds
+            return told, []
+        times = summary(seconds, baseline_s)
+        return told | times | rates(self.work, self.case["dtype"], times["median_s"], timer), seconds
 
     @cached_property
     def _baseline_error(self) -> float:
@@ -87,16 +92,6 @@ class Comparison:
             copies = range(1, sets_to_rotate(self.work.bytes, timer))
             self._sets = [self.inputs, *(tuple(map(_clone, self.inputs)) for _ in copies)]
         return timer.capture([self.provide(provider, given) for given in self._sets])
-
-    def _rates(self, seconds: list[float], baseline_s: list[float], timer: Timer) -> dict:
-        times, measured = summary(seconds, baseline_s), roofs(timer)
-        median_s = times["median_s"]
-        return times | {
-            "flops_per_s": self.work.flops / median_s,
-            "bytes_per_s": self.work.bytes / median_s,
-            "of_roof": self.work.seconds(self.case["dtype"], measured) / median_s,
-            "roofs": measured._asdict() | {"float32_precision": float32_precision()},
-        }
 
 
 def _clone(x):

@@ -5,14 +5,15 @@ replays of one measurement, so that the host stays ahead and no gap before a lau
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
 from workloads import DEVICE
 
-from fastbert_kernels.roofline import Roofs
+from fastbert_kernels.roofline import Roofs, Work
 
 ROUNDS, WARMUP_ROUNDS, GRAPH_SECONDS = 30, 2, 2e-3
 CACHE_MULTIPLE, FEWEST_SETS, MOST_SETS = 4, 2, 64
@@ -58,16 +59,18 @@ class GraphTimer:
             for call in calls:
                 call()
         stream.synchronize()
-        turn = self._graph(calls, stream)
+        turn = self._graph(calls, 1, stream)
         turns = round(GRAPH_SECONDS / (statistics.median(self.seconds([turn], 3)[0]) * len(calls)))
-        return self._graph([*calls] * turns, stream) if turns > 1 else turn
+        return self._graph(calls, turns, stream) if turns > 1 else turn
 
-    def _graph(self, calls: Sequence[Callable], stream: torch.cuda.Stream) -> Replay:
+    def _graph(self, calls: Sequence[Callable], turns: int, stream: torch.cuda.Stream) -> Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        return Replay(graph.replay, calls)
+            for _ in range(turns):
+                # An output that is dropped within its turn would give its memory, still in the cache, to the next call.
+                outputs = [call() for call in calls]
+                del outputs
+        return Replay(graph.replay, [*calls] * turns)
 
     def seconds(self, replays: Sequence[Replay], rounds: int = ROUNDS) -> list[list[float]]:
         """For each replay the seconds of one of its calls, round by round; every other round goes the other way about,
@@ -106,15 +109,47 @@ def float32_precision() -> str:
 
 @cache
 def roofs(timer: Timer) -> Roofs:
-    """This device's, measured: by dtype a large product of random data (of float32 in `float32_precision`), and a large
-    copy, bytes read and written."""
-    flops_per_s = {}
-    for name, size in MATMUL_SIZES.items():
-        a, b = (torch.randn(size, size, device=DEVICE, dtype=getattr(torch, name)) for _ in range(2))
-        flops_per_s[name] = 2.0 * size**3 / _median_seconds(lambda a=a, b=b: a @ b, timer)
+    """This device's, measured: by dtype a large product of random data, and a large copy, bytes read and written.
+
+    float32's is the larger of two: torch's product in `float32_precision`, and a third of the rate of its product in
+    TF32, for three of those have float32's precision.
+    """
+    flops_per_s = {name: _matmul_rate(name, timer) for name in MATMUL_SIZES}
+    with _tf32():
+        flops_per_s["float32"] = max(flops_per_s["float32"], _matmul_rate("float32", timer) / 3)
     source = torch.empty(COPY_BYTES, device=DEVICE, dtype=torch.uint8)
     target = torch.empty_like(source)
     return Roofs(flops_per_s, 2.0 * COPY_BYTES / _median_seconds(lambda: target.copy_(source), timer))
+
+
+def rates(work: Work, dtype: str, median_s: float, timer: Timer) -> dict:
+    """What a record says of a time: the operations and bytes a second of what had to be done, and the share of the time
+    that this device's roofs allow."""
+    measured = roofs(timer)
+    return {
+        "flops_per_s": work.flops / median_s,
+        "bytes_per_s": work.bytes / median_s,
+        "of_roof": work.seconds(dtype, measured) / median_s,
+        "roofs": measured._asdict() | {"float32_precision": float32_precision()},
+    }
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Let torch multiply float32 matrices in TF32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _matmul_rate(dtype: str, timer: Timer) -> float:
+    """Operations a second of a square product."""
+    size = MATMUL_SIZES[dtype]
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2.0 * size**3 / _median_seconds(lambda: a @ b, timer)
 
 
 def _median_seconds(call: Callable, timer: Timer) -> float:

@@ -22,7 +22,9 @@ import fastbert
 BASELINE = "transformers-sdpa"
 GRAPHED = "fastbert-graphed"
 UNPADDED = "unpadded-varlen"
-OURS = ("fastbert", GRAPHED)
+# fastbert with the mask on the host, where its tokens can be counted: it allocates no more than they need.
+HOST_MASK = "fastbert-host-mask"
+OURS = ("fastbert", GRAPHED, HOST_MASK)
 # Compiled for the very shape of a case: what is compiled, and torch.compile's mode.
 COMPILED = {
     f"{BASELINE}-compiled": (BASELINE, "default"),
@@ -31,7 +33,7 @@ COMPILED = {
     f"{UNPADDED}-compiled": (UNPADDED, "default"),
 }
 # In the order of tables and plots.
-PROVIDERS = (*OURS, "transformers-eager", BASELINE, UNPADDED, *COMPILED)
+PROVIDERS = ("fastbert", GRAPHED, "transformers-eager", BASELINE, UNPADDED, *COMPILED)
 
 SIZES = {
     "toy": {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 80},
@@ -41,13 +43,16 @@ SIZES = {
         "num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096,
     },
 }  # fmt: skip
-# What a case is expected to take, compiled in a mode of torch.compile or not, where only part of --seconds is left.
-PLANNED_SECONDS = {"default": 20, "reduce-overhead": 25, "max-autotune": 75, None: 1}
+# What compilation in a mode of torch.compile is expected to take, where only part of --seconds is left.
+COMPILE_SECONDS = {"default": 20, "reduce-overhead": 25, "max-autotune": 75, None: 0}
+# The parts of the outputs that are compared.
+HIDDEN, POOLED = "last_hidden_state", "pooler_output"
 # transformers' own error, times this, is what a model's may be: the rule of the tests.
 ERROR_RATIO = 3
 
 
-# Parameters made in inference mode would have no version, by which a captured graph knows them.
+# Models are kept for later tests. Parameters made in inference mode would be inference tensors for all of them, which
+# those of a user's model are not.
 outside_inference_mode = torch.inference_mode(mode=False)
 
 
@@ -81,13 +86,12 @@ def _with_weights_of(model: nn.Module, model_class: type, attention: str) -> nn.
 @cache
 @outside_inference_mode
 def uncompiled(name: str, dtype: str, provider: str) -> nn.Module:
-    """A provider's model; "truth" is the baseline in float64, of the weights as `dtype` has rounded them."""
+    """A provider's model, neither compiled nor graphed; "truth" is the baseline in float64, of the weights as `dtype`
+    has rounded them."""
     model = source(name, dtype)
     match provider:
-        case "fastbert":
+        case "fastbert" | "fastbert-host-mask" | "fastbert-graphed":
             return _with_weights_of(model, fastbert.BertModel, "sdpa")
-        case "fastbert-graphed":
-            return fastbert.graphed(_with_weights_of(model, fastbert.BertModel, "sdpa"))
         case "transformers-eager":
             return _with_weights_of(model, transformers.BertModel, "eager")
         case "transformers-sdpa":
@@ -101,8 +105,12 @@ def uncompiled(name: str, dtype: str, provider: str) -> nn.Module:
 
 @outside_inference_mode
 def model_of(case: Case, provider: str) -> nn.Module | Callable:
-    """A provider's model; a compiled one is new, and all that was compiled before is forgotten: past eight shapes
-    torch.compile would fall back to eager."""
+    """A provider's model. A graphed one has no graphs yet. A compiled one is new, and all that was compiled before is
+    forgotten: past eight shapes torch.compile would fall back to eager."""
+    if provider == GRAPHED:
+        model = uncompiled(case.model, case.dtype, provider)
+        vars(model).pop("forward", None)
+        return fastbert.graphed(model)
     if provider not in COMPILED:
         return uncompiled(case.model, case.dtype, provider)
     torch._dynamo.reset()
@@ -116,11 +124,13 @@ def model_of(case: Case, provider: str) -> nn.Module | Callable:
 
 
 def batch_of(case: Case, provider: str) -> dict[str, Tensor]:
-    """What the provider's model is called with: the peer that unpads has the mask on the host, which it prefers."""
+    """What the provider's model is called with. The peer that unpads has the mask on the host, which it prefers. The
+    others have none where the batch is full: for one of ones transformers waits for the device, and under torch.compile
+    goes without flash attention."""
     batch = inputs(case)
-    if provider in (UNPADDED, f"{UNPADDED}-compiled"):
+    if provider in (HOST_MASK, UNPADDED, f"{UNPADDED}-compiled"):
         return batch | {"attention_mask": batch["attention_mask"].cpu()}
-    return batch
+    return {"input_ids": batch["input_ids"]} if case.fill == 1 else batch
 
 
 @dataclass(frozen=True)
@@ -134,12 +144,11 @@ class Checked:
 
 
 def checked(case: Case, provider: str) -> Checked:
-    """The provider's model; its largest error over the kept tokens, against float64, is at most three times the
-    baseline's, but for one rounding of the largest value. Raises ArithmeticError where it is not.
+    """The provider's model, whose hidden states at the kept tokens are right by `errors`.
 
-    On a GPU fastbert has to run in its kernels, or RuntimeError says why it does not.
+    On a GPU fastbert has to run in its kernels, or RuntimeError says why it does not, and if graphed by a graph.
     """
-    truth, baseline_error = _truth(case)
+    _truth(case)
     model, batch = model_of(case, provider), batch_of(case, provider)
 
     def forward():
@@ -147,39 +156,64 @@ def checked(case: Case, provider: str) -> Checked:
 
     with fastbert.backend("triton") if provider in OURS and DEVICE.type == "cuda" else nullcontext():
         start = time.perf_counter()
-        _error(case, forward(), truth)
+        errors(case, HIDDEN, _parts(case, forward())[HIDDEN])
         first_call_s = time.perf_counter() - start
         # Of what is captured in a graph, the second call captures and the third replays.
         forward()
-        error = _error(case, forward(), truth)
-    allowed = ERROR_RATIO * baseline_error + torch.finfo(getattr(torch, case.dtype)).eps * truth.abs().max().item()
-    # Written so that NaN is wrong.
-    if not error <= allowed:
-        raise ArithmeticError(f"errs by {error:.2e}, {BASELINE} by {baseline_error:.2e}")
-    fields = {"error": error, "error_ratio": error / baseline_error, "first_call_s": first_call_s}
+        fields = errors(case, HIDDEN, _parts(case, forward())[HIDDEN])
+    require_graphs(model, provider)
+    fields["first_call_s"] = first_call_s
     if provider in COMPILED:
         fields["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
     return Checked(model, forward, fields)
 
 
+def require_graphs(model: nn.Module | Callable, provider: str) -> None:
+    """Raises RuntimeError where a graphed model, called before, has captured nothing on a GPU."""
+    if provider == GRAPHED and DEVICE.type == "cuda" and not model.forward._graphs:
+        raise RuntimeError("no CUDA graph was captured: the logger 'fastbert' says why")
+
+
+def require_right(error: float, baseline_error: float, truth: Tensor, dtype: str, baseline: str) -> dict:
+    """A record's error and error_ratio. Raises ArithmeticError where a largest error is more than three times the
+    baseline's and one rounding, in `dtype`, of the truth's largest value."""
+    allowed = ERROR_RATIO * baseline_error + torch.finfo(getattr(torch, dtype)).eps * truth.abs().max().item()
+    # Written so that NaN is wrong.
+    if not error <= allowed:
+        raise ArithmeticError(f"errs by {error:.2e}, {baseline} by {baseline_error:.2e}")
+    return {"error": error, "error_ratio": error / baseline_error}
+
+
+def errors(case: Case, part: str, found: Tensor) -> dict:
+    """A record's error and error_ratio of a part of a provider's outputs, HIDDEN [T, E] or POOLED [B, E], on any
+    device; raises ArithmeticError where `require_right` does."""
+    truth, baseline_error = _truth(case)[part]
+    return require_right(_difference(found, truth), baseline_error, truth, case.dtype, BASELINE)
+
+
 @lru_cache(maxsize=16)
-def _truth(case: Case) -> tuple[Tensor, float]:
-    """The kept tokens' hidden states in float64 [T, E], and the largest error of the baseline."""
-    batch = inputs(case)
-    truth = kept_tokens(model_of(case, "truth")(**batch), batch["attention_mask"])
-    return truth, _error(case, model_of(case, BASELINE)(**batch), truth)
+def _truth(case: Case) -> dict[str, tuple[Tensor, float]]:
+    """Of each part of the outputs what it is in float64, and the largest error of the baseline."""
+    truth, baseline = (_parts(case, model_of(case, name)(**batch_of(case, name))) for name in ("truth", BASELINE))
+    return {part: (x, _difference(baseline[part], x)) for part, x in truth.items()}
 
 
-def _error(case: Case, outputs, truth: Tensor) -> float:
-    """The largest difference of the hidden states from the truth [T, E]."""
-    return (kept_tokens(outputs, inputs(case)["attention_mask"]).double() - truth).abs().max().item()
+def _parts(case: Case, outputs) -> dict[str, Tensor]:
+    """The hidden states of the kept tokens [T, E], and what is pooled of each text [B, E]."""
+    return {HIDDEN: kept_tokens(outputs, inputs(case)["attention_mask"]), POOLED: outputs.pooler_output}
 
 
-def planned(*asked: object):
-    """The parameters of a test, the last of which is its provider, with an id and what they are expected to take."""
+def _difference(found: Tensor, truth: Tensor) -> float:
+    """The largest difference from the truth."""
+    return (found.to(truth.device).double() - truth).abs().max().item()
+
+
+def planned(*asked: object, seconds: float = 1):
+    """The parameters of a test, the last of which is its provider, with an id and what they are expected to take:
+    `seconds`, and compilation."""
     _, mode = COMPILED.get(asked[-1], (None, None))
     return pytest.param(
-        *asked, id="-".join(map(readable, asked)), marks=pytest.mark.planned_seconds(PLANNED_SECONDS[mode])
+        *asked, id="-".join(map(readable, asked)), marks=pytest.mark.planned_seconds(seconds + COMPILE_SECONDS[mode])
     )
 
 
@@ -190,14 +224,15 @@ def about(suite: str, kind: str, case: dict, provider: str, baseline: str = BASE
 
 @contextmanager
 def or_absent(record: dict, recorded: bool) -> Iterator[None]:
-    """A peer that cannot run leaves the reason in its record, in place of times, and its test is skipped. Ours has to
-    run, and so has everybody where nothing is recorded."""
+    """Who cannot run, or is wrong, leaves the reason in the record, in place of times, and of those of an earlier run.
+    The test of a peer is then skipped; ours fails, and so does everybody where nothing is recorded."""
     try:
         yield
     except Exception as error:
-        if not recorded or record["provider"] in OURS:
-            raise
         first_line = (str(error).strip().splitlines() or [""])[0]
         reason = f"{type(error).__name__}: {first_line[:200]}"
-        records.write(record | {"absent": reason})
+        if recorded:
+            records.write(record | {"absent": reason})
+        if not recorded or record["provider"] in OURS:
+            raise
         pytest.skip(f"{record['provider']} is absent: {reason}")

@@ -84,7 +84,9 @@ def markdown_table(columns: tuple[str, ...], rows: Iterable[tuple]) -> str:
 
 def table_of(rows: list[dict[str, object]]) -> str:
     """A table of rows by column, without the columns in which no row has anything."""
-    columns = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
+    # Full rows have the order of the columns.
+    by_length = sorted(rows, key=len, reverse=True)
+    columns = dict.fromkeys(column for row in by_length for column, value in row.items() if value is not None)
     return markdown_table(tuple(columns), [["" if row.get(c) is None else row[c] for c in columns] for row in rows])
 
 
@@ -152,7 +154,7 @@ def samples(latencies: Measured) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case of a suite: its title and the records of all providers, ours, peers and absent ones."""
+    """One case of a suite: its title and the records of all providers, ours and peers, absent ones too."""
 
     suite: str
     title: str
@@ -160,7 +162,7 @@ class Comparison:
 
     @property
     def ours(self) -> list[str]:
-        return [name for name, record in self.of.items() if name.startswith("fastbert") and "ratio" in record]
+        return [name for name in self.of if name.startswith("fastbert")]
 
     def best_peer(self) -> tuple[str, float]:
         """The best peer and how many times as good as the baseline it is, which counts as 1 beside itself."""
@@ -171,8 +173,9 @@ class Comparison:
         return best, peers[best]
 
     def beside_best(self, name: str) -> float:
-        """How many times as good as the best peer a provider of ours is, both paired with the same baseline."""
-        return self.of[name]["ratio"] / self.best_peer()[1]
+        """How many times as good as the best peer a provider of ours is, both paired with the same baseline; 0 where
+        ours failed."""
+        return self.of[name].get("ratio", 0.0) / self.best_peer()[1]
 
 
 def comparisons(lines: Iterable[dict]) -> list[Comparison]:
@@ -193,6 +196,11 @@ def title_of(record: dict) -> str:
     return " ".join(f"{name} {value}" if isinstance(value, int | float) else str(value) for name, value in case.items())
 
 
+def ratio_text(ratio: float) -> str:
+    """A ratio to the best peer in words."""
+    return f"{ratio:.2f}" if ratio else "failed"
+
+
 def best_column(record: dict) -> str:
     """What a record measures, in one figure: milliseconds, or MiB."""
     return f"{record['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in record else milliseconds(record["median_s"])
@@ -202,6 +210,9 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
     """A line of the page: a provider of ours in a case, and the best peer there."""
     record = comparison.of[name]
     peer, _ = comparison.best_peer()
+    beside_best = ratio_text(comparison.beside_best(name))
+    if "ratio" not in record:
+        return {"case": comparison.title, "ours": name, "best peer": peer, "best peer / ours": beside_best}
     baseline_figure = {"median_s": record.get("baseline_median_s"), "peak_bytes": record.get("baseline_peak_bytes")}
     beside = comparison.of.get(peer, {key: value for key, value in baseline_figure.items() if value is not None})
     unit = "MiB" if "peak_bytes" in record else "ms"
@@ -218,7 +229,7 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
         "texts/s": f"{record['texts_per_s']:.0f}" if "texts_per_s" in record else None,
         "best peer": peer,
         f"its {unit}": best_column(beside),
-        "best peer / ours": f"{comparison.beside_best(name):.2f}",
+        "best peer / ours": beside_best,
         f"{record['baseline']} / ours": f"{record['ratio']:.2f}",
         "of the roof": f"{record['of_roof']:.0%}" if "of_roof" in record else None,
         "error ratio": f"{record['error_ratio']:.2f}" if record.get("error_ratio") is not None else None,
@@ -241,9 +252,8 @@ def page(lines: list[dict], plots: dict[str, str]) -> str:
         ratios = [each.beside_best(name) for each, name in compared]
         losses = sum(ratio < 1 for ratio in ratios)
         worst, worst_name = compared[0]
-        summary.append(
-            (heading, len(ratios), losses, f"{ratios[0]:.2f}, {worst_name}, {worst.title}", f"{ratios[-1]:.2f}")
-        )
+        worst_text, best_text = ratio_text(ratios[0]), ratio_text(ratios[-1])
+        summary.append((heading, len(ratios), losses, f"{worst_text}, {worst_name}, {worst.title}", best_text))
         table = table_of([row_of(each, name) for each, name in compared])
         sections.append(f"## {heading}\n\n{table}\n")
     columns = ("suite", "comparisons", "losses to the best peer", "the worst, best peer / ours", "the best")
@@ -257,9 +267,11 @@ def page(lines: list[dict], plots: dict[str, str]) -> str:
     parts = [
         f"# Measured on {device}",
         f"Written by `bench/report.py` from the records beside it: {provenance_line(lines)}",
-        "Ratios are of times, or of memory: above 1, fastbert is the better one. Each table begins with the losses."
+        "Ratios are of times, or of memory: above 1, fastbert is the better one. Each table begins with the losses, of "
+        "which the first are what failed."
         f"{draws} The error ratio is fastbert's largest error over the baseline's, both against float64. The roof is "
-        "the least time that the device's own rates, measured in the same run, allow. The limit is the host where "
+        "the least time that the device's own rates, measured in the same run, allow; float32's rate is that of its "
+        "product or a third of TF32's, whichever is larger. The limit is the host where "
         "issuing a call takes nearly as long as the call. Where the load per core is above 1, other programs ran at "
         "the same time.",
         markdown_table(columns, summary),
@@ -272,7 +284,7 @@ def page(lines: list[dict], plots: dict[str, str]) -> str:
 
 
 def absent(cases: list[Comparison]) -> str:
-    """The peers that could not run or were wrong, each with its reason and the cases."""
+    """The providers that could not run or were wrong, each with its reason and the cases."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for each in cases:
         for name, record in each.of.items():

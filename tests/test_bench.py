@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import bench_memory
 import bench_model
 import cases
 import demo
+import device_timing
 import memory
 import providers
 import pytest
@@ -62,8 +64,9 @@ class Benchmark:
     def pedantic(self, function, rounds=1):
         for _ in range(rounds):
             start = timing.CLOCK()
-            function()
+            result = function()
             self.shown.append(timing.CLOCK() - start)
+        return result
 
 
 @pytest.fixture
@@ -218,6 +221,9 @@ def test_providers_by_name(monkeypatch):
     monkeypatch.setattr(fastbert, "graphed", lambda model: graphed.append(model) or model, raising=False)
     assert type(providers.model_of(Case("toy", 1, 16, dtype="float16"), GRAPHED)) is fastbert.BertModel
     assert len(graphed) == 1
+    monkeypatch.undo()
+    forwards = [providers.model_of(TOY, GRAPHED).forward for _ in range(2)]
+    assert forwards[0] is not forwards[1]  # one case's graphs are not another's
     with torch.inference_mode():
         compiled = providers.model_of(TOY, f"{UNPADDED}-compiled")
     assert type(compiled) is UnpaddedBert
@@ -250,9 +256,76 @@ def test_a_peer_that_cannot_run_leaves_its_reason(recorded):
     assert [record["absent"] for record in recorded()] == ["RuntimeError: FlashAttention takes 16 bits"]
     with pytest.raises(AssertionError), providers.or_absent(about, False):
         raise AssertionError
-    with pytest.raises(RuntimeError, match="no kernel"), providers.or_absent(about | {"provider": "fastbert"}, True):
+
+
+@pytest.mark.parametrize("provider", sorted(providers.OURS))
+def test_ours_that_fails_takes_the_place_of_an_earlier_record(provider, recorded):
+    about = providers.about("memory", "memory", dataclasses.asdict(TOY), provider)
+    records.write(about | {"ratio": 2.0})
+    with pytest.raises(RuntimeError, match="no kernel"), providers.or_absent(about, True):
         raise RuntimeError("no kernel")
-    assert len(recorded()) == 1
+    (record,) = recorded()
+    assert record["absent"] == "RuntimeError: no kernel"
+    assert "ratio" not in record
+
+
+def test_every_provider_of_ours_is_known_as_such():
+    timed = {name for _, name in every_forward()} | {name for *_, name in [*bench_latency.CUDA, *bench_memory.CUDA]}
+    assert {name for name in timed if name.startswith("fastbert")} == set(providers.OURS)
+
+
+@pytest.mark.parametrize("provider", [*providers.PROVIDERS, providers.HOST_MASK])
+def test_a_full_batch_has_no_mask(provider):
+    full, ragged = (providers.batch_of(case, provider) for case in (Case("toy", 1, 16), TOY))
+    needs_one = provider.startswith(UNPADDED) or provider == providers.HOST_MASK
+    assert ("attention_mask" in full) == needs_one
+    assert "attention_mask" in ragged
+
+
+def test_graphs_have_to_be_captured(monkeypatch):
+    model = providers.model_of(TOY, GRAPHED)
+    monkeypatch.setattr(providers, "DEVICE", torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="no CUDA graph was captured"):
+        providers.require_graphs(model, GRAPHED)
+    model.forward._graphs[4, 32] = None
+    providers.require_graphs(model, GRAPHED)
+    providers.require_graphs(providers.model_of(TOY, "fastbert"), "fastbert")
+
+
+def test_a_graphed_model_without_a_graph_is_not_timed(monkeypatch):
+    for name in ("truth", BASELINE, GRAPHED):
+        providers.uncompiled("toy", "float32", name)  # on this device
+    monkeypatch.setattr(providers, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(fastbert, "backend", lambda name: nullcontext())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no CUDA graph was captured"):
+        providers.checked(TOY, GRAPHED)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_request_itself_is_checked(enabled, monkeypatch, recorded):
+    request_of = bench_latency.request_of
+    monkeypatch.setattr(bench_latency, "request_of", lambda *of: lambda: request_of(*of)() + 0.01)
+    benchmark = Benchmark()
+    benchmark.enabled = enabled
+    with pytest.raises(ArithmeticError, match="errs by"):
+        bench_latency.test_latency(benchmark, Case("toy", 1, 16), "host", "fastbert")
+    assert len(recorded()) == enabled
+
+
+def test_headlines_fit_into_500_seconds(bench_options):
+    def planned_until(forwards: list, seconds: float, case: Case, provider: str) -> float:
+        asked = [(each[0], each[-1]) for each in forwards]
+        before = asked[: asked.index((case, provider)) + 1]
+        modes = [providers.COMPILED.get(name, (None, None))[1] for _, name in before]
+        return sum(seconds + providers.COMPILE_SECONDS[mode] for mode in modes)
+
+    one, dense = (Case("base", *shape, dtype="bfloat16") for shape in ((1, 128), (256, 128)))
+    share = bench_options.SUITES
+    for how in ("compiled", "reduce-overhead", "max-autotune"):
+        assert planned_until(bench_latency.CUDA, 2.5, one, f"{BASELINE}-{how}") <= 500 * share["latency"]
+    for case, how in ((dense, "max-autotune"), (one, "compiled"), (one, "reduce-overhead")):
+        assert planned_until(bench_model._gpu_forwards(), 1, case, f"{BASELINE}-{how}") <= 500 * share["model"]
+    assert sum(share.values()) == pytest.approx(1)
 
 
 def test_times_of_the_device(monkeypatch):
@@ -432,6 +505,33 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
     assert "driver 580.1" in readme.read_text()
 
 
+def test_what_failed_of_ours_is_the_first_loss_of_the_page():
+    lines = [record for record in gpu_records() if record["suite"] == "model"]
+    (place,) = (
+        place
+        for place, record in enumerate(lines)
+        if report.case_of(record) == Case("base", 8, 64, dtype="bfloat16") and record["provider"] == "fastbert"
+    )
+    passed = report.page(lines, {})
+    timed = {"ratio", "median_s", "q20_s", "q80_s", "baseline_median_s", "rounds", "of_roof", "clock", "host_s"}
+    lines[place] = {name: x for name, x in lines[place].items() if name not in timed} | {"absent": "errs by 1"}
+    failed = report.page(lines, {})
+    assert "failed," not in passed
+    section = failed.partition("## The model's forward")[2].splitlines()
+    columns, row = (line.split(" | ") for line in (section[2], section[4]))
+    assert row[0] == "| base 8x64 full bfloat16"
+    assert row[columns.index("best peer / ours")] == "failed"
+    assert columns == passed.partition("## The model's forward")[2].splitlines()[2].split(" | ")
+
+    def summary(page):
+        return next(line for line in page.splitlines() if line.startswith("| The model's forward")).split(" | ")
+
+    assert summary(failed)[1] == summary(passed)[1]
+    assert int(summary(failed)[2]) == int(summary(passed)[2]) + 1
+    assert summary(failed)[3] == "failed, fastbert, base 8x64 full bfloat16"
+    assert "| model | fastbert | errs by 1 | base 8x64 full bfloat16 |" in failed
+
+
 def test_a_sweep_needs_points():
     cases_of_three = {Case("base", 8, seq_len): {} for seq_len in (16, 32, 64)}
     assert report.sweep(cases_of_three, "seq_len") == []
@@ -447,15 +547,14 @@ def test_no_records_make_no_report(tmp_path, monkeypatch):
 
 def test_the_rates_of_a_gpu(monkeypatch):
     roofs = Roofs({"float32": 1e12}, 1e12)
-    fake = SimpleNamespace(TIMER=None, roofs=lambda timer: roofs)
-    monkeypatch.setitem(sys.modules, "device_timing", fake)
+    monkeypatch.setattr(device_timing, "roofs", lambda timer: roofs)
     assert bench_model._rates(TOY, 1.0) == {}
     monkeypatch.setattr(bench_model, "DEVICE", torch.device("cuda"))
     rates = bench_model._rates(TOY, 1.0)
     work = workloads.forward_work(transformers.BertConfig(**providers.SIZES["toy"]), TOY)
     assert rates["flops_per_s"] == work.flops
     assert rates["of_roof"] == work.seconds("float32", roofs)
-    assert rates["roofs"] == {"flops_per_s": {"float32": 1e12}, "bytes_per_s": 1e12}
+    assert rates["roofs"] == {"flops_per_s": {"float32": 1e12}, "bytes_per_s": 1e12, "float32_precision": "ieee"}
 
 
 def test_tokens_tell_kernels_apart_but_not_batches():
