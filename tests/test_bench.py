@@ -282,6 +282,36 @@ def test_a_full_batch_has_no_mask(provider):
     assert "attention_mask" in ragged
 
 
+def test_a_compiled_peer_has_no_mask_inside_where_the_batch_is_full(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+    full = Case("toy", 1, 16)
+    for case in (full, TOY):
+        providers.model_of(case, f"{BASELINE}-compiled")
+    assert [model.config._attn_implementation for model in compiled] == [providers.MASKLESS, "sdpa"]
+    # Nothing makes a mask for it, whatever it is given.
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    batch = workloads.inputs(TOY)
+    with torch.no_grad():
+        for model in compiled:
+            model(**batch)
+    assert [mask is None for mask in masks] == [True, True, False, False]
+    # Of a full batch the result is the baseline's.
+    with torch.no_grad():
+        found, expected = (
+            model(**providers.batch_of(full, BASELINE)).last_hidden_state
+            for model in (compiled[0], providers.model_of(full, BASELINE))
+        )
+    assert torch.equal(found, expected)
+
+
 def test_graphs_have_to_be_captured(monkeypatch):
     model = providers.model_of(TOY, GRAPHED)
     monkeypatch.setattr(providers, "DEVICE", torch.device("cuda"))
@@ -289,7 +319,7 @@ def test_graphs_have_to_be_captured(monkeypatch):
         providers.require_graphs(model, GRAPHED)
     model.forward._graphs[4, 32] = None
     providers.require_graphs(model, GRAPHED)
-    providers.require_graphs(providers.model_of(TOY, "fastbert"), "fastbert")
+    providers.require_graphs(lambda: None, "fastbert")
 
 
 def test_a_graphed_model_without_a_graph_is_not_timed(monkeypatch):
