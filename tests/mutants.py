@@ -902,7 +902,7 @@ MUTANTS = [
         "kernels/fastbert_kernels/launch.py",
         "    for planner in _planners:\n        planner.cache_clear()\n",
         "    pass\n",
-        "test_tune.py::test_a_file_of_ones_own",
+        "test_kernels.py::test_plans_follow_the_configurations",
     ),
     Mutant(
         "graphs-captured-as-it-happens-to-be",

@@ -404,7 +404,7 @@ def test_a_hook_is_noticed_and_its_end_too(captures, caplog):
 
 
 @pytest.mark.parametrize("what", ["dropout", "adapter", "configuration", "patched"])
-def test_a_block_that_changes_its_way_is_noticed(what, captures):
+def test_a_block_that_changes_its_way_is_noticed(what, captures, caplog):
     model, _ = models()
     batch = texts(2, 16)
     model(**batch)
@@ -425,6 +425,7 @@ def test_a_block_that_changes_its_way_is_noticed(what, captures):
         expected = model.forward.plain(**batch)
     assert outputs.keys() == expected.keys()
     assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
+    assert "no CUDA graph: " in caplog.text
     assert len(captures) == 1
 
 

@@ -405,6 +405,19 @@ def test_pointers_and_descriptors_agree(op, dtype, configured):
     assert torch.equal(launcher(**arguments), expected)
 
 
+def test_plans_follow_the_configurations(configured):
+    table = deepcopy(launch.configurations(launch.architecture(DEVICE)))
+    launcher, arguments = example("linear_activation", torch.float32)
+    seen = []
+    with launch.launching_by(lambda kernel, grid, given: seen.append(given["num_stages"])):
+        launcher(**arguments)
+        for entry in table["linear_activation"]["32"]:
+            entry["config"]["num_stages"] = 1
+        configured(table)
+        launcher(**arguments)
+    assert seen[0] > seen[1] == 1
+
+
 def test_descriptors_serve_rows_of_16_bytes_only():
     config = {"descriptors": True, "BLOCK_T": 64, "BLOCK_K": 32}
 
