@@ -245,6 +245,13 @@ MUTANTS = [
         "test_kernel_properties.py::test_configurations",
     ),
     Mutant(
+        "configuration-for-short-sequences-of-heads-whose-sums-cross-warps",
+        "kernels/fastbert_kernels/configs/sm_80.json",
+        '{"up_to": 64, "config": {"BLOCK_Q": 64, "BLOCK_KEYS": 64, "num_warps": 4',
+        '{"up_to": 128, "config": {"BLOCK_Q": 64, "BLOCK_KEYS": 64, "num_warps": 4',
+        "test_report.py::test_short_sequences_sum_rows_as_all_others_do",
+    ),
+    Mutant(
         "layer-norm-mean-in-low-precision",
         "kernels/fastbert_kernels/layer_norm.py",
         "mean = tl.sum(rows, axis=1) / width",

@@ -125,6 +125,40 @@ def test_other_targets_compile_their_configurations():
     }  # fmt: skip
 
 
+def test_short_sequences_sum_rows_as_all_others_do():
+    """Attention of up to 64 tokens takes the instruction of longer sequences and has one column of warps, too: where
+    warps lie side by side, a row's sum crosses them in another order."""
+    script = r"""
+import json, re, sys, torch
+from fastbert_kernels import attention
+from fastbert_kernels.ahead_of_time import CHIPS, compiling_for
+from fastbert_kernels.launch import configurations, launching_by
+
+def layouts(target, head_size, longest):
+    code = []
+    qkv = torch.empty(512, 3, 4, head_size, dtype=torch.bfloat16, device="meta")
+    bounds = torch.empty(5, dtype=torch.int32, device="meta")
+    compile_only = lambda kernel, grid, given: code.append(kernel.warmup(grid=grid, **given).asm["ttgir"])
+    with compiling_for(CHIPS[target].target), launching_by(compile_only):
+        attention(qkv, bounds, longest, 1.0)
+    found = re.findall(r"warpsPerCTA = \[(\d+), (\d+)\], instrShape = (\[.*?\])", code[0])
+    return sorted((int(columns), shape) for _, columns, shape in found)
+
+sizes = (16, 32, 64, 80, 128)
+targets = [target for target in CHIPS if configurations(target)["attention_short"]["16"]]
+print(json.dumps({f"{target} D {d}": [layouts(target, d, s) for s in (64, 65)] for target in targets for d in sizes}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {place.split()[0] for place in found} == {"sm_80", "sm_90"}
+    for place, (short, every) in found.items():
+        assert short, place
+        assert short == every, place
+        assert {columns for columns, _ in short} == {1}, place
+
+
 def section(text: str, title: str) -> list[str]:
     """The lines of a page below a heading."""
     return text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()

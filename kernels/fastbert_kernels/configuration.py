@@ -136,8 +136,10 @@ def _problem_of_entries(operation: str, entries: list[dict]) -> str | None:
     if reach != sorted(set(reach)):
         return f"up_to has to grow from entry to entry, not {[entry['up_to'] for entry in entries]}"
     if operation.startswith("attention"):
-        if reach[-1:] != [LARGEST_HEAD] and (entries or operation == "attention"):
+        if operation == "attention" and reach[-1:] != [LARGEST_HEAD]:
             return f"the last up_to has to be {LARGEST_HEAD}, the largest head size"
+        if reach and reach[-1] > LARGEST_HEAD:
+            return f"no head size is above {LARGEST_HEAD}: the last up_to is {entries[-1]['up_to']}"
         return None
     blocks = sorted({entry["config"]["BLOCK_K"] for entry in entries})
     if len(blocks) > 1:
