@@ -12,13 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from kernel_cases import DEVICE, MARKS, TABLES, normal
 
-from fastbert_kernels import configuration, launch, linear_activation, report, trial, tune
+from fastbert_kernels import cases, configuration, launch, linear_activation, report, trial, tune
 from fastbert_kernels.candidates import ALL_MODELS, Candidate
+from fastbert_kernels.cases import bits_cases, cases_of
 from fastbert_kernels.launch import launching_by, run
 from fastbert_kernels.roofline import Model
-from fastbert_kernels.trial import Timing, Trial, cases_of
+from fastbert_kernels.trial import Timing, Trial
 
 OPERATION = "linear_activation"
 PRESENT = {
@@ -46,8 +48,10 @@ def planted(kernel, grid, arguments):
 def times(monkeypatch):
     """Toy cases of two classes, timed by the numbers that a test gives for a configuration and a count of tokens."""
     monkeypatch.setitem(ALL_MODELS, "toy", Model(1, 48, 3, 80))
-    for name, value in (("SHAPES", ((1, 16), (2, 80))), ("TEXT_LEN", 37), ("TEXT", 2), ("TEXTS", 5)):
-        monkeypatch.setattr(trial, name, value)
+    for name, value in (
+        ("SHAPES", ((1, 16), (2, 80))), ("TEXT_LEN", 37), ("TEXT", 2), ("TEXTS", 5), ("BITS_MODELS", ()),
+    ):  # fmt: skip
+        monkeypatch.setattr(cases, name, value)
     given_times = SimpleNamespace(of=lambda config, tokens: 1.0)
 
     def captured(given, turns):
@@ -116,6 +120,87 @@ def test_without_time_the_present_configuration_stays(times):
     assert [timing.config for timing in chosen.values()] == [PRESENT, PRESENT]
 
 
+def test_a_present_configuration_that_does_not_launch_ends_no_run(times):
+    """What is right wins, also against what is faster and wrong."""
+
+    def out_of_resources(kernel, grid, arguments):
+        if arguments.get("num_stages") == PRESENT["num_stages"]:
+            raise triton.OutOfResources(300000, 232448, "shared memory")
+        planted(kernel, grid, arguments)
+
+    times.of = lambda config, tokens: 7.0 if config["num_stages"] == FINE else 1.0
+    lines, candidates = [], [candidate(num_stages=stages) for stages in (FINE, WRONG)]
+    tried = trial_of(lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "run", out_of_resources)
+        chosen = tried.run(candidates, lambda config, up_to: [], 1000.0)
+    assert [timing.config["num_stages"] for timing in chosen.values()] == [FINE, FINE]
+    assert [tried.reference(up_to) for up_to in chosen] == ["floor", "floor"]
+    assert any("OutOfResources" in line for line in lines)
+
+
+def test_inputs_outgrow_the_cache(times, monkeypatch):
+    """Many sets of small inputs, few of large ones."""
+    tried = trial_of([])
+    (small, *_), (large, *_) = tried.cases.values()
+    monkeypatch.setattr(trial, "ROTATION_BYTES", 10 * small.work.bytes)
+    assert len(tried.inputs(small)[0]) == 10
+    monkeypatch.setattr(trial, "ROTATION_BYTES", large.work.bytes)
+    assert len(tried.inputs(large)[0]) == 2
+
+
+def test_sets_of_inputs_are_larger_than_the_cache_of_an_h200():
+    for of_class in cases_of("linear_residual", ["base", "large"], ["bf16"]).values():
+        for case in of_class:
+            assert min(trial.MOST_SETS, trial.ROTATION_BYTES / case.work.bytes) * case.work.bytes >= 60 * 2**20, case
+
+
+@pytest.mark.parametrize(
+    ("operation", "models", "expected"),
+    [
+        ("qkv_projection", ["large"], {"large", "minilm", "base"}),
+        ("linear_residual_layer_norm", ["minilm"], {"minilm"}),  # base has two launches
+        ("attention", ["base"], {"base"}),  # heads of minilm have a class of their own
+    ],
+)
+def test_bits_are_compared_for_all_that_an_entry_serves(operation, models, expected):
+    compared = bits_cases(operation, cases_of(operation, models, ["bf16"]))
+    assert {case.model for case in compared} == expected
+    assert {case.dtype for case in compared} == {"bf16", "fp16"}
+    assert len(compared) == 2 * len(expected) * len({case.place for case in compared})
+
+
+def test_a_configuration_that_is_wrong_in_the_other_dtype_is_dropped(times):
+    """Float16 is timed; in bfloat16 a text's bits depend on its batch."""
+
+    def of_bfloat16(kernel, grid, arguments):
+        run(kernel, grid, arguments)
+        out = arguments["out_ptr"]
+        if out.dtype == torch.bfloat16 and len(out) > 150:
+            out.mul_(1.5)
+
+    table = TABLE | {OPERATION: {"16": [{"up_to": None, "config": PRESENT}], "32": []}}
+    lines = []
+    tried = Trial(OPERATION, cases_of(OPERATION, ["toy"], ["fp16"]), table, DEVICE, lines.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "run", of_bfloat16)
+        assert not tried.admit(PRESENT)
+    assert "a text's bits depend on its batch" in lines[0]
+    assert tried.admit(PRESENT | {"num_warps": 8})
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("fastbert_kernels.tune.knobs.runtime.interpret", False)
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "NVIDIA H200")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "configuration_name", lambda device: "sm_90")
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--out", str(tmp_path / "file" / "own.json")])
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_one_launch_or_two(times):
     """LayerNorm in one launch is weighed against the two that need no configuration; formulas and rows are right."""
     table = deepcopy(TABLES["sm_90"])
@@ -128,10 +213,10 @@ def test_one_launch_or_two(times):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "captured", captured)
-        patch.setattr(trial, "SHAPES", ((1, 16),))
+        patch.setattr(cases, "SHAPES", ((1, 16),))
         patch.setattr(trial, "event_seconds", lambda entries: 1.0 if entries else 0.5)
-        cases = cases_of("linear_residual_layer_norm", ["toy"], ["fp32"])
-        chosen = Trial("linear_residual_layer_norm", cases, table, DEVICE, print).run([], lambda config, up_to: [], 9.0)
+        given = cases_of("linear_residual_layer_norm", ["toy"], ["fp32"])
+        chosen = Trial("linear_residual_layer_norm", given, table, DEVICE, print).run([], lambda config, up_to: [], 9.0)
     assert chosen[384].config is None
     assert tune.merged("linear_residual_layer_norm", table["linear_residual_layer_norm"]["32"], chosen) == []
 
@@ -140,8 +225,8 @@ def test_one_launch_or_two(times):
 def test_other_operations_are_checked_by_their_formulas(operation, times, monkeypatch):
     monkeypatch.setattr(trial, "captured", lambda given, turns: given[0]())
     times.of = lambda *output: 1.0
-    cases = cases_of(operation, ["toy"], ["fp32"])
-    tried = Trial(operation, cases, TABLES["sm_90"], DEVICE, pytest.fail)
+    given = cases_of(operation, ["toy"], ["fp32"])
+    tried = Trial(operation, given, TABLES["sm_90"], DEVICE, pytest.fail)
     chosen = tried.run([], lambda config, up_to: [], 9.0)
     assert {up_to: timing.config for up_to, timing in chosen.items()} == tried.present
     assert len(chosen) == (1 if operation == "attention" else 2)
@@ -206,6 +291,34 @@ def test_neighbours_of_one_configuration_are_one_entry():
     assert tune.merged("qkv_projection", before, {1024: timing})[1:] == [
         {"up_to": None, "config": other, "measured_us": {"a": 1.0}}
     ]
+
+
+def test_sizes_that_were_not_measured_keep_their_configuration():
+    """129 to 256 tokens lie between the largest sizes of two classes, 128 and 1024."""
+    small, middle, large, fast = (PRESENT | {"num_warps": count} for count in (1, 2, 4, 8))
+    before = [
+        {"up_to": 256, "config": small, "measured_us": {"a": 1.0, "b": 2.0}}, {"up_to": 1024, "config": middle},
+        {"up_to": None, "config": large},
+    ]  # fmt: skip
+    assert tune.merged("qkv_projection", before, {}) == before
+    # What a class is kept at takes the new measurement; the others of the entry stay.
+    kept = tune.merged("qkv_projection", before, {128: Timing(small, 1.0, 1.0, {"a": 3.0})})
+    assert kept == [before[0] | {"measured_us": {"a": 3.0, "b": 2.0}}, *before[1:]]
+    assert tune.merged("qkv_projection", before, {128: Timing(fast, 0.5, 0.5, {"a": 3.0})}) == [
+        {"up_to": 128, "config": fast, "measured_us": {"a": 3.0}},
+        before[0] | {"measured_us": {"b": 2.0}}, *before[1:],
+    ]  # fmt: skip
+    kept = tune.merged("qkv_projection", before, {1024: Timing(middle, 1.0, 1.0, {"c": 3.0})})
+    assert [(entry["up_to"], entry["config"]) for entry in kept] == [(256, small), (1024, middle), (None, large)]
+    assert kept[1]["measured_us"] == {"c": 3.0}
+    assert tune.merged("qkv_projection", before, {1024: Timing(fast, 0.5, 0.5, {"c": 3.0})})[1:] == [
+        {"up_to": 1024, "config": fast, "measured_us": {"c": 3.0}}, before[2]
+    ]  # fmt: skip
+    # Rows beyond the last class.
+    before = [{"up_to": 256, "config": small}, {"up_to": 768, "config": large}]
+    assert tune.merged("linear_residual_layer_norm", before, {384: Timing(fast, 0.5, 0.5, {"a": 1.0})}) == [
+        {"up_to": 384, "config": fast, "measured_us": {"a": 1.0}}, {"up_to": 768, "config": large}
+    ]  # fmt: skip
 
 
 def test_what_spills_or_is_too_large_is_cut(tmp_path):
@@ -342,8 +455,13 @@ FIRST = ("qkv_projection", "16", 0)
         (changed(*FIRST, "up_to", to="many"), "entry 0: up_to is 'many', expected a positive integer or null"),
         (changed("qkv_projection", "16", 1), "qkv_projection, 16 bits: the last up_to has to be null"),
         (changed("qkv_projection", "16", 1, "up_to", to=64), "up_to has to grow from entry to entry, not [256, 64]"),
-        (changed("attention_short", "16", 0, "config", "BLOCK_KEYS", to=32), "attention_short, 16 bits: BLOCK_KEYS or"),
-        (changed("attention_short", "16", 0, "config", "num_warps", to=8), "attention_short, 16 bits: BLOCK_KEYS or"),
+        (changed("attention_short", "16", 0, "config", "BLOCK_KEYS", to=32), "attention_short, 16 bits: BLOCK_KEYS, "),
+        (changed("attention_short", "16", 0, "config", "num_warps", to=8), "attention_short, 16 bits: BLOCK_KEYS, "),
+        (changed("attention_short", "16", 0, "up_to", to=256), "attention_short, 16 bits: no head size is above 128"),
+        (changed("attention_short", "16", 0, "config", to={
+            "BLOCK_Q": 32, "BLOCK_KEYS": 64, "num_warps": 2, "num_stages": 2,
+        }), "attention_short, 16 bits: BLOCK_KEYS, the rows a warp or 64 rows"),
+        (changed(*FIRST, "config", "BLOCK_T", to=32), "qkv_projection, 16 bits: BLOCK_T is below 64 and not"),
         (changed("linear_residual_layer_norm", "16", 0, "up_to", to=768), "up to 768 do not fit three times BLOCK_N"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ adds the device, the versions and each entry's "measured_us".
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -56,8 +57,13 @@ def operations(document: dict) -> dict:
 
 
 def check(document: dict, path: Path) -> dict:
-    """The document itself, if every launch can use it and batch invariance holds: ValueError with path, operation and
-    field otherwise."""
+    """The document itself, if every launch can use it: ValueError with path, operation and field otherwise.
+
+    Of batch invariance it checks what a file alone can tell: operations chosen by tokens have one BLOCK_K, and BLOCK_T
+    is below 64 in all of their entries or in none (wgmma and tcgen05 take 64 rows, so smaller blocks take another
+    matrix instruction; a file may serve any architecture); short sequences as `keeps_bits` says. What the compiler
+    makes of the configurations is for tests and the tuner to compare.
+    """
 
     def refuse(place: str, problem: str) -> None:
         raise ValueError(f"launch configurations {path}: {place}{problem}")
@@ -94,25 +100,37 @@ def check(document: dict, path: Path) -> dict:
         if not keeps_bits(document["attention"][width], document["attention_short"][width]):
             refuse(
                 f"attention_short, {width} bits: ",
-                "BLOCK_KEYS or the rows a warp are not those of attention: a row's bits would depend on its batch",
+                "BLOCK_KEYS, the rows a warp or 64 rows for wgmma are not those of attention: a row's bits would "
+                "depend on its batch",
             )
     return document
 
 
+def reach(up_to: int | None) -> float:
+    return math.inf if up_to is None else up_to
+
+
+def serving(entries: list[dict], size: int | None) -> dict | None:
+    """The first entry that reaches a size; None: any size."""
+    return next((entry for entry in entries if reach(size) <= reach(entry["up_to"])), None)
+
+
 def keeps_bits(attention: list[dict], short: list[dict]) -> bool:
-    """Whether entries for short sequences sum in the order of those for all, wherever both serve a head size: blocks of
-    as many keys, and as many rows a warp."""
+    """Whether entries for short sequences may sum in the order of those for all, wherever both serve a head size:
+    blocks of as many keys, as many rows a warp, and 64 rows for wgmma in both or in neither."""
 
-    def order(entry: dict) -> tuple[int, float]:
+    def order(entry: dict) -> tuple[int, float, bool]:
         config = entry["config"]
-        return config["BLOCK_KEYS"], config["BLOCK_Q"] / config["num_warps"]
-
-    def serving(entries: list[dict], head_size: int) -> dict | None:
-        return next((entry for entry in entries if head_size <= entry["up_to"]), None)
+        return config["BLOCK_KEYS"], config["BLOCK_Q"] / config["num_warps"], _fills_wgmma(config["BLOCK_Q"])
 
     limits = {entry["up_to"] for entry in (*attention, *short)}
     pairs = ((serving(short, limit), serving(attention, limit)) for limit in limits)
     return all(order(brief) == order(every) for brief, every in pairs if brief)
+
+
+def _fills_wgmma(rows: int) -> bool:
+    """Whether so many rows are enough for wgmma and tcgen05; with fewer, another instruction sums in another order."""
+    return rows >= 64
 
 
 def _is_count(value: object) -> bool:
@@ -132,24 +150,28 @@ def _problem(key: str, value: object) -> str | None:
 
 
 def _problem_of_entries(operation: str, entries: list[dict]) -> str | None:
-    reach = [float("inf") if entry["up_to"] is None else entry["up_to"] for entry in entries]
-    if reach != sorted(set(reach)):
+    limits = [reach(entry["up_to"]) for entry in entries]
+    if limits != sorted(set(limits)):
         return f"up_to has to grow from entry to entry, not {[entry['up_to'] for entry in entries]}"
     if operation.startswith("attention"):
-        if operation == "attention" and reach[-1:] != [LARGEST_HEAD]:
+        if operation == "attention" and limits[-1:] != [LARGEST_HEAD]:
             return f"the last up_to has to be {LARGEST_HEAD}, the largest head size"
-        if reach and reach[-1] > LARGEST_HEAD:
+        if limits and limits[-1] > LARGEST_HEAD:
             return f"no head size is above {LARGEST_HEAD}: the last up_to is {entries[-1]['up_to']}"
         return None
     blocks = sorted({entry["config"]["BLOCK_K"] for entry in entries})
     if len(blocks) > 1:
         return f"entries differ in BLOCK_K, {blocks}: a row's bits would depend on its batch"
     if operation == "linear_residual_layer_norm":
-        for entry, limit in zip(entries, reach, strict=True):
+        for entry, limit in zip(entries, limits, strict=True):
             if limit > 3 * entry["config"]["BLOCK_N"]:
                 return f"rows up to {entry['up_to']} do not fit three times BLOCK_N = {entry['config']['BLOCK_N']}"
-    elif reach[-1:] != [float("inf")]:
+        return None
+    if limits[-1:] != [math.inf]:
         return "the last up_to has to be null: any number of tokens is served"
+    rows = sorted({entry["config"]["BLOCK_T"] for entry in entries})
+    if _fills_wgmma(rows[0]) != _fills_wgmma(rows[-1]):
+        return f"BLOCK_T is below 64 and not, {rows}: matrix instructions and a row's bits would depend on its batch"
     return None
 
 

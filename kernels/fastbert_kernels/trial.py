@@ -1,153 +1,49 @@
 """Configurations of one operation on a device: right or wrong, their bits, their time beside the present ones.
 
 All sizes of an operation and dtype have to give a row the same bits, so the choice is first one of families:
-configurations with one BLOCK_K whose results for the rows of a text are equal bit by bit. Attention and the one-launch
+configurations with one BLOCK_K, BLOCK_T below 64 in all or none, whose results for the rows of a text are equal bit
+by bit. Attention and the one-launch
 LayerNorm are chosen by the width of a row, which no batch changes: there each class of sizes stands alone.
 
 A time is the median over replays of a CUDA graph of many launches over inputs that outgrow the L2 cache; the present
 configuration's replays alternate with them, and what counts is the ratio of the two.
 """
 
-import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton.errors import TritonError
 
-from fastbert_kernels.candidates import ALL_MODELS, CLASSES, TOKEN_CLASSES, Candidate, replaced, size_of, width_of
+from fastbert_kernels import configuration
+from fastbert_kernels.candidates import CLASSES, Candidate, replaced, width_of
+from fastbert_kernels.cases import FORMULAS, Case, around_a_text, bits_cases, drawn
 from fastbert_kernels.launch import configured_by
-from fastbert_kernels.report import DTYPES, SHAPES, calls
-from fastbert_kernels.roofline import Work, work
+from fastbert_kernels.report import DTYPES
 
-# The places in a model's layer at which an operation is timed.
-PLACES = {
-    "qkv_projection": ("qkv_projection",),
-    "linear_activation": ("linear_activation",),
-    "linear_residual": ("attention_output", "feed_forward_output"),
-    "linear_residual_layer_norm": ("attention_output", "feed_forward_output"),
-    "attention": ("attention",),
-}
-# Of each launcher, the arguments with a row for each token.
-ROWS = {"linear_residual_layer_norm": (0, 3)}
-# A text of so many tokens, the sixth of nine: it begins at an odd row, and the batch ends past 1024.
-TEXT_LEN, TEXT, TEXTS = 137, 5, 9
-ROTATION_BYTES, GRAPH_SECONDS, GRAPH_LAUNCHES = 2**28, 1e-3, 200
+# Several times the L2 cache, but of inputs of a few hundred kilobytes, whose calls are bound by their launch, no more
+# than MOST_SETS.
+ROTATION_BYTES, MOST_SETS, GRAPH_SECONDS, GRAPH_LAUNCHES = 2**28, 64, 1e-3, 200
 # FINALISTS of each family and class, with each number of programs that they may have.
 HEAT_ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 15, 3
 
 
 @dataclass(frozen=True)
-class Case:
-    """One launch in a model's layer, on a full batch [B, S]."""
-
-    place: str
-    model: str
-    batch_size: int
-    seq_len: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.batch_size}x{self.seq_len} {self.place} {self.dtype}"
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.seq_len
-
-    @property
-    def work(self) -> Work:
-        model, itemsize = ALL_MODELS[self.model], DTYPES[self.dtype].itemsize
-        return work(self.place, model, self.batch_size, self.seq_len, itemsize)
-
-
-@dataclass(frozen=True)
 class Timing:
-    """A configuration's time as a ratio to the present one's: the geometric mean over cases of the median of rounds,
-    and of the quantile that four of five rounds stay below; the medians in microseconds by case."""
+    """A configuration's time as a ratio to the present one's, or to the floor where that does not launch: the geometric
+    mean over cases of the median of rounds, and of the quantile that four of five rounds stay below; the medians in
+    microseconds by case."""
 
     config: dict | None
     ratio: float
     upper: float
     measured_us: dict[str, float]
-
-
-def cases_of(operation: str, models: Iterable[str], dtypes: Iterable[str]) -> dict[int | None, list[Case]]:
-    """The cases of each class of sizes that has any, by its `up_to`, in the order of their tokens."""
-    found, below = {}, 0
-    every = [
-        Case(place, model, *shape, dtype)
-        for shape, dtype, model, place in product(sorted(SHAPES, key=math.prod), dtypes, models, PLACES[operation])
-    ]
-    for up_to in CLASSES.get(operation, TOKEN_CLASSES):
-        reached = math.inf if up_to is None else up_to
-        found[up_to] = [
-            case for case in every if below < size_of(operation, ALL_MODELS[case.model], case.tokens) <= reached
-        ]
-        below = reached
-    return {up_to: cases for up_to, cases in found.items() if cases}
-
-
-def _linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, _):
-    return F.layer_norm(F.linear(x, weight, bias) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
-
-
-def _qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, _):
-    parts = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
-    return torch.stack(parts, 1).unflatten(2, (num_heads, -1))
-
-
-def _attention(qkv, cu_seqlens, max_seqlen, scale):
-    q, k, v = qkv.unflatten(0, (-1, max_seqlen)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(len(qkv), -1)
-
-
-# Of full batches, in plain PyTorch.
-FORMULAS = {
-    "qkv_projection": _qkv_projection,
-    "linear_activation": lambda x, weight, bias, activation, _: F.gelu(F.linear(x, weight, bias)),
-    "linear_residual_layer_norm": _linear_residual_layer_norm,
-    "attention": _attention,
-}
-
-
-def drawn(case: Case, device: torch.device, seed: int) -> partial:
-    """The launcher's call of a case with random values, products of which are of the order of 1."""
-    generator = torch.Generator(device).manual_seed(seed)
-    bounds = torch.arange(0, case.tokens + 1, case.seq_len, dtype=torch.int32, device=device)
-
-    def fill(x):
-        if not isinstance(x, Tensor):
-            return x
-        if not x.is_floating_point():  # num_tokens or cu_seqlens
-            return bounds[-1:] if x.numel() == 1 else bounds
-        values = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device)
-        return values * x.shape[1] ** -0.25 if x.ndim == 2 else values
-
-    every = calls(ALL_MODELS[case.model], case.batch_size, case.seq_len, DTYPES[case.dtype])
-    call = next(call for place, _, call in every if place == case.place)
-    return partial(call.func, *map(fill, call.args))
-
-
-def around_a_text(case: Case, device: torch.device) -> Iterator[tuple[partial, slice]]:
-    """Calls of the case's place on batches around one text, and where its rows are: alone first."""
-    whole = drawn(Case(case.place, case.model, TEXTS, TEXT_LEN, case.dtype), device, 0)
-    rows = ROWS.get(whole.func.__name__, (0,))
-    for first, last in ((TEXT, TEXT + 1), (TEXT - 2, TEXT + 2), (0, TEXTS)):
-        part = drawn(Case(case.place, case.model, last - first, TEXT_LEN, case.dtype), device, 0)
-        arguments = [
-            x[first * TEXT_LEN : last * TEXT_LEN] if index in rows
-            else x if isinstance(x, Tensor) and x.is_floating_point() else part.args[index]
-            for index, x in enumerate(whole.args)
-        ]  # fmt: skip
-        start = (TEXT - first) * TEXT_LEN
-        yield partial(whole.func, *arguments), slice(start, start + TEXT_LEN)
 
 
 def event_seconds(call: Callable) -> float:
@@ -186,18 +82,15 @@ class Trial:
         every = [case for of_class in cases.values() for case in of_class]
         self.width = width_of(every[0].dtype)
         self.present = {up_to: self._present(up_to) for up_to in cases}
-        self.families: list[tuple[int | None, list[Tensor], list[dict | None]]] = []
+        self.families: list[tuple[tuple | None, list[Tensor], list[dict | None]]] = []
         self.dropped: list[dict | None] = []
-        places = {(case.place, case.model, case.dtype): case for case in every}.values()
-        self._around_a_text = [list(around_a_text(case, device)) for case in places]
+        self._around_a_text = [list(around_a_text(case, device)) for case in bits_cases(operation, cases)]
         self._inputs: dict[Case, tuple[list[partial], Tensor, float]] = {}
-        self._replays: dict[Case, tuple[Callable, int]] = {}
+        self._replays: dict[Case, tuple[Callable, int] | None] = {}
 
     def _present(self, up_to: int | None) -> dict | None:
-        for entry in self.table[self.operation][self.width]:
-            if entry["up_to"] is None or (up_to is not None and up_to <= entry["up_to"]):
-                return entry["config"]
-        return None
+        entry = configuration.serving(self.table[self.operation][self.width], up_to)
+        return entry and entry["config"]
 
     def configured(self, config: dict | None):
         return configured_by(replaced(self.table, self.operation, self.width, config))
@@ -227,9 +120,10 @@ class Trial:
         if bits is None:
             self.drop(config, "a text's bits depend on its batch")
             return False
-        inner = config and config.get("BLOCK_K")
-        for block_k, others, configs in self.families:
-            if block_k == inner and all(map(torch.equal, others, bits)):
+        # As `configuration.check` asks of operations that are chosen by tokens.
+        inner = config and (config.get("BLOCK_K"), config.get("BLOCK_T", 64) < 64)
+        for blocks, others, configs in self.families:
+            if blocks == inner and all(map(torch.equal, others, bits)):
                 configs.append(config)
                 return True
         self.families.append((inner, bits, [config]))
@@ -244,10 +138,10 @@ class Trial:
                 configs.remove(config)
 
     def inputs(self, case: Case) -> tuple[list[partial], Tensor, float]:
-        """Calls with inputs that together outgrow the L2 cache, what the first one should give, and its largest error:
-        twice that of plain PyTorch in the same dtype, and one rounding of the largest value."""
+        """Calls with inputs that together outgrow the L2 cache or are MOST_SETS, what the first should give, and its
+        largest error: twice that of plain PyTorch in the same dtype, and one rounding of the largest value."""
         if case not in self._inputs:
-            sets = min(8, max(2, round(ROTATION_BYTES / case.work.bytes)))
+            sets = min(MOST_SETS, max(2, round(ROTATION_BYTES / case.work.bytes)))
             given = [drawn(case, self.device, seed) for seed in range(sets)]
             formula = FORMULAS[given[0].func.__name__]
             exact = (x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given[0].args)
@@ -274,6 +168,21 @@ class Trial:
         with self.configured(config):
             return captured(given, turns), turns * len(given)
 
+    def _present_replay(self, up_to: int | None, case: Case) -> tuple[Callable, int] | None:
+        """The present configuration's replay; None where it does not launch."""
+        if case not in self._replays:
+            try:
+                self._replays[case] = self.replay(self.present[up_to], case)
+            except TritonError as error:
+                self.drop(self.present[up_to], f"{type(error).__name__}: {error}")
+                self._replays[case] = None
+        return self._replays[case]
+
+    def reference(self, up_to: int | None) -> str:
+        """What times of a class are ratios to."""
+        unlaunched = any(self._present_replay(up_to, case) is None for case in self.cases[up_to])
+        return "floor" if unlaunched else "present time"
+
     def timing(self, config: dict | None, up_to: int | None, cases: list[Case], rounds: int) -> Timing | None:
         """The configuration's time in these cases of a class; None, and dropped, where a result is wrong."""
         medians, uppers, measured_us = [], [], {}
@@ -281,11 +190,14 @@ class Trial:
             if problem := self.wrong(config, case):
                 self.drop(config, problem)
                 return None
-            if case not in self._replays:
-                self._replays[case] = self.replay(self.present[up_to], case)
-            present, candidate = self._replays[case], self.replay(config, case)
-            seconds = [[event_seconds(replay) / count for replay, count in (present, candidate)] for _ in range(rounds)]
-            ratios = [ours / theirs for theirs, ours in seconds]
+            candidate = self.replay(config, case)
+            present = self._present_replay(up_to, case)
+            floor = case.work.seconds(case.dtype)
+            seconds = [
+                [replay and event_seconds(replay[0]) / replay[1] for replay in (present, candidate)]
+                for _ in range(rounds)
+            ]
+            ratios = [ours / (theirs or floor) for theirs, ours in seconds]
             medians.append(statistics.median(ratios))
             uppers.append(statistics.quantiles(ratios, n=5, method="inclusive")[-1])
             measured_us[str(case)] = round(1e6 * statistics.median(ours for _, ours in seconds), 2)

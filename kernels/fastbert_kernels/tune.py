@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,10 +29,11 @@ from triton import knobs
 from fastbert_kernels import configuration
 from fastbert_kernels.ahead_of_time import CHIPS
 from fastbert_kernels.candidates import ALL_MODELS, CLASSES, TOKEN_CLASSES, Candidate, examine, grid, width_of
+from fastbert_kernels.cases import bits_cases, cases_of
 from fastbert_kernels.launch import architecture, configuration_name
 from fastbert_kernels.report import DTYPES, markdown
 from fastbert_kernels.roofline import MODELS
-from fastbert_kernels.trial import Timing, Trial, cases_of
+from fastbert_kernels.trial import Timing, Trial
 
 # One launch is decided after the GEMM of the two that it would replace.
 OPERATIONS = ("qkv_projection", "attention", "linear_residual", "linear_residual_layer_norm", "linear_activation")
@@ -77,22 +79,34 @@ def say(line: str) -> None:
 
 
 def merged(operation: str, before: list[dict], chosen: dict[int | None, Timing]) -> list[dict]:
-    """The entries of an operation and width with these choices for their classes; neighbours of one configuration are
-    one entry."""
+    """The entries of an operation and width with these choices for their classes.
+
+    Sizes outside of these classes keep what they had, and so do all sizes of a class for which the present
+    configuration of its largest size is chosen: that alone has been measured. Neighbours of one configuration are one
+    entry.
+    """
+    if not chosen:
+        return before
     classes = CLASSES.get(operation, TOKEN_CLASSES)
+    measured = {case for timing in chosen.values() for case in timing.measured_us}
     entries = []
-    for up_to in classes:
-        entry = next((e for e in before if e["up_to"] is None or (up_to is not None and up_to <= e["up_to"])), None)
-        if timing := chosen.get(up_to):
-            entry = timing.config and {"config": timing.config, "measured_us": timing.measured_us}
-        if entry is None:
+    for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configuration.reach):
+        of_class = next((limit for limit in classes if configuration.reach(up_to) <= configuration.reach(limit)), None)
+        entry, present = configuration.serving(before, up_to), configuration.serving(before, of_class)
+        config = entry and entry["config"]
+        measured_us = {
+            case: time for case, time in (entry or {}).get("measured_us", {}).items() if case not in measured
+        }
+        timing = chosen.get(of_class)
+        kept = timing and present and timing.config == present["config"]
+        if timing and (not kept or up_to == of_class):
+            config, measured_us = timing.config, timing.measured_us
+        if config is None:
             continue
-        entry = entry | {"up_to": up_to}
-        if entries and entries[-1]["config"] == entry["config"]:
-            entry["measured_us"] = entries.pop().get("measured_us", {}) | entry.get("measured_us", {})
-        entries.append({key: entry[key] for key in ("up_to", "config", "measured_us") if entry.get(key, {}) != {}})
-    beyond = [e for e in before if classes[-1] is not None and (e["up_to"] is None or e["up_to"] > classes[-1])]
-    return entries + beyond
+        if entries and entries[-1]["config"] == config:
+            measured_us = entries.pop().get("measured_us", {}) | measured_us
+        entries.append({"up_to": up_to, "config": config} | ({"measured_us": measured_us} if measured_us else {}))
+    return entries
 
 
 def commit() -> str | None:
@@ -134,8 +148,9 @@ def tune(
     for operation, width in product(operations, dict.fromkeys(map(width_of, dtypes))):
         of_width = [dtype for dtype in dtypes if width_of(dtype) == width]
         if cases := cases_of(operation, models, of_width):
-            in_class = sorted({case.model for of_class in cases.values() for case in of_class})
-            units.append((operation, width, cases, compilers.cut(operation, of_width, in_class)))
+            compared = bits_cases(operation, cases)
+            served = (sorted({getattr(case, of) for case in compared}) for of in ("dtype", "model"))
+            units.append((operation, width, cases, compilers.cut(operation, *served)))
     for number, (operation, width, cases, candidates) in enumerate(units):
         found = [candidate for candidate in candidates() if not candidate.reasons]
         say(f"{operation}, {width} bits: {len(found)} candidates")
@@ -145,7 +160,11 @@ def tune(
         chosen = trial.run(found, refuse, seconds / (len(units) - number))
         seconds -= time.perf_counter() - started
         for up_to, timing in chosen.items():
-            kept = "kept" if timing.config == trial.present[up_to] else f"{timing.ratio:.3f} of the present time"
+            kept = (
+                "kept"
+                if timing.config == trial.present[up_to]
+                else f"{timing.ratio:.3f} of the {trial.reference(up_to)}"
+            )
             say(f"  up_to {up_to}: {timing.config}, {kept}")
         if not chosen:
             say("  nothing chosen: no family of candidates was timed in every class")
@@ -211,6 +230,11 @@ def main(argv: list[str] | None = None) -> int:
     path = options.out or (Path(own) if own else configuration.path_of(torch.cuda.get_device_name(device)))
     begin = path if path.exists() else configuration.shipped(configuration_name(device))
     document = configuration.check(configuration.read(begin), begin)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        parser.error(f"cannot write {path}: {error}")
     if document.get("architecture", target) != target:
         parser.error(f"{begin} was measured on {document['architecture']}, this device is {target}")
     say(f"{torch.cuda.get_device_name(device)}: beginning from {begin}, writing {path}")

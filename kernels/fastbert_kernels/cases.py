@@ -1,0 +1,137 @@
+"""The cases in which an operation's configurations are tried: launches in a model's layer, with their inputs, what they
+should give, and one text in several batches.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert_kernels.candidates import ALL_MODELS, CLASSES, TOKEN_CLASSES, size_of, width_of
+from fastbert_kernels.report import DTYPES, SHAPES, calls
+from fastbert_kernels.roofline import Work, work
+
+# The places in a model's layer at which an operation is timed.
+PLACES = {
+    "qkv_projection": ("qkv_projection",),
+    "linear_activation": ("linear_activation",),
+    "linear_residual": ("attention_output", "feed_forward_output"),
+    "linear_residual_layer_norm": ("attention_output", "feed_forward_output"),
+    "attention": ("attention",),
+}
+# Of these, too, bits are compared: rows of three blocks in one launch of LayerNorm, and wider ones in two.
+BITS_MODELS = ("minilm", "base")
+# Of each launcher, the arguments with a row for each token.
+ROWS = {"linear_residual_layer_norm": (0, 3)}
+# A text of so many tokens, the sixth of nine: it begins at an odd row, and the batch ends past 1024.
+TEXT_LEN, TEXT, TEXTS = 137, 5, 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch in a model's layer, on a full batch [B, S]."""
+
+    place: str
+    model: str
+    batch_size: int
+    seq_len: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.batch_size}x{self.seq_len} {self.place} {self.dtype}"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def work(self) -> Work:
+        model, itemsize = ALL_MODELS[self.model], DTYPES[self.dtype].itemsize
+        return work(self.place, model, self.batch_size, self.seq_len, itemsize)
+
+
+def cases_of(operation: str, models: Iterable[str], dtypes: Iterable[str]) -> dict[int | None, list[Case]]:
+    """The cases of each class of sizes that has any, by its `up_to`, in the order of their tokens."""
+    found, below = {}, 0
+    every = [
+        Case(place, model, *shape, dtype)
+        for shape, dtype, model, place in product(sorted(SHAPES, key=math.prod), dtypes, models, PLACES[operation])
+    ]
+    for up_to in CLASSES.get(operation, TOKEN_CLASSES):
+        reached = math.inf if up_to is None else up_to
+        found[up_to] = [
+            case for case in every if below < size_of(operation, ALL_MODELS[case.model], case.tokens) <= reached
+        ]
+        below = reached
+    return {up_to: cases for up_to, cases in found.items() if cases}
+
+
+def bits_cases(operation: str, cases: dict[int | None, list[Case]]) -> list[Case]:
+    """The cases whose bits are compared: of each place, every dtype of these cases' operand width, their models and
+    BITS_MODELS where a class of theirs is among these, for one entry serves all of them."""
+    every = [case for of_class in cases.values() for case in of_class]
+    dtypes = [dtype for dtype in DTYPES if width_of(dtype) == width_of(every[0].dtype)]
+    served = cases_of(operation, dict.fromkeys([*(case.model for case in every), *BITS_MODELS]), dtypes)
+    found = chain.from_iterable(served.get(up_to, []) for up_to in cases)
+    return list({(case.place, case.model, case.dtype): case for case in found}.values())
+
+
+def _linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, _):
+    return F.layer_norm(F.linear(x, weight, bias) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, _):
+    parts = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
+    return torch.stack(parts, 1).unflatten(2, (num_heads, -1))
+
+
+def _attention(qkv, cu_seqlens, max_seqlen, scale):
+    q, k, v = qkv.unflatten(0, (-1, max_seqlen)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(len(qkv), -1)
+
+
+# Of full batches, in plain PyTorch.
+FORMULAS = {
+    "qkv_projection": _qkv_projection,
+    "linear_activation": lambda x, weight, bias, activation, _: F.gelu(F.linear(x, weight, bias)),
+    "linear_residual_layer_norm": _linear_residual_layer_norm,
+    "attention": _attention,
+}
+
+
+def drawn(case: Case, device: torch.device, seed: int) -> partial:
+    """The launcher's call of a case with random values, products of which are of the order of 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    bounds = torch.arange(0, case.tokens + 1, case.seq_len, dtype=torch.int32, device=device)
+
+    def fill(x):
+        if not isinstance(x, Tensor):
+            return x
+        if not x.is_floating_point():  # num_tokens or cu_seqlens
+            return bounds[-1:] if x.numel() == 1 else bounds
+        values = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device)
+        return values * x.shape[1] ** -0.25 if x.ndim == 2 else values
+
+    every = calls(ALL_MODELS[case.model], case.batch_size, case.seq_len, DTYPES[case.dtype])
+    call = next(call for place, _, call in every if place == case.place)
+    return partial(call.func, *map(fill, call.args))
+
+
+def around_a_text(case: Case, device: torch.device) -> Iterator[tuple[partial, slice]]:
+    """Calls of the case's place on batches around one text, and where its rows are: alone first."""
+    whole = drawn(Case(case.place, case.model, TEXTS, TEXT_LEN, case.dtype), device, 0)
+    rows = ROWS.get(whole.func.__name__, (0,))
+    for first, last in ((TEXT, TEXT + 1), (TEXT - 2, TEXT + 2), (0, TEXTS)):
+        part = drawn(Case(case.place, case.model, last - first, TEXT_LEN, case.dtype), device, 0)
+        arguments = [
+            x[first * TEXT_LEN : last * TEXT_LEN] if index in rows
+            else x if isinstance(x, Tensor) and x.is_floating_point() else part.args[index]
+            for index, x in enumerate(whole.args)
+        ]  # fmt: skip
+        start = (TEXT - first) * TEXT_LEN
+        yield partial(whole.func, *arguments), slice(start, start + TEXT_LEN)
