@@ -252,6 +252,20 @@ MUTANTS = [
         "test_report.py::test_short_sequences_sum_rows_as_all_others_do",
     ),
     Mutant(
+        "tuner-moves-sizes-that-were-not-measured",
+        "kernels/fastbert_kernels/tune.py",
+        "if timing and (not kept or up_to == of_class):",
+        "if timing:",
+        "test_tune.py::test_sizes_that_were_not_measured_keep_their_configuration",
+    ),
+    Mutant(
+        "tuner-compares-the-bits-of-one-dtype",
+        "kernels/fastbert_kernels/cases.py",
+        "dtypes = [dtype for dtype in DTYPES if width_of(dtype) == width_of(every[0].dtype)]",
+        "dtypes = [every[0].dtype]",
+        "test_tune.py::test_bits_are_compared_for_all_that_an_entry_serves",
+    ),
+    Mutant(
         "layer-norm-mean-in-low-precision",
         "kernels/fastbert_kernels/layer_norm.py",
         "mean = tl.sum(rows, axis=1) / width",
