@@ -8,7 +8,7 @@ errs, and no ratio. Times add median_s, q20_s, q80_s and baseline_median_s in se
 does), of_roof (the least time the measured roofs allow / the median) and the roofs, with torch's float32_precision.
 clock, calls and host_s are `timing.Measured`'s, first_call_s is the first call's, compilation included, graph_breaks
 torch.compile's; requests add p50_s, p90_s and p99_s, encode texts_per_s; memory has peak_bytes and baseline_peak_bytes;
-the host's launches have layer_s, what one layer takes, and baseline_layer_s.
+the host's launches have layer_s, what one layer takes, and baseline_layer_s, its replays until_replay_s.
 """
 
 import json

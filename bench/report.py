@@ -226,6 +226,7 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
         "20 % to 80 %": " to ".join(spread) or None,
         **{f"p{rank}, ms": milliseconds(record[f"p{rank}_s"]) for rank in (90, 99) if f"p{rank}_s" in record},
         "a layer, us": f"{record['layer_s'] * 1e6:.1f}" if "layer_s" in record else None,
+        "until the replay, us": f"{record['until_replay_s'] * 1e6:.1f}" if "until_replay_s" in record else None,
         "texts/s": f"{record['texts_per_s']:.0f}" if "texts_per_s" in record else None,
         "best peer": peer,
         f"its {unit}": best_column(beside),
