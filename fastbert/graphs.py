@@ -16,7 +16,6 @@ from operator import is_, itemgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import activation
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import ModelOutput
 
@@ -38,7 +37,10 @@ PER_TOKEN = ("start_logits", "end_logits")
 INTEGERS = (torch.int64, torch.int32)
 MASKS = (*INTEGERS, torch.int16, torch.int8, torch.uint8, torch.bool)
 # What a head may be made of: these look at a token by itself, and so not at a bucket's padding.
-TOKENWISE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList)
+TOKENWISE = (
+    nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList,
+    nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid,
+)  # fmt: skip
 
 # There is one capture at a time in a process, and none while a device is waited for.
 _capturing = threading.Lock()
@@ -199,8 +201,8 @@ def _foreign(model: nn.Module) -> type | None:
             return type(layer)
     for module in model.modules():
         kind = type(module)
-        known = kind in TOKENWISE or kind.__module__ == activation.__name__
-        if module not in encoder and not known and kind.__module__.split(".")[0] not in ("fastbert", "transformers"):
+        known = kind in TOKENWISE or kind.__module__.split(".")[0] in ("fastbert", "transformers")
+        if module not in encoder and not known:
             return kind
     return None
 
