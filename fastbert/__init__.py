@@ -19,8 +19,10 @@ _HOME = {
     "BertForSequenceClassification": "heads",
     "BertForTokenClassification": "heads",
     "backend": "ops",
-    "explain": "fusion",
+    "explain": "explanation",
     "graphed": "graphs",
+    "optimize": "conversion",
+    "restore": "conversion",
     "warmup": "compilation",
 }
 __all__ = sorted(_HOME)

@@ -1,13 +1,12 @@
-"""When a block of the model runs in the fused ops, and `explain`, which tells.
+"""When a block of the model runs in the fused ops.
 
 A block (the embeddings, a layer, the pooler) is fused if every one of its modules is exactly of the class it was built
 with, with plain parameters, no hooks, no patched forward and no active dropout, and its activation is one the ops know.
+An adapter of PEFT's that is merged into the weights counts as the module that it wraps.
 Otherwise all of it runs through its modules, so that every hook fires and every adapter counts.
 """
 
 from collections import namedtuple
-from itertools import groupby
-from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -68,14 +67,14 @@ def fused_parts(block: nn.Module) -> tuple[tuple[nn.Module, ...] | None, str | N
     `nn.Module.modules` and attribute access.
     """
     if not isinstance(block, FusableBlock):
-        return None, f"it is a {_class_name(block)}"
+        return None, f"it is a {class_name(block)}"
     if _has_any_global_hook():
         return None, "a global module hook is registered"
     try:
         parts = block.parts()
     except KeyError as error:
         return None, f"it has no module {error} where one was built: a part of it was replaced or wrapped"
-    for module, (expected, parameter_types) in zip(parts, block.sealed, strict=True):
+    for index, (module, (expected, parameter_types)) in enumerate(zip(parts, block.sealed, strict=True)):
         own = module.__dict__
         if (
             type(module) is not expected
@@ -87,17 +86,30 @@ def fused_parts(block: nn.Module) -> tuple[tuple[nn.Module, ...] | None, str | N
             or "forward" in own
             or (parameter_types and [*map(type, own["_parameters"].values())] != parameter_types)
         ):
-            reason = _why_not_plain(module, expected, len(parameter_types))
+            base = _merged_base(module)
+            reason = _why_not_plain(base or module, expected, len(parameter_types))
             if reason:
-                return None, f"{_name(block, module)} {reason}"
+                return None, f"{_name(block, base or module)} {reason}"
+            if base is not None:
+                parts = getattr(type(parts), "_make", tuple)([*parts[:index], base, *parts[index + 1 :]])
     reason = block.refusal()
     return (None, reason) if reason else (parts, None)
+
+
+def _merged_base(module: nn.Module) -> nn.Module | None:
+    """The module that one of PEFT's wraps, where its forward is no more than the call of it: its adapters are merged
+    into the weights there."""
+    if not type(module).__module__.startswith("peft.") or has_hooks(module) or "forward" in module.__dict__:
+        return None
+    # A disabled adapter is taken out of the weights in its next forward.
+    merged = getattr(module, "merged", False) and not module.disable_adapters
+    return module.base_layer if merged else None
 
 
 def _why_not_plain(module: nn.Module, expected: type, num_parameters: int) -> str | None:
     """What keeps a module from being what it was built as; None for one that is merely in training mode."""
     if type(module) is not expected:
-        return f"is a {_class_name(module)}, not a {expected.__qualname__}"
+        return f"is a {class_name(module)}, not a {expected.__qualname__}"
     if has_hooks(module):
         return "has hooks"
     if "forward" in module.__dict__:
@@ -146,64 +158,10 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _class_name(module: nn.Module) -> str:
+def class_name(module: object) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _name(block: nn.Module, module: nn.Module) -> str:
     names = (name for name, candidate in block.named_modules() if candidate is module)
     return next(names) or type(block).__name__
-
-
-class Served(NamedTuple):
-    """One line of `explain`: what serves an op of a block."""
-
-    block: str
-    op: str
-    backend: str
-    reason: str
-
-
-class Explanation(list[Served]):
-    """The lines of `explain`, one for every block and op; layers that are served alike print as one."""
-
-    def __str__(self) -> str:
-        blocks: dict[str, list[tuple[str, ...]]] = {}
-        for block, *served in self:
-            blocks.setdefault(block, []).append(tuple(served))
-        rows = [Served("block", "op", "backend", "reason")]
-        for served, names in groupby(blocks, key=blocks.get):
-            first, *rest = names
-            rows += [Served(f"{first}-{rest[-1].rpartition('.')[2]}" if rest else first, *row) for row in served]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-    __repr__ = __str__
-
-
-def explain(model: nn.Module) -> Explanation:
-    """A table of what serves each block and op of a fastbert model on this device, and why not something else.
-
-    backend is "triton" (our kernels), "eager" (the ops' twins in plain PyTorch), "modules" (the block's own modules,
-    one after another, which is where hooks fire and adapters count), or "refused" where "triton" was asked for and a
-    call would raise. Raises TypeError for a model without such blocks.
-    """
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, FusableBlock)}
-    if not blocks:
-        raise TypeError(f"{_class_name(model)} has no fastbert encoder in it to explain")
-    chosen, rows = ops.current_backend(), Explanation()
-    for name, block in blocks.items():
-        _, refused = fused_parts(block)
-        weight = next(block.parameters(), None)
-        for op in block.ops_used:
-            if refused or weight is None:
-                backend, reason = "modules", refused or "it has no parameters"
-            elif reason := why_eager(block, op, weight):
-                backend = "eager"
-            else:
-                backend = "triton"
-                reason = "a kernel serves it, eager a mask of scores" if op == "attention" else "a kernel serves it"
-            if chosen == "triton" and backend != "triton":
-                backend = "refused"
-            rows.append(Served(name, op, backend, reason))
-    return rows

@@ -176,6 +176,8 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
             return f"a {type(module).__name__} has hooks or a patched forward"
         if module.training:
             return f"a {type(module).__name__} is in training mode"
+        if type(module).__module__.startswith("peft."):
+            return f"an adapter may leave the weights unseen, merged as it is: unload the {type(module).__name__}"
         if isinstance(module, FusableBlock):
             _, reason = fused_parts(module)
             if reason is None:
@@ -320,15 +322,13 @@ class GraphedForward:
                 return ""
             if value is not None and value is not False and name not in INPUTS and name != "return_dict":
                 return f"{name} is given"
-        input_ids, attention_mask, token_type_ids = map(given.get, INPUTS)
+        input_ids = given.get("input_ids")
         if type(input_ids) is not Tensor or input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
             return "input_ids are not integers [B, S]"
         if 0 in input_ids.shape:
             return ""
-        for name, x, dtypes in (
-            ("attention_mask", attention_mask, MASKS),
-            ("token_type_ids", token_type_ids, INTEGERS),
-        ):
+        for name, dtypes in (("attention_mask", MASKS), ("token_type_ids", INTEGERS)):
+            x = given.get(name)
             if x is not None and (type(x) is not Tensor or x.shape != input_ids.shape or x.dtype not in dtypes):
                 return f"{name} is not integers [B, S]"
         return None

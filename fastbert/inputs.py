@@ -15,7 +15,8 @@ class BertForwardKwargs(TypedDict, total=False):
     """The keywords that every `forward` takes beyond its signature; any other is refused.
 
     cu_seq_lens_q and the four after it are those of `DataCollatorWithFlattening`: input_ids is one row [1, T] of texts
-    laid end to end, cu_seq_lens_q [N + 1] bounds them, and pooler_output is [N, E].
+    laid end to end, cu_seq_lens_q [N + 1] bounds them, and pooler_output is [N, E]. num_items_in_batch is what Trainer
+    gives to the loss of somebody's head, which hands all its keywords on.
     """
 
     output_attentions: bool | None
@@ -26,6 +27,7 @@ class BertForwardKwargs(TypedDict, total=False):
     max_length_q: int | None
     max_length_k: int | None
     seq_idx: Tensor | None
+    num_items_in_batch: Tensor | int | None
 
 
 KEYWORDS = tuple(BertForwardKwargs.__annotations__)
@@ -50,7 +52,8 @@ def refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past
 
 
 def refuse_unknown_arguments(forward: Callable, kwargs: dict) -> None:
-    unknown = kwargs.keys() - KEYWORDS
+    """None asks for nothing: heads written for older releases of transformers pass a head_mask on that nobody gave."""
+    unknown = {name for name, value in kwargs.items() if value is not None} - set(KEYWORDS)
     if unknown:
         known = [name for name in inspect.signature(forward).parameters if name not in ("self", "kwargs")]
         known += KEYWORDS

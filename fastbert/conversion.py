@@ -1,0 +1,254 @@
+"""`optimize` and `restore`: fastbert inside what people already have.
+
+A live model of transformers is converted in place: its modules get the classes of `fastbert.model`, which have the same
+submodules and parameters, and stay the objects they were. So nothing is copied, and optimizers, adapters, wrappers and
+pipelines that hold a module or a parameter go on holding it.
+"""
+
+from copy import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.bert import modeling_bert as hf
+
+from fastbert import heads, model, sentences
+from fastbert.configuration import check_config
+from fastbert.explanation import module_of
+from fastbert.fusion import class_name
+from fastbert.graphs import GraphedForward
+
+# transformers' class -> ours of the same name. The encoder's are converted wherever they are, together or not at all.
+ENCODER = {
+    getattr(hf, name): getattr(model, name)
+    for name in (
+        "BertModel", "BertEmbeddings", "BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention",
+        "BertSelfOutput", "BertIntermediate", "BertOutput", "BertPooler",
+    )
+}  # fmt: skip
+HEADS = {
+    getattr(hf, name): getattr(heads, name)
+    for name in (
+        "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertForSequenceClassification",
+        "BertForTokenClassification", "BertForMultipleChoice", "BertForQuestionAnswering",
+    )
+}  # fmt: skip
+# Where the heads keep what makes logits of hidden states.
+PROJECTIONS = ("cls", "classifier", "qa_outputs")
+# Attention by another name, which computes what fastbert's does.
+SAME_ATTENTION = ("eager", "sdpa", "flex_attention")
+PLANNED = {
+    "xlm-roberta": "XLM-RoBERTa",
+    "xlm-roberta-xl": "XLM-RoBERTa-XL",
+    "roberta": "RoBERTa",
+    "distilbert": "DistilBERT",
+    "modernbert": "ModernBERT",
+    "mpnet": "MPNet",
+}
+# The attribute of a module that remembers what it was before.
+ORIGINAL = "_fastbert_original"
+
+
+@dataclass
+class Original:
+    """What a converted module was.
+
+    module_class is None where it has kept its class; attributes are those that the conversion added; tensors, on the
+    host, are its own parameters and buffers before a cast.
+    """
+
+    module_class: type | None = None
+    attributes: tuple[str, ...] = ()
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def optimize(obj, dtype: torch.dtype | None = None):
+    """Let the BERT in `obj` run in fastbert; in place, returns obj. `restore` takes it back.
+
+    obj: a transformers model around BERT's encoder (any `BertFor*`, your own class, DPR), bare or inside of a PEFT
+    model, a `SentenceTransformer`, a `CrossEncoder`, a `pipeline` or another module. Every parameter stays where it
+    is, to be trained, saved and adapted as before; saving writes the ordinary folder. Objects of fastbert's own
+    classes, and those optimized before, stay as they are.
+
+    sentence-transformers' pooling by the mean or the first token, and its normalizing, run in the `pool` op where no
+    gradients are recorded; on a GPU, the tokens are counted on the host before a batch is moved there.
+
+    dtype: torch.float32, float16 or bfloat16 casts all of obj. The wider weights stay on the host, for `restore`.
+
+    Raises TypeError for an object without BERT, which names what was found; ValueError for a BERT that fastbert does
+    not serve, such as a decoder, one whose modules are of other classes or patched, or another dtype. Either leaves obj
+    as it was.
+    """
+    root = module_of(obj)
+    encoders = [module for module in root.modules() if isinstance(module, hf.BertModel)]
+    if not encoders:
+        raise TypeError(_why_no_bert(obj, root))
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} is not served: choose torch.float32, torch.float16 or torch.bfloat16")
+    encoders = [encoder for encoder in encoders if not isinstance(encoder, model.BertModel)]
+    outer = [module for module in root.modules() if type(module) in HEADS]
+    for encoder in encoders:
+        _check_encoder(encoder)
+    for module in (*encoders, *outer):
+        _check_forward(module, type(module).__name__)
+    _remove_capturing_hooks(root)
+    if dtype is not None:
+        _cast(root, dtype)
+    for encoder in encoders:
+        _convert_encoder(encoder)
+    for module in outer:
+        _become(module, HEADS[type(module)])
+        for name in PROJECTIONS:
+            for part in getattr(module, name, nn.Module()).modules():
+                if type(part) is nn.Linear:
+                    _become(part, heads.Projection)
+    sentences.patch(root)
+    return obj
+
+
+def restore(obj):
+    """Take back what `optimize` did to `obj`: classes, attributes, weights before a cast; in place, returns obj.
+
+    Weights that were trained after a cast keep what they learned, in the dtype from before. CUDA graphs of
+    `fastbert.graphed` are dropped. What was never optimized stays as it is.
+    """
+    root = module_of(obj)
+    sentences.unpatch(root)
+    for module in root.modules():
+        original: Original | None = module.__dict__.pop(ORIGINAL, None)
+        if original is None:
+            continue
+        for name, tensor in original.tensors.items():
+            _put_back(module, name, tensor)
+        for name in original.attributes:
+            del module.__dict__[name]
+        if original.module_class is not None:
+            if isinstance(module.__dict__.get("forward"), GraphedForward):
+                del module.forward
+            _set_class(module, original.module_class)
+    return obj
+
+
+def _why_no_bert(obj, root: nn.Module) -> str:
+    """The message for an object without BERT: what was found instead."""
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = module.config.model_type
+            if kind in PLANNED:
+                return f"{PLANNED[kind]} is planned and not served yet (found a {class_name(module)}), only BERT is"
+            return f"found a {class_name(module)} of model_type {kind!r}: fastbert serves BERT ({hf.__name__})"
+    return f"found no transformers model in a {class_name(obj)}: fastbert serves BERT ({hf.__name__})"
+
+
+def _check_encoder(encoder: hf.BertModel) -> None:
+    """Raise ValueError unless every module that a conversion changes is what transformers made it."""
+    if type(encoder) is not hf.BertModel:
+        raise ValueError(
+            f"{class_name(encoder)} derives from transformers' BertModel and may compute something else: put a plain "
+            "BertModel into it or in its place"
+        )
+    check_config(encoder.config)
+    attention = encoder.config._attn_implementation
+    if attention not in SAME_ATTENTION and not attention.startswith("flash_attention"):
+        raise ValueError(
+            f"the model's attn_implementation={attention!r} is unknown here, and fastbert's own attention would take "
+            "its place: model.set_attn_implementation('sdpa') agrees to that"
+        )
+    # Of the shapes that transformers' own constructor gives: a module's name, and the class that belongs there.
+    with torch.device("meta"):
+        expected = {name: type(module) for name, module in _template(encoder, hf.BertModel).named_modules()}
+    for name, module in encoder.named_modules():
+        place = _place_in_template(name)
+        if expected.get(place) in ENCODER and name != "pooler":
+            if type(module) is not expected[place]:
+                raise ValueError(f"{name} is a {class_name(module)}, not transformers' {expected[place].__name__}")
+            _check_forward(module, name)
+
+
+def _check_forward(module: nn.Module, name: str) -> None:
+    """Raise ValueError for a forward that would go on calling the class from before."""
+    # accelerate's wrapper calls `_old_forward`, which `_set_class` renews.
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise ValueError(f"{name} has a patched forward: optimize the model before others wrap or compile its forward")
+
+
+def _template(encoder: hf.BertModel, model_class: type) -> hf.BertModel:
+    """A model of the class and the encoder's configuration with one layer."""
+    config = copy(encoder.config)
+    config.num_hidden_layers = 1
+    config._attn_implementation = "sdpa"
+    return model_class(config, add_pooling_layer=encoder.pooler is not None)
+
+
+def _place_in_template(name: str) -> str:
+    """The name of a module in a model with one layer: "encoder.layer.7.output" is its "encoder.layer.0.output"."""
+    parts = name.split(".")
+    if parts[:2] == ["encoder", "layer"] and len(parts) > 2:
+        parts[2] = "0"
+    return ".".join(parts)
+
+
+def _convert_encoder(encoder: hf.BertModel) -> None:
+    # What our constructors set beside parameters and modules, such as what a fused block is made of. The template is
+    # new: a live model may have adapters, which must not pass for what it was built of.
+    with torch.device("meta"):
+        template = _template(encoder, model.BertModel)
+    own = {type(module): vars(module) for module in template.modules()}
+    for module in list(encoder.modules()):
+        target = ENCODER.get(type(module))
+        if target is not None:
+            _become(module, target, own.get(target, {}))
+
+
+def _become(module: nn.Module, module_class: type, attributes: dict | None = None) -> None:
+    """Make a module one of another class, with those of the attributes that it has not, and remember what it was."""
+    added = {name: value for name, value in (attributes or {}).items() if name not in vars(module)}
+    original = vars(module).setdefault(ORIGINAL, Original())
+    original.module_class, original.attributes = type(module), tuple(added)
+    vars(module).update(added)
+    _set_class(module, module_class)
+
+
+def _set_class(module: nn.Module, module_class: type) -> None:
+    module.__class__ = module_class
+    if "_old_forward" in module.__dict__:
+        module._old_forward = module_class.forward.__get__(module)
+
+
+def _remove_capturing_hooks(root: nn.Module) -> None:
+    """Remove the hooks that transformers leaves in a model once hidden states or attentions were asked for, and would
+    install again: fastbert collects these itself, and a layer with hooks is not fused."""
+    for module in root.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if hook.__module__ == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+
+
+def _cast(root: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module's floating-point parameters and buffers, and remember those that change."""
+    for module in root.modules():
+        original: Original | None = module.__dict__.get(ORIGINAL)
+        for name in list(original.tensors) if original else ():
+            _put_back(module, name, original.tensors.pop(name))
+    before = [
+        (module, name, tensor.data)
+        for module in root.modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
+    ]
+    root.to(dtype)
+    for module, name, tensor in before:
+        vars(module).setdefault(ORIGINAL, Original()).tensors[name] = tensor.cpu()
+
+
+def _put_back(module: nn.Module, name: str, original: Tensor) -> None:
+    """The tensor from before a cast: with its own bits, or if it was trained since, with what it has learned."""
+    tensor = module._parameters.get(name, module._buffers.get(name))
+    if tensor is None:
+        return
+    unchanged = tensor.shape == original.shape and torch.equal(original.to(tensor.dtype), tensor.data.cpu())
+    tensor.data = original.to(tensor.device) if unchanged else tensor.data.to(original.dtype)
+    if tensor.grad is not None:
+        tensor.grad.data = tensor.grad.data.to(original.dtype)
