@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 TRITONS ?= 3.6.0 3.9.0
 KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py sanitizer.py compilation.py report.py)
 
-.PHONY: demo test test-tritons mutants bench bench-gpu report lint format
+.PHONY: demo test test-all test-tritons mutants bench bench-gpu report lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,9 @@ test: .venv/installed
 .venv/triton-%/installed: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==$* $(if $(filter 3.6.%,$*),"numpy<2.4")
 	touch $@
+
+# What CI runs.
+test-all: test test-tritons
 
 test-tritons: $(TRITONS:%=.venv/triton-%/installed)
 	set -e; for version in $(TRITONS); do \
@@ -46,8 +49,9 @@ bench: .venv/installed
 bench-gpu: .venv/installed
 	$(BIN)/pytest bench --seconds 500; status=$$?; $(BIN)/python bench/report.py && exit $$status
 
-# What every kernel compiles to, for every architecture: no GPU is needed.
+# What every kernel compiles to, for every architecture, and the picture of a layer's launches: no GPU is needed.
 report: .venv/installed
+	$(BIN)/python bench/launches.py
 	$(BIN)/python -m fastbert_kernels.report > .venv/report.md; status=$$?; \
 	    test -s .venv/report.md && mv .venv/report.md bench/results/compiled/README.md && exit $$status
 

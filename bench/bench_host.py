@@ -15,12 +15,13 @@ import records
 import torch
 import transformers
 from providers import SIZES, about
-from timing import CLOCK, side_by_side
+from shown_clock import CLOCK
 from workloads import for_this_run
 
 import fastbert
 import fastbert_kernels
 from fastbert import graphs, tokens
+from fastbert.timing import side_by_side
 from fastbert_kernels.ahead_of_time import CHIPS, launching_into
 from fastbert_kernels.launch import launching_by
 

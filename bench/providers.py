@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from workloads import DEVICE, Case, inputs, kept_tokens, readable
 
 import fastbert
+from fastbert.closeness import limit
 
 BASELINE = "transformers-sdpa"
 GRAPHED = "fastbert-graphed"
@@ -52,8 +53,6 @@ SIZES = {
 COMPILE_SECONDS = {"default": 20, "reduce-overhead": 25, "max-autotune": 75, None: 0}
 # The parts of the outputs that are compared.
 HIDDEN, POOLED = "last_hidden_state", "pooler_output"
-# transformers' own error, times this, is what a model's may be: the rule of the tests.
-ERROR_RATIO = 3
 
 
 # Models are kept for later tests. Parameters made in inference mode would be inference tensors for all of them, which
@@ -184,11 +183,10 @@ def require_graphs(model: nn.Module | Callable, provider: str) -> None:
 
 
 def require_right(error: float, baseline_error: float, truth: Tensor, dtype: str, baseline: str) -> dict:
-    """A record's error and error_ratio. Raises ArithmeticError where a largest error is more than three times the
-    baseline's and one rounding, in `dtype`, of the truth's largest value."""
-    allowed = ERROR_RATIO * baseline_error + torch.finfo(getattr(torch, dtype)).eps * truth.abs().max().item()
+    """A record's error and error_ratio. Raises ArithmeticError where a largest error is above the limit of the rule,
+    `fastbert.closeness.limit`."""
     # Written so that NaN is wrong.
-    if not error <= allowed:
+    if not error <= limit(baseline_error, truth.abs().max().item(), getattr(torch, dtype)):
         raise ArithmeticError(f"errs by {error:.2e}, {baseline} by {baseline_error:.2e}")
     return {"error": error, "error_ratio": error / baseline_error}
 

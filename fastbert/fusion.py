@@ -7,6 +7,7 @@ Otherwise all of it runs through its modules, so that every hook fires and every
 """
 
 from collections import namedtuple
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -30,7 +31,7 @@ class FusableBlock(nn.Module):
     """A block of the model that the ops can serve.
 
     `parts` lists every module that takes part in the block's forward, the block first; `seal`, called once they are
-    built, remembers what they are. `refusal` is what else the ops do not know.
+    built, remembers what they are. `refusal` is what else the ops do not know of the parts that they would serve.
     """
 
     ops_used: tuple[str, ...] = ()
@@ -38,7 +39,7 @@ class FusableBlock(nn.Module):
     def parts(self) -> tuple[nn.Module, ...]:
         raise NotImplementedError
 
-    def refusal(self) -> str | None:
+    def refusal(self, parts: tuple[nn.Module, ...]) -> str | None:
         return None
 
     def seal(self) -> None:
@@ -92,14 +93,14 @@ def fused_parts(block: nn.Module) -> tuple[tuple[nn.Module, ...] | None, str | N
                 return None, f"{_name(block, base or module)} {reason}"
             if base is not None:
                 parts = getattr(type(parts), "_make", tuple)([*parts[:index], base, *parts[index + 1 :]])
-    reason = block.refusal()
+    reason = block.refusal(parts)
     return (None, reason) if reason else (parts, None)
 
 
 def _merged_base(module: nn.Module) -> nn.Module | None:
     """The module that one of PEFT's wraps, where its forward is no more than the call of it: its adapters are merged
     into the weights there."""
-    if not type(module).__module__.startswith("peft.") or has_hooks(module) or "forward" in module.__dict__:
+    if not type(module).__module__.startswith("peft.") or has_hooks(module) or has_patched_forward(module):
         return None
     # A disabled adapter is taken out of the weights in its next forward.
     merged = getattr(module, "merged", False) and not module.disable_adapters
@@ -112,7 +113,7 @@ def _why_not_plain(module: nn.Module, expected: type, num_parameters: int) -> st
         return f"is a {class_name(module)}, not a {expected.__qualname__}"
     if has_hooks(module):
         return "has hooks"
-    if "forward" in module.__dict__:
+    if has_patched_forward(module):
         return "has a patched forward"
     if len(module._parameters) != num_parameters:
         return f"has {len(module._parameters)} parameters of its own, not {num_parameters}"
@@ -134,7 +135,7 @@ def must_see_padding(block: nn.Module) -> bool:
     """
     if not isinstance(block, FusableBlock) or _has_any_global_hook():
         return True
-    if any(has_hooks(module) or "forward" in module.__dict__ for module in block.modules()):
+    if any(has_hooks(module) or has_patched_forward(module) for module in block.modules()):
         return True
     try:
         return any(
@@ -156,6 +157,16 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def has_patched_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is not that of its class."""
+    return "forward" in module.__dict__ and not is_own_forward(module, module.__dict__["forward"])
+
+
+def is_own_forward(module: nn.Module, forward: Callable | None) -> bool:
+    """Whether a forward is that of the module's class, which accelerate leaves in a module where it removes a hook."""
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
 
 def class_name(module: object) -> str:

@@ -66,8 +66,8 @@ class BertEmbeddings(FusableBlock):
             own["LayerNorm"], own["dropout"],
         )  # fmt: skip
 
-    def refusal(self):
-        _, words, positions, types, _, _ = self.parts()
+    def refusal(self, parts):
+        _, words, positions, types, _, _ = parts
         for table in (words, positions, types):
             if table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
                 return "an embedding has max_norm, sparse or scale_grad_by_freq set"
@@ -184,7 +184,7 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
             output, o["dense"], o["LayerNorm"], o["dropout"],
         )  # fmt: skip
 
-    def refusal(self):
+    def refusal(self, parts):
         return None if self.fused_activation else f"its activation is not one of {', '.join(FUSED_ACTIVATIONS)}"
 
     def forward(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,6 +126,16 @@ def _why_not_triton(op: str, device_type: str, device_index: int | None, dtype: 
     if not hasattr(import_module("fastbert_kernels"), op):
         return f"fastbert_kernels has no kernel for {op}"
     return None
+
+
+def launch_configurations(device: torch.device) -> Path | None:
+    """The file by which kernels are launched on a device, None where none can be. Raises ValueError for a bad file."""
+    if why_not_triton("attention", device, torch.float32) is not None:
+        return None
+    launch = import_module("fastbert_kernels.launch")
+    name = launch.configuration_name(device)
+    launch.configurations(name)  # reads and checks it
+    return launch.configuration_file(name)
 
 
 def why_not_head_size(head_size: int) -> str | None:

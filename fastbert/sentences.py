@@ -3,11 +3,11 @@
 Methods are patched on the instances, so that classes, and with them saved folders, stay sentence-transformers' own.
 """
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +20,10 @@ from fastbert.tokens import layout_from_mask
 MODES = {"cls": "first", "mean": "mean"}
 # What changes how Pooling weighs tokens: it then does its own work.
 WEIGHED = ("cu_seq_lens_q", "cls_token_embeddings", "token_weights_sum")
-# The mask of a batch as a numpy array, which nothing moves to a device.
+# The feature that is the mask of a batch on the host.
 HOST_MASK = "attention_mask_on_host"
+# What `_taken_by` found for each class; torch.compile warns of functools.cache.
+TAKEN: dict[type, frozenset[str]] = {}
 
 
 class Patch:
@@ -38,12 +40,32 @@ class Patch:
         return Patch, (self.function, self._module())
 
 
+class OnHost:
+    """Hides an array in a batch: a tensor would be moved to the device, an array be an input of a compiled model."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """The replica of `nn.DataParallel`, on a device of its own, whose methods are its own, too."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    for name, patched in list(vars(replica).items()):
+        if isinstance(patched, Patch):
+            vars(replica)[name] = Patch(patched.function, replica)
+    return replica
+
+
 def _preprocess(transformer: nn.Module, *args, **kwargs) -> dict:
-    """Transformer.preprocess, with the mask on the host in the features of a model of ours on a device."""
+    """Transformer.preprocess, with the mask on the host in the features of a model of ours on a device.
+
+    Only in inference mode, as in `encode` and `predict`, where nobody changes the mask or the order of a batch since.
+    """
     features = type(transformer).preprocess(transformer, *args, **kwargs)
     mask, model = features.get("attention_mask"), transformer.model
-    if isinstance(mask, Tensor) and mask.device.type == "cpu" and model.device.type != "cpu" and _is_ours(model):
-        features[HOST_MASK] = mask.numpy()
+    carried = torch.is_inference_mode_enabled() and model.device.type != "cpu" and _is_ours(model)
+    if carried and isinstance(mask, Tensor) and mask.device.type == "cpu":
+        features[HOST_MASK] = OnHost(mask.numpy())
     return features
 
 
@@ -57,10 +79,12 @@ def _forward(transformer: nn.Module, features: dict, **kwargs) -> dict:
     on_host = features.pop(HOST_MASK, None)
     if not _is_ours(transformer.model):
         return type(transformer).forward(transformer, features, **kwargs)
+    if is_tracing() or "attention_mask" in kwargs:
+        on_host = None  # an input on the host keeps a compiled model out of CUDA graphs
     mask = features.get("attention_mask")
     # A batch that was cut since has another mask.
-    if on_host is not None and mask is not None and mask.shape == on_host.shape and "attention_mask" not in kwargs:
-        kwargs["attention_mask"] = torch.from_numpy(on_host)
+    if on_host is not None and mask is not None and mask.shape == on_host.array.shape:
+        kwargs["attention_mask"] = torch.from_numpy(on_host.array)
     # Features that went through before hold outputs, too, which transformers' models swallow.
     taken = _taken_by(type(transformer.model))
     inputs = {name: value for name, value in features.items() if name in taken}
@@ -68,20 +92,21 @@ def _forward(transformer: nn.Module, features: dict, **kwargs) -> dict:
     return features
 
 
-@functools.cache
 def _taken_by(model_class: type) -> frozenset[str]:
     """The features that Transformer.forward looks at, for a model of ours."""
-    return frozenset({*inspect.signature(model_class.forward).parameters, *KEYWORDS, "modality"})
+    if model_class not in TAKEN:
+        TAKEN[model_class] = frozenset({*inspect.signature(model_class.forward).parameters, *KEYWORDS, "modality"})
+    return TAKEN[model_class]
 
 
 def _pool(pooling: nn.Module, features: dict, **kwargs) -> dict:
     """Pooling.forward, where no gradients are recorded in the op: token_embeddings [B, S, E] -> sentence_embedding
     [B, E]."""
     hidden, mask = features["token_embeddings"], features.get("attention_mask")
-    mode = MODES.get(pooling.pooling_mode)
+    mode = _only_mode(pooling)
     served = mode is not None and mask is not None and hidden.ndim == 3 and mask.shape == hidden.shape[:2]
     excludes_prompt = not pooling.include_prompt and "prompt_length" in features
-    if not served or excludes_prompt or not features.keys().isdisjoint(WEIGHED) or _records():
+    if _records() or not served or excludes_prompt or not features.keys().isdisjoint(WEIGHED):
         return type(pooling).forward(pooling, features, **kwargs)
     batch_size, seq_len, _ = hidden.shape
     layout = layout_from_mask(mask, batch_size, seq_len, 1, hidden.device)
@@ -90,6 +115,11 @@ def _pool(pooling: nn.Module, features: dict, **kwargs) -> dict:
     pooled = ops.pool(hidden.flatten(0, 1), layout.cu_seqlens, mode, indices=layout.indices)
     features["sentence_embedding"] = pooled
     return features
+
+
+def _only_mode(pooling: nn.Module) -> str | None:
+    """The name in `ops.pool` of what a module pools by; None for several modes and those that the op has not."""
+    return MODES.get(pooling.pooling_mode) if isinstance(pooling.pooling_mode, str) else None
 
 
 def _normalize(normalize: nn.Module, features: dict) -> dict:
@@ -108,9 +138,9 @@ def _records() -> bool:
 
 # A class of sentence-transformers' -> what takes the place of its methods.
 PATCHES = {
-    "Transformer": {"preprocess": _preprocess, "forward": _forward},
-    "Pooling": {"forward": _pool},
-    "Normalize": {"forward": _normalize},
+    "Transformer": {"preprocess": _preprocess, "forward": _forward, "_replicate_for_data_parallel": _replicate},
+    "Pooling": {"forward": _pool, "_replicate_for_data_parallel": _replicate},
+    "Normalize": {"forward": _normalize, "_replicate_for_data_parallel": _replicate},
 }
 
 
@@ -137,4 +167,4 @@ def unpatch(root: nn.Module) -> None:
 def is_pooling(module: nn.Module) -> bool:
     """Whether a module pools in the op."""
     forward = module.__dict__.get("forward")
-    return isinstance(forward, Patch) and forward.function is _pool and module.pooling_mode in MODES
+    return isinstance(forward, Patch) and forward.function is _pool and _only_mode(module) is not None

@@ -46,16 +46,23 @@ def tiny_config(**settings) -> transformers.BertConfig:
     return transformers.BertConfig(**(defaults | settings))
 
 
+def with_random_weights(model: nn.Module) -> nn.Module:
+    """The model in eval mode, with noise on every weight.
+
+    Biases and norms start as constants; a test that cannot tell beta from zero would miss their loss.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
 def pair(head: str = "BertModel", attention: str = "sdpa", **settings) -> tuple[nn.Module, nn.Module]:
     """Our model and transformers' with the same random weights, in eval mode."""
     torch.manual_seed(0)
     config = tiny_config(**settings)
     config._attn_implementation = attention
-    theirs = getattr(transformers, head)(config).eval()
-    # Biases and norms start as constants; a test that cannot tell beta from zero would miss their loss.
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs = with_random_weights(getattr(transformers, head)(config))
     ours = getattr(fastbert, head)(deepcopy(config)).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs

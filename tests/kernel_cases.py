@@ -7,10 +7,11 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import OP_FACTOR, check_close
+from closeness import check_close
 from torch import Tensor
 
 import fastbert_kernels
+from fastbert.closeness import OP_FACTOR
 from fastbert_kernels import configuration
 
 # With a GPU these tests are the proof on it; without one the kernels run in Triton's interpreter, on CPU tensors.

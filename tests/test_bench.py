@@ -24,15 +24,16 @@ import providers
 import pytest
 import records
 import report
-import timing
 import torch
 import transformers
 import workloads
 from peers import UnpaddedBert
 from providers import BASELINE, GRAPHED, UNPADDED
+from shown_clock import CLOCK
 from workloads import Case
 
 import fastbert
+from fastbert import machine, timing
 from fastbert_kernels.roofline import H200, Roofs
 
 ROOT = Path(__file__).parent.parent
@@ -63,9 +64,9 @@ class Benchmark:
 
     def pedantic(self, function, rounds=1):
         for _ in range(rounds):
-            start = timing.CLOCK()
+            start = CLOCK()
             result = function()
-            self.shown.append(timing.CLOCK() - start)
+            self.shown.append(CLOCK() - start)
         return result
 
 
@@ -407,10 +408,10 @@ def test_the_driver_is_recorded_where_it_is_known(monkeypatch):
     def missing(command, **_):
         raise FileNotFoundError(command[0])
 
-    monkeypatch.setattr(records.subprocess, "run", answers)
-    assert records._driver_version() == "580.159.04"
-    monkeypatch.setattr(records.subprocess, "run", missing)
-    assert records._driver_version() is None
+    monkeypatch.setattr(machine.subprocess, "run", answers)
+    assert machine._driver_version() == "580.159.04"
+    monkeypatch.setattr(machine.subprocess, "run", missing)
+    assert machine._driver_version() is None
 
 
 def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path, capsys):
@@ -440,12 +441,16 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
     assert found["memory", "fastbert"]["peak_bytes"] > 0
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    marks = (*report.ENCODE, *report.FORWARDS)
+    readme.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
     monkeypatch.setattr(report, "README", readme)
     report.main()
-    assert "| toy 3x24 50% filled |" in readme.read_text()
-    assert readme.read_text().startswith("before\n")
-    assert "old" not in readme.read_text()
+    lines = readme.read_text().splitlines()
+    places = [lines.index(mark) for mark in marks]
+    assert any(line.startswith("| 8 texts, 4 to a batch, sorted by length;") for line in lines[places[0] : places[1]])
+    assert any(line.startswith("| toy 3x24 50% filled |") for line in lines[places[2] : places[3]])
+    assert [lines[0], *lines[places[1] + 1 : places[2]], lines[-1]] == ["before", "between", "after"]
+    assert "old" not in lines
     (page,) = (path.read_text() for path in tmp_path.glob("*/README.md"))
     for heading in ("The model's forward", "One text, as a user waits for it", "Sentences", "Peak memory"):
         assert f"## {heading}" in page
@@ -498,7 +503,7 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
         lines = [json.dumps(record) for record in gpu_records() if record["suite"] == suite]
         (folder / f"{suite}.jsonl").write_text("\n".join(lines) + "\n")
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    readme.write_text("\n".join((*report.ENCODE, *report.FORWARDS)))
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "README", readme)
@@ -595,14 +600,23 @@ def test_tokens_tell_kernels_apart_but_not_batches():
 
 
 def test_the_readme_shows_what_the_records_say():
-    tables = [
+    forwards = [
         report.overview(report.by_case(records.read(path), "latency"))
         for path in sorted(records.RESULTS.glob("*/model.jsonl"))
     ]
+    encodes = [report.sentences(records.read(path)) for path in sorted(records.RESULTS.glob("*/encode.jsonl"))]
     text = (ROOT / "README.md").read_text()
-    shown = text.partition(report.BEGIN)[2].partition(report.END)[0]
-    assert tables
-    assert shown.strip() == "\n\n".join(tables)
+    for (begin, end), tables in ((report.FORWARDS, forwards), (report.ENCODE, encodes)):
+        assert tables
+        assert text.partition(begin)[2].partition(end)[0].strip() == "\n\n".join(tables)
+
+
+def test_a_readme_without_the_marks_is_left_as_it_is(monkeypatch, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("no marks\n")
+    monkeypatch.setattr(report, "README", readme)
+    with pytest.raises(ValueError, match="README.md has no <!-- bench:begin -->"):
+        report.between(report.FORWARDS, readme.read_text(), ["table"])
 
 
 def test_the_pages_show_what_the_records_say(tmp_path):

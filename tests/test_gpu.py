@@ -15,14 +15,15 @@ import pytest
 import torch
 import triton
 from cases import DTYPES, HEADS, MASKS, VOCAB, at_kept_tokens, batch, inputs_for, pair
-from closeness import OP_FACTOR, check_close
+from closeness import check_close
 from kernel_cases import DEVICE, FORMULAS, OPS, bounds, example
-from texts import docstrings
 from torch import Tensor
 
 import fastbert
 import fastbert_kernels
 from fastbert import ops
+from fastbert.closeness import OP_FACTOR
+from fastbert.texts import docstrings
 
 pytestmark = pytest.mark.gpu
 

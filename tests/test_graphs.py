@@ -470,6 +470,25 @@ def test_classes_from_elsewhere_are_not_captured(what, captures, caplog):
     assert "may look at a bucket's padding" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_merged_adapter_is_not_captured(captures, caplog):
+    """Its layer runs in the kernels, by the wrapped weights; when it is taken out again, no address would tell."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model, _ = models()
+    inject_adapter_in_model(LoraConfig(target_modules=["query"], init_lora_weights=False), model)
+    model.eval()
+    adapter = model.encoder.layer[0].attention.self.query
+    batch = texts(2, 16)
+    adapter.merge()
+    assert_same(model(**batch), model.forward.plain(**batch))
+    adapter.unmerge()
+    with fastbert.backend("auto"):
+        assert_same(model(**batch), model.forward.plain(**batch))
+    assert captures == []
+    assert "an adapter may leave the weights unseen" in caplog.text
+
+
 def test_a_failed_capture_is_not_tried_again(captures, caplog, monkeypatch):
     model, plain = models()
     model(**texts(1, 16))

@@ -5,7 +5,8 @@ import torch
 from cases import at_kept_tokens
 from closeness import check_close
 from memory import peak_memory_bytes
-from texts import docstrings
+
+from fastbert.texts import docstrings
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import OP_FACTOR, check_close
+from closeness import check_close
 from kernel_cases import DEVICE
 
+from fastbert.closeness import OP_FACTOR
 from fastbert_kernels import linear_activation
 
 

@@ -56,16 +56,24 @@ def architecture_of(target: GPUTarget) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
+def configuration_file(name: str) -> Path:
+    """The file that serves a device or an architecture: a user's own, under every name, or the one that is shipped."""
+    own = os.environ.get("FASTBERT_CONFIGS")
+    return Path(own) if own else configuration.shipped(name)
+
+
 @functools.cache
 def configurations(name: str) -> dict:
     """The launch configurations of a device or an architecture; those of default.json, with one warning, where there
-    are none. A user's own file serves under every name."""
-    if own := os.environ.get("FASTBERT_CONFIGS"):
-        return configuration.operations(configuration.check(configuration.read(Path(own)), Path(own)))
-    path = configuration.shipped(name)
+    are none."""
+    path = configuration_file(name)
     if path == configuration.path_of("default"):
         logger.warning("no launch configurations for %s: using %s, which nobody has tuned for it", name, path)
-    return configuration.operations(configuration.read(path))
+    document = configuration.read(path)
+    # What is shipped is checked by the tests.
+    return configuration.operations(
+        document if path.parent == configuration.FOLDER else configuration.check(document, path)
+    )
 
 
 @contextmanager

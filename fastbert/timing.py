@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from workloads import DEVICE
 
 LEAST_ROUNDS, MOST_ROUNDS, WARMUP_ROUNDS = 4, 300, 2
 # A round on the GPU is long beside the few microseconds that its first launch and its end take.
@@ -68,37 +67,18 @@ def device_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
 
 
 CLOCKS = {"host": host_seconds, "device": device_seconds}
-THROUGHPUT_CLOCK = "host" if DEVICE.type == "cpu" else "device"
 
 
-class ShownClock:
-    """pytest-benchmark's timer: stands still but for the seconds that were measured and are to be shown."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def show(self, benchmark, seconds: list[float]) -> None:
-        rounds = iter(seconds)
-
-        def advance():
-            self.now += next(rounds)
-
-        benchmark.pedantic(advance, rounds=len(seconds))
+def throughput_clock(device: torch.device) -> str:
+    """The clock that tells how much a device gets done, whether or not the host keeps up."""
+    return "host" if device.type == "cpu" else "device"
 
 
-CLOCK = ShownClock()
-
-
-def side_by_side(
-    call: Callable, baseline: Callable, seconds: float, clock: str = THROUGHPUT_CLOCK, probe: float = 0.1
-) -> Measured:
+def side_by_side(call: Callable, baseline: Callable, seconds: float, clock: str) -> Measured:
     """Time both for about `seconds` in all, a round of the baseline before each of the call; the number of rounds
-    follows from the least that each takes in `probe` times as long."""
+    follows from the least that each takes in a tenth as long."""
     clocked = CLOCKS[clock]
-    least, baseline_least = (_undisturbed(clocked, each, probe * seconds) for each in (call, baseline))
+    least, baseline_least = (_undisturbed(clocked, each, seconds / 10) for each in (call, baseline))
     repeats = (1, 1) if clock == "host" else [max(1, round(ROUND_SECONDS / each)) for each in (least, baseline_least)]
     rounds = int(seconds / (repeats[0] * least + repeats[1] * baseline_least))
     rounds = min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)

@@ -1,0 +1,257 @@
+"""The command line: `fastbert verify`, `fastbert bench`, `fastbert encode`, `fastbert info`.
+
+torch and transformers take seconds to import: only a command that runs does, so that `--help` answers at once.
+"""
+
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+import fastbert
+
+# What becomes one line on stderr; anything else is a bug of ours and keeps its traceback.
+EXPECTED = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """A group of commands whose errors are one line on stderr, with exit status 2; an interrupt's is 130."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            message, status = "interrupted", 130
+        except EXPECTED as error:
+            message, status = " ".join(str(error).split()) or type(error).__name__, 2
+        typer.echo(f"fastbert: {message}", err=True)
+        raise typer.Exit(status)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class Dtype(str, Enum):
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder with config.json and weights, or a name on the Hugging Face hub.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 and so on: a GPU if there is one, or else the CPU."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastbert {fastbert.__version__}")
+        raise typer.Exit
+
+
+def _examples(*commands: str) -> str:
+    """What ends a command's help."""
+    return "\n\n".join(("[bold]Examples[/]", *commands))
+
+
+@app.callback(
+    epilog=_examples(
+        "fastbert info",
+        "fastbert verify sentence-transformers/all-MiniLM-L6-v2",
+        "fastbert bench ./my-model --dtype bfloat16",
+        "fastbert encode sentence-transformers/all-MiniLM-L6-v2 texts.txt -o vectors.npy",
+    )
+)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A drop-in BERT encoder: change one import, keep your weights, your code and your numbers."""
+
+
+@app.command(
+    epilog=_examples(
+        "fastbert verify sentence-transformers/all-MiniLM-L6-v2",
+        "fastbert verify ./my-model --device cuda:1 --dtype float16 --dtype bfloat16",
+    )
+)
+def verify(
+    model: Model,
+    device: Device = None,
+    dtype: Annotated[
+        list[Dtype] | None, typer.Option(help="Only this one; may be given again. By default all three.")
+    ] = None,
+) -> None:
+    """Compare MODEL's outputs with transformers', class by class, before you trust fastbert with it.
+
+    All eight classes run in both libraries on this machine: on real texts from
+    one token to as many as the model takes, with padding on the right, on the
+    left, in between and without, in float32, float16 and bfloat16. An error,
+    against float64, may be three times transformers' own and one rounding.
+    The exit status is 1 if one is larger, or no number.
+    """
+    from fastbert import verify as verifying
+
+    dtypes = [each.value for each in dtype or Dtype]
+    console, checkpoint, chosen = _started(model, device)
+    steps = len(verifying.CLASSES) * len(dtypes)
+    found = list(_tracked(verifying.verify(checkpoint, chosen, dtypes), "comparing", steps))
+    console.print(verifying.table(found))
+    for line in verifying.remarks(found):
+        console.print(line)
+    if not all(each.holds for each in found):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "fastbert bench sentence-transformers/all-MiniLM-L6-v2",
+        "fastbert bench ./my-model --dtype bfloat16 --seconds 2",
+    )
+)
+def bench(
+    model: Model,
+    device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="What the weights are rounded to.")] = Dtype.FLOAT32,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="How long a case is timed: by default 5 on a CPU, 0.5 on a GPU.",
+                                   show_default=False),
+    ] = None,
+) -> None:  # fmt: skip
+    """Time MODEL's forward in fastbert and in transformers, with sdpa, on this machine.
+
+    Batches are real texts, without padding or half of it. Rounds of both
+    alternate: "speed" is how many times as fast as transformers fastbert was,
+    by the medians, so above 1 is faster. Nothing is timed before its results
+    are right. On a GPU fastbert runs by itself and behind fastbert.graphed.
+    """
+    from fastbert import benchmark
+
+    console, checkpoint, chosen = _started(model, device)
+    running = benchmark.Benchmark(checkpoint, chosen, dtype.value)
+    console.print(f"{dtype.value}, served by {running.served}", highlight=False)
+    measured = {}
+    cases = running.cases()
+    for case in _tracked(cases, "timing", len(cases)):
+        measured[case] = running.measure(case, benchmark.SECONDS[chosen.type] if seconds is None else seconds)
+    console.print(benchmark.table(measured))
+
+
+@app.command(
+    epilog=_examples(
+        "fastbert encode sentence-transformers/all-MiniLM-L6-v2 texts.txt -o vectors.npy",
+        "fastbert encode ./my-model texts.jsonl --field text -o vectors.npy --dtype float16",
+    )
+)
+def encode(
+    model: Model,
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A file of UTF-8 text, a text a line.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The .npy file to make.", show_default=False)
+    ],
+    field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Lines are JSON objects, the text is the string of this name.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Put before each text; by default the model's own.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; by default the checkpoint's.")] = None,
+    device: Device = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most in a batch, padding included: by default 16384, on a CPU 2048.",
+                     show_default=False),
+    ] = None,
+) -> None:  # fmt: skip
+    """Embed each line of INPUT, a vector a line in the .npy file OUT.
+
+    The vectors are those of sentence-transformers' encode, whose prompts,
+    tokenizing, pooling and normalizing are used. INPUT may be larger than
+    memory, and a run that was interrupted or killed goes on with the same
+    command. A line that is no text is told, and its row is NaN: the exit
+    status is then 1.
+    """
+    try:
+        import torch
+        import transformers
+
+        from fastbert.encode import encode_file
+
+        transformers.utils.logging.disable_progress_bar()
+        made = encode_file(
+            model, source, output, field=field, prompt=prompt, dtype=dtype and getattr(torch, dtype.value),
+            device=device, tokens=tokens,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo("fastbert: interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{output}: {made.dtype} [{made.lines}, {made.dim}]")
+    if made.bad:
+        more = f", and {made.bad - len(made.bad_lines):,} more" if made.bad > len(made.bad_lines) else ""
+        typer.echo(f"rows of NaN, for lines that are no text: {', '.join(map(str, made.bad_lines))}{more}")
+        raise typer.Exit(1)
+
+
+@app.command(epilog=_examples("fastbert info", "FASTBERT_BACKEND=eager fastbert info"))
+def info() -> None:
+    """Tell what runs here: versions, devices, kernels or why there are none, settings and caches."""
+    from fastbert import information
+
+    Console().print(information.table(), highlight=False)
+
+
+def _started(model: str, device: str | None):
+    """Print what runs where, and return what a command about a checkpoint needs: the console, the `Checkpoint` and the
+    torch.device."""
+    import huggingface_hub
+    import transformers
+
+    # Of transformers' remarks on what it loads nothing is wanted, of the hub's the progress of downloads.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+    from fastbert.checkpoint import Checkpoint, device_called
+    from fastbert.machine import describe, machine
+
+    console, chosen = Console(highlight=False), device_called(device)
+    checkpoint = Checkpoint(model)
+    console.print(f"fastbert {fastbert.__version__}, {describe(machine(chosen))}")
+    if checkpoint.why_no_tokenizer:
+        console.print(f"Random tokens in place of texts, for no tokenizer can be loaded: {checkpoint.why_no_tokenizer}")
+    return console, checkpoint, chosen
+
+
+def _tracked(steps: Iterable, description: str, total: int) -> Iterable:
+    """The steps, with a bar on a terminal."""
+    console = Console(stderr=True)
+    return track(steps, description, total=total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

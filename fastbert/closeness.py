@@ -1,0 +1,67 @@
+"""The one tolerance rule of the project.
+
+An implementation may be at most `factor` times as far from the truth as transformers' model in the same dtype is, plus
+a rounding floor, in the maximum and in the root mean square. The truth is transformers' model in a wider dtype.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OP_FACTOR, MODEL_FACTOR = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """An error in one measure, "max" or "rms", beside transformers' own and the limit that follows from it."""
+
+    measure: str
+    error: float
+    their_error: float
+    limit: float
+
+    @property
+    def share(self) -> float:
+        """The error as a share of the limit; infinite where the error or the limit is no number."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.limit if math.isfinite(self.error) and self.limit > 0 else math.inf
+
+    @property
+    def holds(self) -> bool:
+        return self.share <= 1
+
+
+def limit(their_error: float, size: float, dtype: torch.dtype, factor: float = MODEL_FACTOR) -> float:
+    """The largest error that the rule allows in `dtype`, where the truth is of this size in the same measure."""
+    return factor * their_error + torch.finfo(dtype).eps * size
+
+
+def closeness(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL_FACTOR) -> list[Closeness]:
+    """How close ours comes to the truth beside theirs, in each measure; nothing where there is no value to compare.
+
+    ours and theirs are of one shape and dtype, truth of the same shape and a wider dtype; ValueError otherwise. The
+    floor is one rounding of the largest value (for the root mean square: of the root mean square) in ours' dtype.
+    """
+    if not ours.shape == theirs.shape == truth.shape:
+        raise ValueError(f"shapes differ: {list(ours.shape)}, {list(theirs.shape)}, {list(truth.shape)}")
+    if ours.dtype != theirs.dtype:
+        raise ValueError(f"dtypes differ: {ours.dtype} and {theirs.dtype}")
+    if truth.numel() == 0:
+        return []
+    truth = truth.double()
+    found = []
+    for measure, size in (("max", _largest), ("rms", _root_mean_square)):
+        error, their_error = size(ours.double() - truth), size(theirs.double() - truth)
+        found.append(Closeness(measure, error, their_error, limit(their_error, size(truth), ours.dtype, factor)))
+    return found
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()

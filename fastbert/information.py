@@ -1,0 +1,71 @@
+"""`fastbert info`: what runs here, and where what it needs lies."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from rich.table import Table
+
+import fastbert
+from fastbert import ops
+from fastbert.machine import machine
+
+VARIABLES = ("FASTBERT_BACKEND", "FASTBERT_CHECK", "FASTBERT_CONFIGS")
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """Names and values, in the order in which they are of use."""
+    devices = [*(torch.device("cuda", index) for index in range(torch.cuda.device_count())), torch.device("cpu")]
+    versions = {"fastbert": fastbert.__version__} | machine(devices[0])
+    for name in ("fastbert", "torch", "triton", "transformers", "python", "driver"):
+        if name != "driver" or versions[name]:
+            yield name, versions[name] or "not installed"
+    for device in devices:
+        yield str(device), _about(device)
+        served, refused = _operations(device)
+        yield f"kernels on {device}", "; ".join(filter(None, (served, *refused)))
+        if served:
+            yield f"configurations on {device}", _configurations(device)
+    for name in VARIABLES:
+        yield name, os.environ.get(name, "not set")
+    yield "Hugging Face cache", HF_HUB_CACHE
+    if versions["triton"]:
+        home = Path(os.environ.get("TRITON_HOME") or Path.home())
+        yield "Triton cache", os.environ.get("TRITON_CACHE_DIR") or str(home / ".triton" / "cache")
+
+
+def _about(device: torch.device) -> str:
+    about = machine(device)
+    if device.type == "cpu":
+        return f"{about['device']}, {about['threads']} threads"
+    properties = torch.cuda.get_device_properties(device)
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return f"{about['device']}, compute capability {properties.major}.{properties.minor}, {memory}"
+
+
+def _operations(device: torch.device) -> tuple[str, list[str]]:
+    """The operations that kernels serve on a device, and why not the others, those with the same reason together."""
+    by_reason: dict[str | None, list[str]] = {}
+    for op in ops.OPS:
+        by_reason.setdefault(ops.why_eager(op, device, torch.float32), []).append(op)
+    names = {reason: "all" if len(found) == len(ops.OPS) else ", ".join(found) for reason, found in by_reason.items()}
+    served = names.pop(None, "")
+    return served, [f"{which} in plain PyTorch: {reason}" for reason, which in names.items()]
+
+
+def _configurations(device: torch.device) -> str:
+    try:
+        return str(ops.launch_configurations(device))
+    except ValueError as error:
+        return str(error)
+
+
+def table() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,169 @@
+"""A .npy file that is written row by row, and whose writing goes on after the process was killed at any moment.
+
+Beside OUT lie, until it is complete, OUT.partial, of OUT's size from the beginning, and OUT.progress.json, which says
+how many rows are there and what they are made of. Rows reach the disk before the progress that counts them.
+"""
+
+import errno
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+# Bad lines whose numbers are kept.
+BAD_LINES = 1000
+
+
+@dataclass
+class Progress:
+    """What OUT.progress.json holds.
+
+    fingerprint: what the rows are made of, by name. rows: how many are complete; offset: where in the input, in bytes,
+    the next one's line begins. bad: how many rows are NaN because their line is no text; bad_lines: the numbers of the
+    first BAD_LINES such lines, from 1.
+    """
+
+    fingerprint: dict[str, str | None]
+    rows: int = 0
+    offset: int = 0
+    bad: int = 0
+    bad_lines: list[int] = field(default_factory=list)
+
+    @staticmethod
+    def read(path: Path) -> "Progress | None":
+        """The progress in a file, None without the file. Raises ValueError for a file of something else."""
+        try:
+            return Progress(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not the progress of a run: delete it, or give another -o ({error})") from error
+
+    def write(self, path: Path) -> None:
+        """Replace the file, which at any moment holds all of the old progress or all of the new."""
+        new = path.with_name(path.name + ".new")
+        with new.open("w") as file:
+            json.dump(asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+
+
+class ResumableNpy:
+    """OUT while it is made: `with locked():`, `begin` once, `append` for each block of rows, `finish`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.progress_path = path.with_name(path.name + ".progress.json")
+
+    def check_paths(self, source: Path) -> None:
+        """Refuse an input that would be written over, and an output that exists or has no folder."""
+        for path in (self.path, self.partial, self.progress_path):
+            if path.exists() and source.exists() and path.samefile(source):
+                raise ValueError(f"{source} would be written over: give another -o")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(self.path.parent))
+        self._refuse_existing()
+
+    def _refuse_existing(self) -> None:
+        if self.path.exists():
+            raise FileExistsError(f"{self.path} exists already: delete it, or give another -o")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Open the partial file, which no other run may have open; one that stays empty goes in the end.
+
+        Raises RuntimeError if another run has it, OSError if it cannot be written.
+        """
+        self.partial.touch()
+        with self.partial.open("r+b") as self._file:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"another run is writing {self.partial}") from None
+            try:
+                # The run that had the lock may have completed since.
+                self._refuse_existing()
+                yield
+            finally:
+                if not self._size():
+                    self.partial.unlink(missing_ok=True)
+
+    def begin(self, fingerprint: dict[str, str | None], rows: int, dim: int, dtype: np.dtype) -> Progress:
+        """The progress from which an array [rows, dim] with this fingerprint goes on; its disk space is reserved.
+
+        Raises ValueError if the partial file holds rows with another fingerprint, FileExistsError if it is no partial
+        run at all, OSError without the disk space.
+        """
+        header = io.BytesIO()
+        descr = np.lib.format.dtype_to_descr(dtype)
+        np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": (rows, dim)})
+        self._row_bytes = dim * dtype.itemsize
+        self._first_row = header.tell()
+        size = self._first_row + rows * self._row_bytes
+        self.progress = Progress.read(self.progress_path)
+        if self.progress is None and self._size():
+            raise FileExistsError(f"{self.partial} is not the beginning of a run: delete it, or give another -o")
+        if self.progress is not None and self.progress.rows:
+            self._refuse_another(fingerprint)
+            if self._size() == size:
+                return self.progress
+        self.progress = Progress(fingerprint)
+        # Before the first byte: a partial file without progress is somebody else's.
+        self.progress.write(self.progress_path)
+        self._allocate(size)
+        self._file.write(header.getbuffer())
+        return self.progress
+
+    def _refuse_another(self, fingerprint: dict[str, str | None]) -> None:
+        differing = [name for name, value in fingerprint.items() if self.progress.fingerprint.get(name) != value]
+        if differing:
+            raise ValueError(
+                f"{self.partial} was begun with another {' and another '.join(differing)}: delete it and "
+                f"{self.progress_path}, or give another -o"
+            )
+
+    def _allocate(self, size: int) -> None:
+        """Reserve the partial file's bytes, so that a full disk is an error now and not in hours."""
+        self._file.truncate(0)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            else:
+                self._file.truncate(size)
+        except OSError as error:
+            self._file.truncate(0)
+            self.progress_path.unlink()
+            raise OSError(error.errno, f"{size:,} bytes for the vectors: {error.strerror}", str(self.path)) from error
+
+    def append(self, rows: np.ndarray, offset: int, bad_lines: list[int]) -> None:
+        """Write the next rows [N, dim], of the lines up to the byte `offset` of the input, and then the progress."""
+        progress = self.progress
+        self._file.seek(self._first_row + progress.rows * self._row_bytes)
+        self._file.write(rows.data)
+        self._flush()
+        progress.rows, progress.offset = progress.rows + len(rows), offset
+        progress.bad += len(bad_lines)
+        progress.bad_lines = [*progress.bad_lines, *bad_lines][:BAD_LINES]
+        progress.write(self.progress_path)
+
+    def finish(self) -> None:
+        """Give the complete file its name, and remove the progress."""
+        self._flush()
+        self._refuse_existing()
+        self.partial.rename(self.path)
+        self.progress_path.unlink()
+
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
