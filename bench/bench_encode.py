@@ -18,8 +18,8 @@ from torch import Tensor
 from workloads import DEVICE, for_this_run
 
 import fastbert
-from fastbert.texts import docstrings
-from fastbert.timing import side_by_side
+from fastbert.commands.texts import docstrings
+from fastbert.commands.timing import side_by_side
 
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="sentence-transformers is not installed: it comes with the extra `bench`"

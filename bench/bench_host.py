@@ -21,7 +21,7 @@ from workloads import for_this_run
 import fastbert
 import fastbert_kernels
 from fastbert import graphs, tokens
-from fastbert.timing import side_by_side
+from fastbert.commands.timing import side_by_side
 from fastbert_kernels.ahead_of_time import CHIPS, launching_into
 from fastbert_kernels.launch import launching_by
 

@@ -25,7 +25,7 @@ from providers import (
 from shown_clock import CLOCK
 from workloads import DEVICE, Case, for_this_run, inputs
 
-from fastbert.timing import side_by_side
+from fastbert.commands.timing import side_by_side
 
 SECONDS_PER_CASE = 4.0 if DEVICE.type == "cpu" else 1.5
 # With the checks before.

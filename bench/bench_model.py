@@ -14,7 +14,7 @@ from providers import BASELINE, GRAPHED, UNPADDED, about, checked, or_absent, pl
 from shown_clock import CLOCK
 from workloads import DEVICE, SQUAD, Case, for_this_run, forward_work, inputs
 
-from fastbert.timing import side_by_side, throughput_clock
+from fastbert.commands.timing import side_by_side, throughput_clock
 
 SECONDS_PER_CASE = 5.0 if DEVICE.type == "cpu" else 0.3
 

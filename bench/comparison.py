@@ -13,8 +13,8 @@ import torch
 from device_timing import Replay, Timer, rates, sets_to_rotate
 from shown_clock import CLOCK
 
-from fastbert.closeness import OP_FACTOR, limit
-from fastbert.timing import summary
+from fastbert.commands.closeness import OP_FACTOR, limit
+from fastbert.commands.timing import summary
 from fastbert_kernels.roofline import Work
 
 OURS = "fastbert"

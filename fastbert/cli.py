@@ -110,7 +110,7 @@ def verify(
     against float64, may be three times transformers' own and one rounding.
     The exit status is 1 if one is larger, or no number.
     """
-    from fastbert import verify as verifying
+    from fastbert.commands import verify as verifying
 
     dtypes = [each.value for each in dtype or Dtype]
     console, checkpoint, chosen = _started(model, device)
@@ -145,7 +145,7 @@ def bench(
     by the medians, so above 1 is faster. Nothing is timed before its results
     are right. On a GPU fastbert runs by itself and behind fastbert.graphed.
     """
-    from fastbert import benchmark
+    from fastbert.commands import benchmark
 
     console, checkpoint, chosen = _started(model, device)
     running = benchmark.Benchmark(checkpoint, chosen, dtype.value)
@@ -197,7 +197,7 @@ def encode(
         import torch
         import transformers
 
-        from fastbert.encode import encode_file
+        from fastbert.commands.encode import encode_file
 
         transformers.utils.logging.disable_progress_bar()
         made = encode_file(
@@ -217,7 +217,7 @@ def encode(
 @app.command(epilog=_examples("fastbert info", "FASTBERT_BACKEND=eager fastbert info"))
 def info() -> None:
     """Tell what runs here: versions, devices, kernels or why there are none, settings and caches."""
-    from fastbert import information
+    from fastbert.commands import information
 
     Console().print(information.table(), highlight=False)
 
@@ -232,8 +232,8 @@ def _started(model: str, device: str | None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
-    from fastbert.checkpoint import Checkpoint, device_called
-    from fastbert.machine import describe, machine
+    from fastbert.commands.checkpoint import Checkpoint, device_called
+    from fastbert.commands.machine import describe, machine
 
     console, chosen = Console(highlight=False), device_called(device)
     checkpoint = Checkpoint(model)

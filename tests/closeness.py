@@ -1,8 +1,8 @@
-"""The tolerance rule of `fastbert.closeness` as an assertion."""
+"""The tolerance rule of `fastbert.commands.closeness` as an assertion."""
 
 from torch import Tensor
 
-from fastbert.closeness import MODEL_FACTOR, closeness
+from fastbert.commands.closeness import MODEL_FACTOR, closeness
 
 
 def check_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL_FACTOR) -> None:

@@ -11,7 +11,7 @@ from closeness import check_close
 from torch import Tensor
 
 import fastbert_kernels
-from fastbert.closeness import OP_FACTOR
+from fastbert.commands.closeness import OP_FACTOR
 from fastbert_kernels import configuration
 
 # With a GPU these tests are the proof on it; without one the kernels run in Triton's interpreter, on CPU tensors.

@@ -33,7 +33,7 @@ from shown_clock import CLOCK
 from workloads import Case
 
 import fastbert
-from fastbert import machine, timing
+from fastbert.commands import machine, timing
 from fastbert_kernels.roofline import H200, Roofs
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,9 @@ from cases import pair
 from typer.testing import CliRunner
 
 import fastbert
-from fastbert import benchmark, cli, eager, information, machine, ops
+from fastbert import cli, eager, ops
 from fastbert.cli import app
+from fastbert.commands import benchmark, information, machine
 
 runner = CliRunner(env={"COLUMNS": "80"})
 

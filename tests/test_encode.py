@@ -22,12 +22,12 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from fastbert import encode, resumable
 from fastbert.cli import app
-from fastbert.encode import encode_file, token_batches
-from fastbert.resumable import Progress, ResumableNpy
+from fastbert.commands import encode, resumable
+from fastbert.commands.encode import encode_file, token_batches
+from fastbert.commands.resumable import Progress, ResumableNpy
+from fastbert.commands.texts import docstrings
 from fastbert.sentences import OnHost
-from fastbert.texts import docstrings
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="encoding needs sentence-transformers")
 from sentence_transformers import SentenceTransformer  # noqa: E402
@@ -223,7 +223,7 @@ def test_a_killed_run_goes_on(source, output, minilm_path):
     once = output.with_name("once.npy")
     encode_file(minilm_path, source, once, block_lines=16)
     arguments = f"{minilm_path!r}, {str(source)!r}, {str(output)!r}, block_lines=16"
-    code = f"from fastbert.encode import encode_file; encode_file({arguments})"
+    code = f"from fastbert.commands.encode import encode_file; encode_file({arguments})"
     run = subprocess.Popen([sys.executable, "-c", code])
     try:
         deadline = time.monotonic() + 60

@@ -120,6 +120,12 @@ def test_forward(name, trace_hooks):
         ours(**({"input_ids": IDS} | kwargs))
 
 
+def test_what_older_heads_and_trainer_hand_on_is_taken():
+    ours, _ = pair("BertForSequenceClassification")
+    expected = ours(**batch()).logits
+    assert torch.equal(ours(**batch(), head_mask=None, num_items_in_batch=torch.tensor(4)).logits, expected)
+
+
 def test_unknown_arguments_are_refused_through_a_head():
     ours, _ = pair("BertForMaskedLM")
     with pytest.raises(TypeError, match="unknown arguments is_casual"):

@@ -22,8 +22,8 @@ from torch import Tensor
 import fastbert
 import fastbert_kernels
 from fastbert import ops
-from fastbert.closeness import OP_FACTOR
-from fastbert.texts import docstrings
+from fastbert.commands.closeness import OP_FACTOR
+from fastbert.commands.texts import docstrings
 
 pytestmark = pytest.mark.gpu
 

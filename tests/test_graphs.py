@@ -288,9 +288,8 @@ def test_bad_input_meets_the_models_own_errors(captures):
         model(**texts(1, 41))
     with pytest.raises(ValueError, match="exactly one"):
         model()
-    for colour in (1, None):
-        with pytest.raises(TypeError, match="unknown arguments colour"):
-            model(**batch, colour=colour)
+    with pytest.raises(TypeError, match="unknown arguments colour"):
+        model(**batch, colour=1)
     with pytest.raises(TypeError):
         model(*[batch["input_ids"]] * 20)
     with pytest.raises(TypeError):

@@ -6,7 +6,7 @@ from cases import at_kept_tokens
 from closeness import check_close
 from memory import peak_memory_bytes
 
-from fastbert.texts import docstrings
+from fastbert.commands.texts import docstrings
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from closeness import check_close
 from kernel_cases import DEVICE
 
-from fastbert.closeness import OP_FACTOR
+from fastbert.commands.closeness import OP_FACTOR
 from fastbert_kernels import linear_activation
 
 

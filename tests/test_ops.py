@@ -9,7 +9,7 @@ from cases import DTYPES
 from closeness import check_close
 
 from fastbert import eager, ops
-from fastbert.closeness import OP_FACTOR
+from fastbert.commands.closeness import OP_FACTOR
 
 LENGTHS = {"one": (1,), "ragged": (5, 1, 9, 0, 3), "uniform": (4, 4, 4), "none": (0, 0), "long": (129, 2)}
 

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert import ops
+from fastbert.commands.texts import docstrings
 from fastbert.fusion import class_name
 from fastbert.sentences import HOST_MASK
-from fastbert.texts import docstrings
 
 # The kernels run on a GPU, or on CPU tensors in Triton's interpreter.
 KERNELS_ON = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]

@@ -10,11 +10,12 @@ from cases import HEADS, VOCAB, pair, tiny_config
 from rich.console import Console
 
 import fastbert
-from fastbert import benchmark, eager, tokens, verify
-from fastbert.benchmark import GRAPHED, Benchmark, Case
-from fastbert.checkpoint import Checkpoint, device_called, right_padding, served
-from fastbert.closeness import closeness
-from fastbert.verify import CLASSES
+from fastbert import eager, tokens
+from fastbert.commands import benchmark, verify
+from fastbert.commands.benchmark import GRAPHED, Benchmark, Case
+from fastbert.commands.checkpoint import Checkpoint, device_called, right_padding, served
+from fastbert.commands.closeness import closeness
+from fastbert.commands.verify import CLASSES
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import fastbert
-from fastbert.checkpoint import Checkpoint, right_padding, served
-from fastbert.closeness import Closeness, closeness
+from fastbert.commands.checkpoint import Checkpoint, right_padding, served
+from fastbert.commands.closeness import Closeness, closeness
 
 DTYPES = ("float32", "float16", "bfloat16")
 

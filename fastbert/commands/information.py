@@ -10,7 +10,7 @@ from rich.table import Table
 
 import fastbert
 from fastbert import ops
-from fastbert.machine import machine
+from fastbert.commands.machine import machine
 
 VARIABLES = ("FASTBERT_BACKEND", "FASTBERT_CHECK", "FASTBERT_CONFIGS")
 

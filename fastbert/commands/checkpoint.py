@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastbert
-from fastbert.texts import docstrings
+from fastbert.commands.texts import docstrings
 
 NUM_TEXTS, SEED = 1000, 0
 

@@ -2,7 +2,7 @@
 
 Loading, prompts, tokenizing, pooling and normalizing are sentence-transformers' own, so that the vectors are those of
 its `encode`. What is added is for files larger than memory: texts are read in blocks, run in batches of similar
-length, and a run that was killed at any moment goes on where it stopped (`fastbert.resumable`).
+length, and a run that was killed at any moment goes on where it stopped (`fastbert.commands.resumable`).
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import fastbert
-from fastbert.checkpoint import device_called
-from fastbert.resumable import Progress, ResumableNpy
+from fastbert.commands.checkpoint import device_called
+from fastbert.commands.resumable import Progress, ResumableNpy
 from fastbert.sentences import OnHost
 
 try:

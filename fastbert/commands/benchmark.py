@@ -13,9 +13,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastbert
-from fastbert.checkpoint import Checkpoint, right_padding, served
-from fastbert.closeness import closeness
-from fastbert.timing import Measured, side_by_side, throughput_clock
+from fastbert.commands.checkpoint import Checkpoint, right_padding, served
+from fastbert.commands.closeness import closeness
+from fastbert.commands.timing import Measured, side_by_side, throughput_clock
 
 # (B, S) of the batches, each of them full and, from two texts on, half full.
 SHAPES = {
@@ -62,8 +62,8 @@ class Benchmark:
     def measure(self, case: Case, seconds: float) -> dict[str, Measured]:
         """The times of each of our models beside transformers', in about `seconds` each.
 
-        Raises ArithmeticError where one's hidden states are wrong by the rule of `fastbert.closeness`, and RuntimeError
-        where nothing could be captured in a graph.
+        Raises ArithmeticError where one's hidden states are wrong by the rule of `fastbert.commands.closeness`, and
+        RuntimeError where nothing could be captured in a graph.
         """
         mask = right_padding(case.batch_size, case.seq_len) if not case.is_full else None
         batch = self.checkpoint.batch(case.batch_size, case.seq_len)
