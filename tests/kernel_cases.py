@@ -183,8 +183,10 @@ def check(op: str, **arguments) -> Tensor:
     exact = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()
     }
+    # On CPUs with AMX, torch 2.13 multiplies zeros by what lies behind a row of bfloat16, which may be NaN.
+    packed = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
     ours = getattr(fastbert_kernels, op)(**arguments)
-    check_close(op, ours, FORMULAS[op](**arguments).to(ours.dtype), FORMULAS[op](**exact), OP_FACTOR)
+    check_close(op, ours, FORMULAS[op](**packed).to(ours.dtype), FORMULAS[op](**exact), OP_FACTOR)
     return ours
 
 

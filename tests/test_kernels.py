@@ -224,6 +224,8 @@ def test_attention(head_size, lengths, dtype, layout):
     qkv = normal(sum(lengths), 3, 2, head_size, dtype=dtype)
     if layout == "parts of more":
         qkv = qkv.new_full((len(qkv), 5, 7, head_size + 8), float("nan"))[:, 1:4, 2:6:2, :head_size].copy_(qkv)
+    elif layout == "expanded":
+        qkv = qkv[:, :, :1].expand(qkv.shape)  # heads: of equal tokens attention is any average
     else:
         qkv = LAYOUTS[layout](qkv)
     check("attention", qkv=qkv, cu_seqlens=bounds(lengths), max_seqlen=max(lengths), scale=head_size**-0.5)
