@@ -55,12 +55,13 @@ class Original:
     """What a converted module was.
 
     module_class is None where it has kept its class; attributes are those that the conversion added; tensors, on the
-    host, are its own parameters and buffers before a cast.
+    host, are its own parameters and buffers before a cast to dtype.
     """
 
     module_class: type | None = None
     attributes: tuple[str, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
 
 def optimize(obj, dtype: torch.dtype | None = None):
@@ -74,7 +75,8 @@ def optimize(obj, dtype: torch.dtype | None = None):
     sentence-transformers' pooling by the mean or the first token, and its normalizing, run in the `pool` op where no
     gradients are recorded; on a GPU, the tokens are counted on the host before a batch is moved there.
 
-    dtype: torch.float32, float16 or bfloat16 casts all of obj. The wider weights stay on the host, for `restore`.
+    dtype: torch.float32, float16 or bfloat16 casts all of obj. The weights from before stay on the host, for `restore`,
+    also in copies and pickles.
 
     Raises TypeError for an object without BERT, which names what was found; ValueError for a BERT that fastbert does
     not serve, such as a decoder, one whose modules are of other classes or patched, for another dtype, and for a cast
@@ -112,7 +114,7 @@ def optimize(obj, dtype: torch.dtype | None = None):
 def restore(obj):
     """Take back what `optimize` did to `obj`: classes, attributes, weights before a cast; in place, returns obj.
 
-    Weights that were trained after a cast keep what they learned, in the dtype from before. CUDA graphs of
+    What was trained after a cast keeps what it learned, element by element, in the dtype from before. CUDA graphs of
     `fastbert.graphed` are dropped. What was never optimized stays as it is.
 
     Raises ValueError, before anything is changed, for a module whose forward was patched since.
@@ -128,7 +130,7 @@ def restore(obj):
         if original is None:
             continue
         for name, tensor in original.tensors.items():
-            _put_back(module, name, tensor)
+            _put_back(module, name, tensor, original.dtype)
         for name in original.attributes:
             del module.__dict__[name]
         if original.module_class is not None:
@@ -169,9 +171,11 @@ def _check_encoder(encoder: hf.BertModel) -> None:
     for name, module in encoder.named_modules():
         place = _place_in_template(name)
         if expected.get(place) in ENCODER and name != "pooler":
-            if type(module) is not expected[place]:
+            converted = ENCODER[expected[place]]
+            # Converted already is what another model shares with this one.
+            if type(module) not in (expected[place], converted):
                 raise ValueError(f"{name} is a {class_name(module)}, not transformers' {expected[place].__name__}")
-            _check_forward(module, ENCODER[type(module)], name or class_name(module))
+            _check_forward(module, converted, name or class_name(module))
 
 
 def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
@@ -245,24 +249,32 @@ def _cast(root: nn.Module, dtype: torch.dtype) -> None:
     for module in root.modules():
         original: Original | None = module.__dict__.get(ORIGINAL)
         for name in list(original.tensors) if original else ():
-            _put_back(module, name, original.tensors.pop(name))
-    before = [
-        (module, name, tensor.data)
+            _put_back(module, name, original.tensors.pop(name), original.dtype)
+    changing = [
+        (module, name, tensor)
         for module in root.modules()
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
     ]
+    # A tied tensor is there under several names, and once on the host.
+    before = {id(tensor): tensor.data for _, _, tensor in changing}
     root.to(dtype)
-    for module, name, tensor in before:
-        vars(module).setdefault(ORIGINAL, Original()).tensors[name] = tensor.cpu()
+    on_host = {key: data.cpu() for key, data in before.items()}
+    for module, name, tensor in changing:
+        original = vars(module).setdefault(ORIGINAL, Original())
+        original.tensors[name], original.dtype = on_host[id(tensor)], dtype
 
 
-def _put_back(module: nn.Module, name: str, original: Tensor) -> None:
-    """The tensor from before a cast: with its own bits, or if it was trained since, with what it has learned."""
+def _put_back(module: nn.Module, name: str, original: Tensor, cast: torch.dtype) -> None:
+    """The tensor from before a cast to a dtype: each element with its own bits, or if it was trained since, with what
+    it has learned."""
     tensor = module._parameters.get(name, module._buffers.get(name))
     if tensor is None:
         return
-    unchanged = tensor.shape == original.shape and torch.equal(original.to(tensor.dtype), tensor.data.cpu())
-    tensor.data = original.to(tensor.device) if unchanged else tensor.data.to(original.dtype)
+    learned = tensor.data.to(original.dtype)
+    if tensor.shape == original.shape:
+        unchanged = tensor.data.cpu() == original.to(cast).to(tensor.dtype)
+        learned = original if unchanged.all() else torch.where(unchanged, original, learned.cpu())
+    tensor.data = learned.to(tensor.device)
     if tensor.grad is not None:
         tensor.grad.data = tensor.grad.data.to(original.dtype)

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastbert import ops, sentences
 from fastbert.fusion import FusableBlock, class_name, fused_parts, why_eager
+from fastbert.heads import Projection
 
 SERVED = "a kernel serves it"
 
@@ -52,9 +53,10 @@ def explain(obj) -> Explanation:
     for name, block in root.named_modules():
         if isinstance(block, FusableBlock):
             served = _served_block(block)
-        elif sentences.is_pooling(block) and weight is not None:
-            reason = ops.why_eager("pool", weight.device, weight.dtype)
-            served = [("pool", "eager" if reason else "triton", reason or SERVED)]
+        elif type(block) is Projection:
+            served = [_served("linear_activation", block.weight)]
+        elif sentences.pools(block) and weight is not None:
+            served = [_served("pool", weight)]
         else:
             continue
         for op, backend, reason in served:
@@ -62,6 +64,12 @@ def explain(obj) -> Explanation:
     if not rows:
         raise TypeError(f"{class_name(root)} has no fastbert encoder in it to explain: fastbert.optimize makes one")
     return rows
+
+
+def _served(op: str, weight: nn.Parameter) -> tuple[str, str, str]:
+    """Op, back end and reason of an op on tensors like the weight, without gradients."""
+    reason = ops.why_eager(op, weight.device, weight.dtype)
+    return op, "eager" if reason else "triton", reason or SERVED
 
 
 def _served_block(block: FusableBlock) -> Iterator[tuple[str, str, str]]:

@@ -38,6 +38,7 @@ OPS = (
 )
 
 MAX_HEAD_SIZE = 128
+MAX_ROW = 16384  # elements of a row of `pool`
 NEED_CUDA = "the kernels need a CUDA device"
 # Whether an index out of range raises in the call that met it, which waits for the device.
 CHECK_IDS = os.environ.get("FASTBERT_CHECK") == "1"
@@ -362,7 +363,9 @@ def pool(
     tokens gives zeros. indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is packed.
     Raises ValueError for another mode.
     """
-    kernel = _kernel("pool", hidden)
+    width = hidden.shape[-1]
+    refused = f"rows of {width} elements are longer than {MAX_ROW}" if width > MAX_ROW else None
+    kernel = _kernel("pool", hidden, refused)
     if kernel is None:
         return eager.pool(hidden, cu_seqlens, mode, normalize, indices)
     return kernel(hidden, cu_seqlens, mode, normalize, indices)

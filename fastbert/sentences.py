@@ -5,7 +5,10 @@ Methods are patched on the instances, so that classes, and with them saved folde
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,6 +25,8 @@ MODES = {"cls": "first", "mean": "mean"}
 WEIGHED = ("cu_seq_lens_q", "cls_token_embeddings", "token_weights_sum")
 # The feature that is the mask of a batch on the host.
 HOST_MASK = "attention_mask_on_host"
+# Whether nobody comes between `preprocess` and `forward`, who might change the mask or the order of a batch.
+_carries = ContextVar("carries", default=False)
 # What `_taken_by` found for each class; torch.compile warns of functools.cache.
 TAKEN: dict[type, frozenset[str]] = {}
 
@@ -56,14 +61,30 @@ def _replicate(module: nn.Module) -> nn.Module:
     return replica
 
 
-def _preprocess(transformer: nn.Module, *args, **kwargs) -> dict:
-    """Transformer.preprocess, with the mask on the host in the features of a model of ours on a device.
+@contextmanager
+def carrying() -> Iterator[None]:
+    """In the block, on this thread, `preprocess` also leaves the mask on the host, for a model on a device.
 
-    Only in inference mode, as in `encode` and `predict`, where nobody changes the mask or the order of a batch since.
+    Who then reorders or cuts a batch has to do so with the mask in its `OnHost`, too.
     """
+    token = _carries.set(True)
+    try:
+        yield
+    finally:
+        _carries.reset(token)
+
+
+def _inference(encoder: nn.Module, *args, **kwargs):
+    """What `encode` and `predict` do with all texts: batches go from `preprocess` to `forward` as they are."""
+    with carrying():
+        return type(encoder)._inference(encoder, *args, **kwargs)
+
+
+def _preprocess(transformer: nn.Module, *args, **kwargs) -> dict:
+    """Transformer.preprocess, which while `carrying` leaves the mask on the host, for a model of ours on a device."""
     features = type(transformer).preprocess(transformer, *args, **kwargs)
     mask, model = features.get("attention_mask"), transformer.model
-    carried = torch.is_inference_mode_enabled() and model.device.type != "cpu" and _is_ours(model)
+    carried = _carries.get() and model.device.type != "cpu" and _is_ours(model)
     if carried and isinstance(mask, Tensor) and mask.device.type == "cpu":
         features[HOST_MASK] = OnHost(mask.numpy())
     return features
@@ -79,17 +100,24 @@ def _forward(transformer: nn.Module, features: dict, **kwargs) -> dict:
     on_host = features.pop(HOST_MASK, None)
     if not _is_ours(transformer.model):
         return type(transformer).forward(transformer, features, **kwargs)
-    if is_tracing() or "attention_mask" in kwargs:
-        on_host = None  # an input on the host keeps a compiled model out of CUDA graphs
     mask = features.get("attention_mask")
-    # A batch that was cut since has another mask.
-    if on_host is not None and mask is not None and mask.shape == on_host.array.shape:
+    if mask is None or "attention_mask" in kwargs:
+        pass
+    elif "query_expansion_positions" in features:
+        # Tokens that nobody attends to, of which the hidden states count: as a mask of scores it drops nothing.
+        kwargs["attention_mask"] = mask.bool()[:, None, None]
+    # An input on the host keeps a compiled model out of CUDA graphs. A batch that was padded since has another mask.
+    elif on_host is not None and not _is_compiled(transformer.model) and mask.shape == on_host.array.shape:
         kwargs["attention_mask"] = torch.from_numpy(on_host.array)
     # Features that went through before hold outputs, too, which transformers' models swallow.
     taken = _taken_by(type(transformer.model))
     inputs = {name: value for name, value in features.items() if name in taken}
     features.update(type(transformer).forward(transformer, inputs, **kwargs))
     return features
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return is_tracing() or model._compiled_call_impl is not None
 
 
 def _taken_by(model_class: type) -> frozenset[str]:
@@ -137,34 +165,48 @@ def _records() -> bool:
 
 
 # A class of sentence-transformers' -> what takes the place of its methods.
+ENCODER = {"_inference": _inference}
 PATCHES = {
+    "SentenceTransformer": ENCODER,
+    "SparseEncoder": ENCODER,
+    "MultiVectorEncoder": ENCODER,
+    "CrossEncoder": ENCODER,
     "Transformer": {"preprocess": _preprocess, "forward": _forward, "_replicate_for_data_parallel": _replicate},
     "Pooling": {"forward": _pool, "_replicate_for_data_parallel": _replicate},
     "Normalize": {"forward": _normalize, "_replicate_for_data_parallel": _replicate},
 }
 
 
-def _patches(module: nn.Module) -> dict[str, Callable]:
+def _kind(module: nn.Module) -> str | None:
+    """The name of a class of sentence-transformers' that is patched."""
     kind = type(module)
-    return PATCHES.get(kind.__name__, {}) if kind.__module__.startswith("sentence_transformers.") else {}
+    known = kind.__module__.startswith("sentence_transformers.") and kind.__name__ in PATCHES
+    return kind.__name__ if known else None
 
 
 def patch(root: nn.Module) -> None:
     """Patch the modules of sentence-transformers' in a model, but for methods that somebody patched already."""
-    for module in root.modules():
-        for name, function in _patches(module).items():
+    modules = list(root.modules())
+    # A module before Pooling may weigh tokens by the mask; only the Transformer's own is one of zeros and ones.
+    after = {b: a for parent in modules for a, b in pairwise(parent.children())}
+    for module in modules:
+        kind = _kind(module)
+        if kind is None or (kind == "Pooling" and _kind(after.get(module)) != "Transformer"):
+            continue
+        for name, function in PATCHES[kind].items():
             if hasattr(module, name) and name not in module.__dict__:
                 module.__dict__[name] = Patch(function, module)
 
 
 def unpatch(root: nn.Module) -> None:
     for module in root.modules():
-        for name in _patches(module):
+        for name in PATCHES.get(_kind(module), ()):
             if isinstance(module.__dict__.get(name), Patch):
                 del module.__dict__[name]
 
 
-def is_pooling(module: nn.Module) -> bool:
-    """Whether a module pools in the op."""
+def pools(module: nn.Module) -> bool:
+    """Whether a module's work is done by the op `pool`."""
     forward = module.__dict__.get("forward")
-    return isinstance(forward, Patch) and forward.function is _pool and _only_mode(module) is not None
+    function = forward.function if isinstance(forward, Patch) else None
+    return function is _normalize or (function is _pool and _only_mode(module) is not None)

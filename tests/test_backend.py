@@ -175,7 +175,8 @@ def test_explain_names_the_reason(name):
 def test_explain_says_what_serves_every_block_and_op(no_interpreter):
     ours, _ = pair("BertForSequenceClassification")
     rows = fastbert.explain(ours)
-    assert len(rows) == 1 + 3 * 5 + 1
+    assert len(rows) == 1 + 3 * 5 + 1 + 1
+    assert (rows[-1].block, rows[-1].op) == ("classifier", "linear_activation")
     assert {row.op for row in rows} <= set(ops.OPS)
     assert {(row.backend, row.reason) for row in rows} == {
         ("eager", "the tensors are on 'cpu' and the kernels need a CUDA device")

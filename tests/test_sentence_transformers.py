@@ -30,7 +30,7 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 
 import fastbert
-from fastbert import ops
+from fastbert import ops, sentences
 from fastbert.commands.texts import docstrings
 from fastbert.fusion import class_name
 from fastbert.sentences import HOST_MASK
@@ -399,9 +399,10 @@ def test_weights_of_tokens_are_left_to_sentence_transformers(tiny_path, texts, p
 def test_explain_names_the_pooling(tiny_path):
     model = around(tiny_path)
     fastbert.optimize(model)
-    rows = [row for row in fastbert.explain(model) if row.block == "1"]
-    assert [(row.op, row.backend) for row in rows] == [("pool", "eager")]
-    assert not [row for row in fastbert.explain(fastbert.optimize(around(tiny_path, "max"))) if row.op == "pool"]
+    rows = [row for row in fastbert.explain(model) if row.op == "pool"]
+    assert [(row.block, row.backend) for row in rows] == [("1", "eager"), ("2", "eager")]
+    by_maximum = fastbert.explain(fastbert.optimize(around(tiny_path, "max")))
+    assert [row.block for row in by_maximum if row.op == "pool"] == ["2"]
     fastbert.restore(model)
     with pytest.raises(TypeError, match="has no fastbert encoder in it to explain"):
         fastbert.explain(model)
@@ -435,10 +436,10 @@ def masks_given(monkeypatch) -> list[Tensor]:
     return masks
 
 
-@torch.inference_mode()
 def preprocessed(model, texts) -> dict:
     """The features of texts as `encode` and `predict` make them."""
-    return model.preprocess(texts)
+    with sentences.carrying(), torch.inference_mode():
+        return model.preprocess(texts)
 
 
 def test_a_model_on_a_device_is_called_with_the_mask_on_the_host(tiny_path, texts, on_a_device, masks_given):
@@ -510,13 +511,68 @@ def test_no_mask_is_carried_where_somebody_may_change_the_batch(tiny_path, texts
     plain, optimized = (model.eval() for model in two(around, tiny_path))
     found = []
     for model in (optimized, plain):
-        batch = {name: x.flip(0) if isinstance(x, Tensor) else x for name, x in model.preprocess(texts[:4]).items()}
-        batch["attention_mask"][:, 5:] = 0
-        with torch.no_grad():
+        with torch.inference_mode():
+            batch = model.preprocess(texts[:4])
+            batch = {name: x.flip(0) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            batch["attention_mask"][:, 5:] = 0
             found.append(model(batch)["sentence_embedding"])
     assert len(masks_given) == 1
     assert not masks_given[0][:, 5:].any()
     check_same(*found)
+
+
+def test_no_mask_on_the_host_is_an_input_of_a_compiled_model(tiny_path, texts, on_a_device, masks_given):
+    optimized = fastbert.optimize(around(tiny_path)).eval()
+    features = moved(preprocessed(optimized, texts[:4]))
+    optimized[0].model.compile(backend="eager")
+    with torch.no_grad():
+        optimized(features)
+    assert [mask is features["attention_mask"] for mask in masks_given] == [True]
+
+
+def test_a_module_that_weighs_tokens_by_the_mask_keeps_the_pooling_after_it(tiny_path, texts, pooled):
+    class Weights(nn.Module):
+        def forward(self, features):
+            features["attention_mask"] = features["attention_mask"] * 3
+            features["attention_mask"][:, 1] = 1
+            return features
+
+    plain, optimized = two(lambda: SentenceTransformer(modules=[around(tiny_path)[0], Weights(), Pooling(48, "mean")]))
+    pooled.clear()
+    check_same(*(model.encode(texts[:5]) for model in (optimized, plain)))
+    assert pooled.of("mean") == []
+
+
+@pytest.mark.parametrize("attend", [False, True])
+def test_expansion_tokens_of_a_multi_vector_encoder_are_scored(attend, minilm_path, texts):
+    """With attend=False the mask leaves them out, and their hidden states count all the same."""
+    from sentence_transformers import MultiVectorEncoder
+
+    def make():
+        torch.manual_seed(0)  # its projection is new
+        encoder = MultiVectorEncoder(minilm_path, device="cpu")
+        encoder[0].query_expansion = {"strategy": "fixed", "attend": attend, "length": 32}
+        return encoder
+
+    plain, optimized = two(make)
+    for encode in ("encode_query", "encode_document"):
+        ours, theirs = (getattr(model, encode)(texts[:3]) for model in (optimized, plain))
+        for vectors, expected in zip(ours, theirs, strict=True):
+            assert vectors.any(-1).all()
+            check_same(vectors, expected)
+
+
+@pytest.mark.parametrize("device", KERNELS_ON)
+def test_vectors_wider_than_the_kernels_rows_are_normalized_in_plain_pytorch(tiny_path, device, monkeypatch):
+    normalize = Normalize()
+    fastbert.optimize(nn.ModuleList([around(tiny_path), normalize]))
+    vectors = torch.randn(2, 16385, device=device)
+    monkeypatch.setattr(ops, "_wants_kernels", lambda device: True)
+    with torch.no_grad(), fastbert.backend("auto"):
+        found = normalize({"sentence_embedding": vectors})["sentence_embedding"]
+    check_same(found, nn.functional.normalize(vectors))
+    with torch.no_grad(), fastbert.backend("triton"), pytest.raises(RuntimeError, match="rows of 16385 elements"):
+        normalize({"sentence_embedding": vectors})
 
 
 class OwnClassifier(transformers.BertForSequenceClassification):
@@ -746,7 +802,9 @@ def test_what_was_learned_in_bfloat16_is_kept(tiny_path, texts):
     assert not torch.equal(before[frozen], before[frozen].bfloat16().float())
     for name in after:
         assert after[name].dtype == torch.float32
-        assert torch.equal(after[name], trained[name].float() if name in learned else before[name])
+        unchanged = trained[name] == before[name].bfloat16()
+        assert unchanged.all() == (name not in learned)
+        assert torch.equal(after[name], torch.where(unchanged, before[name], trained[name].float()))
     assert frozen not in learned
     again = around(tiny_path, normalize=False)
     again.load_state_dict(after)

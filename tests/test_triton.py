@@ -401,6 +401,7 @@ def test_heads_that_are_too_large_are_refused_or_served_by_eager(monkeypatch):
     inputs = on_device(batch("right"))
     with torch.no_grad():
         assert ops.MAX_HEAD_SIZE == fastbert_kernels.MAX_HEAD_SIZE
+        assert ops.MAX_ROW == fastbert_kernels.MAX_ROW
         with pytest.raises(RuntimeError, match="heads of 136 are larger than 128"):
             ours(**inputs)
         assert {row.backend for row in fastbert.explain(ours) if row.op == "attention"} == {"refused"}

@@ -8,11 +8,12 @@ length, and a run that was killed at any moment goes on where it stopped (`fastb
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import fastbert
+from fastbert.commands import lines as inputs
 from fastbert.commands.checkpoint import device_called
 from fastbert.commands.resumable import Progress, ResumableNpy
-from fastbert.sentences import OnHost
+from fastbert.sentences import OnHost, carrying
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -35,12 +37,10 @@ except ImportError as error:
 # Positions in a batch. 128 texts of 128 tokens keep a GPU busy, while the widest activation of BERT large in float32,
 # [16384, 4096], takes 256 MiB. On a CPU larger batches leave its cache: MiniLM is then up to a seventh slower.
 TOKENS, CPU_TOKENS = 16384, 2048
-# Lines in a block, the seconds of work that a killed run does again. Bytes in a block: tokenizers' own memory is some
-# hundred MiB for them. A line that is longer is read whole.
-BLOCK_LINES, CPU_BLOCK_LINES = 4096, 512
-BLOCK_BYTES = 4 << 20
 # Texts that are tokenized together, by similar length: padding a whole block to its longest takes half as long again.
 SLICE_LINES = 1024
+# Lines that are no text of which a run tells the reason; seconds between two lines of progress without a terminal.
+TOLD_LINES, TOLD_SECONDS = 100, 60
 
 T = TypeVar("T")
 
@@ -62,13 +62,47 @@ class Block:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a run made: vectors [lines, dim], of which `bad` are NaN; bad_lines as in Progress."""
+    """What a run made: vectors [lines, dim], of which `bad` are NaN; bad_lines as in Progress. rate: texts a second."""
 
     lines: int
     dim: int
     dtype: str
     bad: int
     bad_lines: list[int]
+    rate: float
+
+
+class Told:
+    """What a user is told while a run works on lines, of which `done` were done before."""
+
+    def __init__(self, lines: int, done: int, report: Callable[[str], None]):
+        self._lines, self._before, self._done, self._bad, self._report = lines, done, done, 0, report
+        self._begun = time.monotonic()
+        self._due = self._begun + TOLD_SECONDS
+        self.bar = tqdm(total=lines, initial=done, unit=" texts", disable=None)
+
+    def done(self, lines: int) -> None:
+        self._done += lines
+        self.bar.update(lines)
+        if time.monotonic() >= self._due:
+            self.progress()
+
+    def progress(self) -> float:
+        """Texts a second; told in a line where there is no terminal for the bar."""
+        now = time.monotonic()
+        rate = (self._done - self._before) / (now - self._begun)
+        if self.bar.disable:
+            self._report(f"{self._done:,} of {self._lines:,} lines, {rate:,.1f} texts/s")
+        self._due = now + TOLD_SECONDS
+        return rate
+
+    def bad(self, lines: dict[int, str]) -> None:
+        for number, reason in lines.items():
+            if self._bad < TOLD_LINES:
+                self._report(f"line {number}: {reason}")
+            elif self._bad == TOLD_LINES:
+                self._report(f"line {number} is no text, either: from here on such lines are only counted")
+            self._bad += 1
 
 
 def _to_stderr(message: str) -> None:
@@ -91,11 +125,12 @@ def encode_file(
     """Write the vectors of all lines of a file to a new .npy file, as its rows [lines, dim].
 
     Rows are float16 if the model's vectors are, else float32. They are those of `SentenceTransformer(model).encode`,
-    and NaN where a line is no text, which is reported with its number and the reason. A run that was killed goes on
-    when it is called with the same input, model, field, prompt and dtype; the rest may change.
+    and NaN where a line is no text; for the first TOLD_LINES the number and the reason are reported. A run that was
+    killed goes on when it is called with the same input, model, field, prompt and dtype; the rest may change.
 
     model: a folder, or a name on the hub; one without modules.json gets mean pooling.
-    source: UTF-8, lines end with LF or CRLF. field: each line is a JSON object, its text the string of this name.
+    source: UTF-8, with or without a BOM, lines end with LF or CRLF. field: each line is a JSON object, its text the
+    string of this name.
     prompt: put before each text, as in `encode(prompt=)`; by default the model's own.
     dtype: of the weights; by default the checkpoint's. device: by default a GPU if there is one.
     tokens: the most positions of a batch, padding included, by default CPU_TOKENS or TOKENS; a longer text is a batch
@@ -105,15 +140,18 @@ def encode_file(
 
     Raises FileExistsError if the output exists; OSError for files that cannot be read or written, or without the disk
     space; RuntimeError if another run writes the output, if the input changes meanwhile, or if a batch does not fit on
-    the device; ValueError for the partial run of something else and for wrong arguments; and what loading raises.
+    the device; ValueError for the partial run of something else, for an input that begins with BLOCK_LINES lines that
+    are no text, and for wrong arguments; and what loading raises.
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens={tokens}: a batch holds at least 1")
     source, npy = Path(source), ResumableNpy(Path(output))
     npy.check_paths(source)
+    _check_model(model)
+    inputs.check(source, field)
     with npy.locked():
-        state = _state(source)
-        lines, content = _count_and_hash(source)
+        state = inputs.state(source)
+        lines, content = inputs.count_and_hash(source)
         embedder = _load(model, device, report)
         if prompt is None:
             prompt = embedder.prompts.get(embedder.default_prompt_name)
@@ -124,9 +162,9 @@ def encode_file(
         fastbert.optimize(embedder)
         on_cpu = embedder.device.type == "cpu"
         tokens = tokens or (CPU_TOKENS if on_cpu else TOKENS)
-        block_lines = block_lines or (CPU_BLOCK_LINES if on_cpu else BLOCK_LINES)
+        block_lines = block_lines or (inputs.CPU_BLOCK_LINES if on_cpu else inputs.BLOCK_LINES)
 
-        @torch.inference_mode()  # here the mask also stays on the host, and is cut with its batch
+        @carrying()  # the mask on the host is cut with its batch
         def preprocess(texts):
             return embedder.preprocess(texts, prompt=prompt)
 
@@ -134,20 +172,26 @@ def encode_file(
         progress = npy.begin(fingerprint, lines, probe.size, probe.dtype)
         if progress.rows:
             report(f"going on after line {progress.rows:,} of {lines:,}")
-        with tqdm(total=lines, initial=progress.rows, unit=" texts", disable=None) as bar:
-            for block in _ahead(_blocks(source, progress, field, block_lines, preprocess)):
-                rows = np.full((block.lines, probe.size), np.nan, probe.dtype)
-                for places, features in block.slices:
-                    rows[places] = _vectors(embedder, features, tokens)
-                    bar.update(len(places))
-                for number, reason in block.bad.items():
-                    report(f"line {number}: {reason}")
-                bar.update(len(block.bad))
-                if _state(source) != state:
-                    raise RuntimeError(f"{source} changed while it was read")
-                npy.append(rows, block.end, list(block.bad))
+        told = Told(lines, progress.rows, report)
+        try:
+            with told.bar:
+                for block in _ahead(_blocks(source, progress, field, block_lines, preprocess)):
+                    rows = np.full((block.lines, probe.size), np.nan, probe.dtype)
+                    for places, features in block.slices:
+                        rows[places] = _vectors(embedder, features, tokens)
+                        told.done(len(places))
+                    told.bad(block.bad)
+                    told.done(len(block.bad))
+                    if inputs.state(source) != state:
+                        raise RuntimeError(f"{source} changed while it was read")
+                    npy.append(rows, block.end, list(block.bad))
+        except KeyboardInterrupt:
+            if progress.rows:
+                report(f"{progress.rows:,} of {lines:,} lines are done: the same command goes on from there")
+            raise
+        rate = told.progress()
         npy.finish()
-    return Encoded(lines, probe.size, str(probe.dtype), progress.bad, progress.bad_lines)
+    return Encoded(lines, probe.size, str(probe.dtype), progress.bad, progress.bad_lines, rate)
 
 
 def token_batches(features: dict[str, Any], tokens: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
@@ -157,6 +201,8 @@ def token_batches(features: dict[str, Any], tokens: int) -> Iterator[tuple[np.nd
     batch's longest text, whichever side is padded; all else holds for every batch. Yields, longest texts first, the
     rows among the N, int64 [B], and their features. A text of more than `tokens` is a batch alone.
     """
+    if "attention_mask" not in features:
+        raise ValueError("the tokenizer gives no attention_mask, which tells texts from padding: see model_input_names")
     mask = features["attention_mask"].numpy()
     lengths = mask.sum(axis=1)
     order = np.argsort(-lengths, kind="stable")
@@ -182,11 +228,10 @@ def _vectors(embedder: SentenceTransformer, features: dict[str, Any], tokens: in
     order, vectors = [], []
     with torch.inference_mode():
         for rows, batch in token_batches(features, tokens):
-            shape = tuple(batch["attention_mask"].shape)
             try:
                 found = embedder(batch_to_device(batch, embedder.device))["sentence_embedding"]
             except torch.OutOfMemoryError as error:
-                raise RuntimeError(f"a batch {shape} does not fit on the device: --tokens {tokens // 2}") from error
+                raise RuntimeError(_advice(*batch["attention_mask"].shape)) from error
             if embedder.truncate_dim is not None:
                 found = truncate_embeddings(found, embedder.truncate_dim)
             order.append(rows)
@@ -196,6 +241,16 @@ def _vectors(embedder: SentenceTransformer, features: dict[str, Any], tokens: in
     result = np.empty_like(sorted_vectors)
     result[np.concatenate(order)] = sorted_vectors
     return result
+
+
+def _advice(count: int, longest: int) -> str:
+    """What helps where a batch [count, longest] does not fit; it may be less than `tokens` allows."""
+    if count == 1:
+        return (
+            f"a single text of {longest} tokens does not fit on the device: no --tokens helps, but a smaller --dtype, "
+            "another --device, or a smaller max_seq_length of the model may"
+        )
+    return f"a batch {(count, longest)} does not fit on the device: --tokens {count * longest // 2}"
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -214,11 +269,11 @@ def _blocks(
     first = progress.rows + 1
     with source.open("rb") as file:
         file.seek(progress.offset)
-        while lines := _read_lines(file, block_lines):
+        while lines := inputs.read_lines(file, block_lines):
             texts, bad = {}, {}
             for place, line in enumerate(lines):
                 try:
-                    texts[place] = _text(line, field)
+                    texts[place] = inputs.text_of(line, field)
                 except ValueError as error:
                     bad[first + place] = str(error)
             by_length = sorted(texts, key=lambda place: len(texts[place]), reverse=True)
@@ -228,60 +283,11 @@ def _blocks(
             first += len(lines)
 
 
-def _read_lines(file: BinaryIO, block_lines: int) -> list[bytes]:
-    """The next lines with their ends: `block_lines`, or the first that reach BLOCK_BYTES; at the file's end none."""
-    lines, length = [], 0
-    while len(lines) < block_lines and length < BLOCK_BYTES and (line := file.readline()):
-        lines.append(line)
-        length += len(line)
-    return lines
-
-
-def _text(line: bytes, field: str | None) -> str:
-    """The text of a line. Raises ValueError with the reason, for the user, if it has none."""
-    if line.endswith(b"\n"):
-        line = line[:-1].removesuffix(b"\r")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from None
-    if field is None:
-        return text
-    try:
-        record = json.loads(text)
-    except (RecursionError, ValueError) as error:  # json.loads recurses, and refuses long numbers with a ValueError
-        raise ValueError(f"invalid JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    if field not in record:
-        raise ValueError(f"no field {field!r}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {field!r} is not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field {field!r} holds half a surrogate pair") from None
-    return text
-
-
-def _state(source: Path) -> tuple[int, int]:
-    """What changes when a file is written to: its size, and the time in nanoseconds."""
-    found = source.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def _count_and_hash(source: Path) -> tuple[int, str]:
-    """The number of lines of a file, and a hash of all of it. Raises OSError for what cannot be read twice."""
-    if not source.is_file():
-        raise OSError(f"{source} is a folder or a pipe, not a file")
-    lines, last, digest = 0, b"\n", hashlib.sha256()
-    with source.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            lines += chunk.count(b"\n")
-            last = chunk[-1:]
-            digest.update(chunk)
-    return lines + (last != b"\n"), f"{digest.hexdigest()} of {source.stat().st_size} bytes"
+def _check_model(model: str) -> None:
+    """Refuse a path to nothing, which the hub would call a wrong name."""
+    is_path = Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1
+    if is_path and not Path(model).exists():
+        raise FileNotFoundError(f"there is no folder {model}, and no model can have that name on the hub")
 
 
 def _load(model: str, device: str | None, report: Callable[[str], None]) -> SentenceTransformer:
