@@ -946,6 +946,107 @@ MUTANTS = [
         "else:",
         "test_graphs.py::test_a_failed_capture_is_not_tried_again",
     ),
+    Mutant(
+        "conversion-hooks-of-transformers-stay",
+        "fastbert/conversion.py",
+        "                del module._forward_hooks[key]",
+        "                pass",
+        "test_conversion.py::test_states_and_attentions_asked_for_before_keep_no_layer_from_being_fused",
+    ),
+    Mutant(
+        "conversion-adapters-are-taken-for-what-was-built",
+        "fastbert/conversion.py",
+        "            _become(module, target, own.get(target, {}))",
+        "            _become(module, target, own.get(target, {}))\n"
+        "    for block in encoder.modules():\n"
+        "        if hasattr(block, 'seal'):\n"
+        "            block.seal()",
+        "test_peft.py::test_adapters_train_as_on_transformers",
+    ),
+    Mutant(
+        "conversion-training-after-a-cast-is-lost",
+        "fastbert/conversion.py",
+        "learned = original if unchanged.all() else torch.where(unchanged, original, learned.cpu())",
+        "learned = original",
+        "test_conversion.py::test_weights_trained_after_a_cast_keep_what_they_learned",
+    ),
+    Mutant(
+        "conversion-a-second-cast-passes-for-training",
+        "fastbert/conversion.py",
+        "original.to(cast).to(tensor.dtype)",
+        "original.to(tensor.dtype)",
+        "test_conversion.py::test_restore_gives_the_old_bits_after_another_cast",
+    ),
+    Mutant(
+        "conversion-the-old-forward-is-called-on",
+        "fastbert/conversion.py",
+        "            vars(module)[name] = module_class.forward.__get__(module)",
+        "            pass",
+        "test_accelerate.py::test_offloaded_blocks",
+    ),
+    Mutant(
+        "fusion-disabled-adapters-count-once-merged",
+        "fastbert/fusion.py",
+        'getattr(module, "merged", False) and not module.disable_adapters',
+        'getattr(module, "merged", False)',
+        "test_peft.py::test_disabled_adapters_do_not_count",
+    ),
+    Mutant(
+        "graphs-merged-adapters-are-captured",
+        "fastbert/graphs.py",
+        'if type(module).__module__.startswith("peft."):',
+        "if False:",
+        "test_graphs.py::test_a_merged_adapter_is_not_captured",
+    ),
+    Mutant(
+        "sentences-padding-is-pooled",
+        "fastbert/sentences.py",
+        "ops.pool(hidden.flatten(0, 1), layout.cu_seqlens, mode, indices=layout.indices)",
+        "ops.pool(hidden.flatten(0, 1), layout.cu_seqlens, mode)",
+        "test_sentence_transformers.py::test_every_pooling_gives_the_same_vectors",
+    ),
+    Mutant(
+        "sentences-expansion-tokens-are-padding",
+        "fastbert/sentences.py",
+        'elif "query_expansion_positions" in features:',
+        "elif False:",
+        "test_sentence_transformers.py::test_expansion_tokens_of_a_multi_vector_encoder_are_scored",
+    ),
+    Mutant(
+        "sentences-the-mask-is-carried-by-anybody",
+        "fastbert/sentences.py",
+        "carried = _carries.get() and ",
+        "carried = ",
+        "test_sentence_transformers.py::test_no_mask_is_carried_where_somebody_may_change_the_batch",
+    ),
+    Mutant(
+        "sentences-weights-of-tokens-are-ones",
+        "fastbert/sentences.py",
+        'if kind is None or (kind == "Pooling" and _kind(after.get(module)) != "Transformer"):',
+        "if kind is None:",
+        "test_sentence_transformers.py::test_a_module_that_weighs_tokens_by_the_mask_keeps_the_pooling_after_it",
+    ),
+    Mutant(
+        "encode-rows-in-the-order-of-their-lengths",
+        "fastbert/commands/encode.py",
+        "result[np.concatenate(order)] = sorted_vectors",
+        "result[:] = sorted_vectors",
+        "test_encode.py::test_the_vectors_are_those_of_sentence_transformers",
+    ),
+    Mutant(
+        "encode-progress-before-the-rows",
+        "fastbert/commands/resumable.py",
+        "        self._file.write(rows.data)\n        self._flush()\n",
+        "        self._file.write(rows.data)\n",
+        "test_encode.py::test_progress_counts_no_row_that_is_not_in_the_file",
+    ),
+    Mutant(
+        "encode-another-input-goes-on",
+        "fastbert/commands/resumable.py",
+        "            self._refuse_another(fingerprint)\n",
+        "",
+        "test_encode.py::test_a_run_of_something_else_does_not_go_on",
+    ),
 ]
 
 

@@ -488,6 +488,29 @@ def test_a_merged_adapter_is_not_captured(captures, caplog):
     assert "an adapter may leave the weights unseen" in caplog.text
 
 
+def test_an_optimized_sentence_transformer_replays(captures, tokenizer, tmp_path):
+    """Lengths and batch sizes differ from call to call; the mask comes from the host, as `encode` carries it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import BertModel
+
+    BertModel(tiny_config(vocab_size=len(tokenizer), **LAYERS)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    transformer = Transformer(str(tmp_path))
+    embedder = SentenceTransformer(modules=[transformer, Pooling(48), Normalize()], device=str(DEVICE))
+    sentences = ["Why?", "", "The cat sits outside.", "A man plays the guitar, and nobody listens to the man.", "cat"]
+    fastbert.optimize(embedder)
+    expected = embedder.encode(sentences, batch_size=2)
+    Recordings.model = fastbert.graphed(embedder[0].model)
+    for _ in range(2):
+        assert (embedder.encode(sentences, batch_size=2) == expected).all()
+    assert set(captures) == {(2, 16), (1, 16)}
+    assert len(captures) == 2
+    fastbert.restore(embedder)
+    assert "forward" not in vars(embedder[0].model)
+
+
 def test_a_failed_capture_is_not_tried_again(captures, caplog, monkeypatch):
     model, plain = models()
     model(**texts(1, 16))
