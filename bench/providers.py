@@ -178,7 +178,7 @@ def checked(case: Case, provider: str) -> Checked:
 
 def require_graphs(model: nn.Module | Callable, provider: str) -> None:
     """Raises RuntimeError where a graphed model, called before, has captured nothing on a GPU."""
-    if provider == GRAPHED and DEVICE.type == "cuda" and not model.forward._graphs:
+    if provider == GRAPHED and DEVICE.type == "cuda" and not model.forward.num_graphs:
         raise RuntimeError("no CUDA graph was captured: the logger 'fastbert' says why")
 
 

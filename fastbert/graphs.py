@@ -135,13 +135,12 @@ class State:
         self._seen_tables, self._seen = self._tables(), self._look()
 
     def _look(self) -> tuple:
-        config = self._config
         return (
             [x if x is None else x.data_ptr() for own in self._tensors for x in own.values()],
             list(map(itemgetter("training"), self._attributes)),
             list(map(len, self._attributes)),
             any(self._hooks) or _has_any_global_hook(),
-            (config.output_hidden_states, config.output_attentions),
+            (self._config.output_hidden_states, self._config.output_attentions),
             torch.backends.cuda.matmul.fp32_precision,
         )
 
@@ -202,10 +201,9 @@ def _foreign(model: nn.Module) -> type | None:
         if type(layer) is not BertLayer:
             return type(layer)
     for module in model.modules():
-        kind = type(module)
-        known = kind in TOKENWISE or kind.__module__.split(".")[0] in ("fastbert", "transformers")
+        known = type(module) in TOKENWISE or type(module).__module__.split(".")[0] in ("fastbert", "transformers")
         if module not in encoder and not known:
-            return kind
+            return type(module)
     return None
 
 
@@ -278,8 +276,12 @@ class GraphedForward:
     @property
     def plain(self) -> Callable:
         """The forward of the model's class."""
-        model = self.model
-        return type(model).forward.__get__(model)
+        return type(self.model).forward.__get__(self.model)
+
+    @property
+    def num_graphs(self) -> int:
+        """How many are captured now."""
+        return len(self._graphs)
 
     def __reduce__(self):
         """A copy of the model captures graphs of its own."""
@@ -376,11 +378,8 @@ class GraphedForward:
             self._graphs[bucket] = graph
             if len(self._graphs) > self.max_graphs:
                 self._graphs.popitem(last=False)
-                ops.say_once(
-                    logging.WARNING,
-                    f"more buckets of batch sizes and lengths than max_graphs={self.max_graphs}: the least recently "
-                    "used CUDA graph makes room for each new one",
-                )
+                limit = f"more buckets of batch sizes and lengths than max_graphs={self.max_graphs}"
+                ops.say_once(logging.WARNING, f"{limit}: the least recently used graph makes room for each new one")
         return self._graphs.get(bucket)
 
     def _renewed(self) -> State:

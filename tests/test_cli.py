@@ -39,7 +39,10 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sys.prefix))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"], ["bench", "--help"], ["--version"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([command, "--help"] for command in ("verify", "bench", "encode", "info"))], ids=str,
+)  # fmt: skip
 def test_help_answers_at_once_and_imports_nothing_heavy(arguments):
     code = f"""
 import sys
@@ -103,6 +106,14 @@ def test_bench(model, monkeypatch):
     assert "bfloat16, served by eager" in found.stdout
     for case in ("1x8 full", "2x16 full", "2x16 50% filled"):
         assert f" {case} " in found.stdout
+
+
+def test_bench_is_refused_before_it_says_what_serves(model, monkeypatch, no_interpreter):
+    with fastbert.backend("triton"):
+        found = runner.invoke(app, ["bench", model, "--device", "cpu"])
+    assert found.exit_code == 2
+    assert "served by" not in found.stdout
+    assert found.stderr.startswith("fastbert: backend 'triton' cannot serve ")
 
 
 def test_info(monkeypatch):
@@ -193,11 +204,9 @@ def test_info_of_gpus(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (
-            ["verify", "/no/such"],
-            "fastbert: /no/such is no folder with a config.json, and not to be had from the hub: ",
-        ),
-        (["bench", "/no/such"], "fastbert: /no/such is no folder with a config.json, and not to be had from the hub: "),
+        (["verify", "/no/such"], "fastbert: there is no folder /no/such, and no model on the hub can have that name\n"),
+        (["bench", "/no/such"], "fastbert: there is no folder /no/such, and no model on the hub can have that name\n"),
+        (["encode", "/no/such", __file__, "-o", "/tmp/no-such.npy"], "fastbert: there is no folder /no/such, "),
         (["verify", "/no/such", "--device", "tpu"], "fastbert: there is no device 'tpu' here, only cpu"),
     ],
     ids=str,
@@ -235,9 +244,15 @@ def test_what_a_command_raises(error, status, told, monkeypatch):
     assert (found.exit_code, found.stderr) == (status, told)
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(information, "table", lambda: None.rows)
-    assert isinstance(runner.invoke(app, ["info"]).exception, AttributeError)
+@pytest.mark.parametrize("bug", [AttributeError, IndexError, KeyError, ZeroDivisionError])
+def test_a_bug_keeps_its_traceback(bug, monkeypatch):
+    def raising():
+        raise bug("input_ids")
+
+    monkeypatch.setattr(information, "table", raising)
+    found = runner.invoke(app, ["info"])
+    assert isinstance(found.exception, bug)
+    assert not found.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@ dies."""
 
 import errno
 import importlib.util
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ import transformers
 from typer.testing import CliRunner
 
 from fastbert.cli import app
-from fastbert.commands import encode, resumable
+from fastbert.commands import encode, lines, resumable
 from fastbert.commands.encode import encode_file, token_batches
 from fastbert.commands.resumable import Progress, ResumableNpy
 from fastbert.commands.texts import docstrings
@@ -80,6 +83,10 @@ def expected(path: str, texts: list[str], **arguments) -> np.ndarray:
     return SentenceTransformer(path, device="cpu").encode(texts, **arguments)
 
 
+def without_progress(said: list[str]) -> list[str]:
+    return [message for message in said if not message.endswith(" texts/s")]
+
+
 def jsonl(texts) -> str:
     return "".join(json.dumps({"id": 0, "text": text}) + "\n" for text in texts)
 
@@ -127,8 +134,28 @@ def test_only_newlines_separate_texts(source, output, tiny_path):
 
 
 def test_of_an_end_one_carriage_return_belongs_to_it():
-    lines = [b"a\r\n", b"a\r\r\n", b"a\r", b" a \n"]
-    assert [encode._text(line, None) for line in lines] == ["a", "a\r", "a\r", " a "]
+    ended = [b"a\r\n", b"a\r\r\n", b"a\r", b" a \n"]
+    assert [lines.text_of(line, None) for line in ended] == ["a", "a\r", "a\r", " a "]
+
+
+@pytest.mark.parametrize("field", [None, "text"])
+def test_a_bom_is_no_part_of_the_text(source, output, tiny_path, field):
+    """At the beginning of the file, that is; a resume begins elsewhere."""
+    texts = [*SHORT[:40], "\ufeffa bom amid"]
+    source.write_text("\ufeff" + (jsonl(texts) if field else "\n".join(texts)))
+    interrupted(source, output, tiny_path, field=field)
+    made = encode_file(tiny_path, source, output, field=field)
+    assert (made.lines, made.bad) == (41, 0)
+    np.testing.assert_allclose(np.load(output), expected(tiny_path, texts), rtol=0, atol=1e-5)
+    with io.BytesIO(b"\xef\xbb\xbf\xef\xbb\xbfone\n\xef\xbb\xbftwo") as file:
+        assert lines.read_lines(file, 1) == [b"\xef\xbb\xbfone\n"]
+        assert lines.read_lines(file, 1) == [b"\xef\xbb\xbftwo"]
+
+
+def test_a_file_of_a_bom_alone_is_one_empty_text(source, output, tiny_path):
+    source.write_text("\ufeff")
+    assert encode_file(tiny_path, source, output).lines == 1
+    np.testing.assert_allclose(np.load(output), expected(tiny_path, [""]), rtol=0, atol=1e-5)
 
 
 def test_a_file_without_lines(source, output, tiny_path):
@@ -175,7 +202,7 @@ def test_dtypes(source, output, tiny_path, dtype, rows):
 def test_a_folder_without_modules_gets_mean_pooling_and_says_so(source, output, bert_path, tiny_path):
     said = []
     encode_file(bert_path, source, output, report=said.append)
-    assert said == [f"{bert_path} has no modules.json: a vector is the mean over its text's tokens"]
+    assert without_progress(said) == [f"{bert_path} has no modules.json: a vector is the mean over its text's tokens"]
     np.testing.assert_allclose(np.load(output), expected(tiny_path, SHORT[:100]), rtol=0, atol=1e-5)
 
 
@@ -197,13 +224,66 @@ def test_bad_lines_are_told_and_are_nan(source, output, tiny_path):
     source.write_bytes(b"\n".join([*(line for line, _ in BAD), *jsonl(["good", "better"]).encode().splitlines()]))
     said = []
     made = encode_file(tiny_path, source, output, field="text", block_lines=4, report=said.append)
-    for number, (message, (_, reason)) in enumerate(zip(said, BAD, strict=True), 1):
+    for number, (message, (_, reason)) in enumerate(zip(without_progress(said), BAD, strict=True), 1):
         assert message.startswith(f"line {number}: {reason}")
         assert len(message.splitlines()) == 1
     vectors = np.load(output)
     assert (made.bad, made.bad_lines) == (len(BAD), list(range(1, len(BAD) + 1)))
     assert np.isnan(vectors[: len(BAD)]).all()
     np.testing.assert_allclose(vectors[len(BAD) :], expected(tiny_path, ["good", "better"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "why"),
+    [
+        (b"not json\n" + jsonl(SHORT[:9]).encode(), "txt", "10 lines is a text; line 2: no field 'txt' "),
+        (b'{"text": null, "id": 1}\n\n', "text", "2 lines is a text; line 1: field 'text' is not a string "),
+        (b"plain\ntext\n", "text", "2 lines is a text; line 1: invalid JSON: Expecting value"),
+        ("né\né".encode("latin-1"), None, "2 lines is a text; line 1: invalid UTF-8 at byte 2"),
+    ],
+)
+def test_an_input_without_any_text_is_refused_before_anything_is_written(
+    source, output, tiny_path, content, field, why, monkeypatch
+):
+    source.write_bytes(content)
+    monkeypatch.setattr(Path, "touch", None)
+    with pytest.raises(ValueError, match=re.escape(f"texts: none of the first {why}")) as refused:
+        encode_file(tiny_path, source, output, field=field)
+    names = "'text', 'id'" if b"null" in content else "'id', 'text'"
+    assert str(refused.value).endswith(f"(its fields are {names})") == (b"{" in content)
+    assert beside(output) == set()
+
+
+def test_of_many_bad_lines_the_first_are_told(source, output, tiny_path, monkeypatch):
+    """Whatever blocks they are in: here the third message is the last of the first block."""
+    monkeypatch.setattr(encode, "TOLD_LINES", 3)
+    source.write_bytes(b"text\n" + b"\xff\n" * 99)
+    said = []
+    made = encode_file(tiny_path, source, output, block_lines=4, report=said.append)
+    assert [message.split(":")[0] for message in without_progress(said)] == [
+        "line 2", "line 3", "line 4", "line 5 is no text, either"
+    ]  # fmt: skip
+    assert (made.bad, made.bad_lines) == (99, list(range(2, 101)))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_on_a_terminal_and_else_lines(source, output, tiny_path, monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    interrupted(source, output, tiny_path)
+    # A clock that only the run's own questions move.
+    monkeypatch.setattr(encode, "time", SimpleNamespace(monotonic=iter(range(0, 10_000, 25)).__next__))
+    said = []
+    made = encode_file(tiny_path, source, output, block_lines=20, report=said.append)
+    assert ("100/100" in stderr.getvalue()) == terminal
+    lines_done = [re.fullmatch(r"(\d+) of 100 lines, ([\d.]+) texts/s", message) for message in said[1:]]
+    if terminal:
+        assert lines_done == []
+    else:
+        assert lines_done[0][1] != "100"
+        assert (lines_done[-1][1], lines_done[-1][2]) == ("100", f"{made.rate:.1f}")
+    assert 0 < made.rate < 60 / 25
 
 
 def test_bad_lines_of_before_a_resume_are_counted_and_the_first_kept(source, output, tiny_path, monkeypatch):
@@ -213,7 +293,7 @@ def test_bad_lines_of_before_a_resume_are_counted_and_the_first_kept(source, out
     said = []
     made = encode_file(tiny_path, source, output, block_lines=20, report=said.append)
     assert (made.bad, made.bad_lines) == (50, list(range(2, 31, 2)))
-    assert [message.split(":")[0] for message in said] == [
+    assert [message.split(":")[0] for message in without_progress(said)] == [
         "going on after line 40 of 100", *(f"line {number}" for number in range(42, 101, 2))
     ]  # fmt: skip
 
@@ -238,7 +318,7 @@ def test_a_killed_run_goes_on(source, output, minilm_path):
     done = Progress.read(progress_of(output)).rows
     said = []
     encode_file(minilm_path, source, output, block_lines=16, report=said.append)
-    assert said == [f"going on after line {done} of 160"]
+    assert without_progress(said) == [f"going on after line {done} of 160"]
     assert output.read_bytes() == once.read_bytes()
     assert beside(output) == {output.name, once.name}
 
@@ -333,6 +413,7 @@ def test_a_run_without_rows_binds_nothing(source, output, tiny_path):
     ],
 )
 def test_a_run_of_something_else_does_not_go_on(tmp_path, source, output, tiny_path, other, differing):
+    source.write_text(jsonl(SHORT[:100]))
     interrupted(source, output, tiny_path)
     files = {path: path.read_bytes() for path in output.parent.iterdir()}
     path, arguments = tiny_path, other
@@ -356,7 +437,7 @@ def test_batches_and_device_may_change_in_a_resume(source, output, tiny_path):
     interrupted(source, output, tiny_path)
     said = []
     encode_file(tiny_path, source, output, tokens=50, device="cpu", report=said.append)
-    assert said == ["going on after line 40 of 100"]
+    assert without_progress(said) == ["going on after line 40 of 100"]
     np.testing.assert_allclose(np.load(output), expected(tiny_path, SHORT[:100]), rtol=0, atol=1e-5)
 
 
@@ -397,8 +478,9 @@ def _folder(source, output):
     ("prepare", "error", "message"),
     [
         (lambda source, output: output.touch(), FileExistsError, "vectors.npy exists already: delete it"),
-        (lambda source, output: output.parent.rmdir(), FileNotFoundError, "no such folder: '.*/out'"),
-        (lambda source, output: source.unlink(), FileNotFoundError, "No such file .*/texts'"),
+        (lambda source, output: output.mkdir(), IsADirectoryError, "npy is a folder: name a file, .*npy/vectors.npy"),
+        (lambda source, output: output.parent.rmdir(), FileNotFoundError, "^there is no folder .*/out for the output"),
+        (lambda source, output: source.unlink(), FileNotFoundError, "^there is no input file .*/texts$"),
         (_folder, OSError, "texts is a folder or a pipe"),
         (_pipe, OSError, "texts is a folder or a pipe"),
         (_input_is_the_output, ValueError, "texts would be written over"),
@@ -418,8 +500,11 @@ def test_what_is_refused(source, output, tiny_path, prepare, error, message):
 def test_wrong_arguments(source, output, tiny_path):
     with pytest.raises(ValueError, match="tokens=0"):
         encode_file(tiny_path, source, output, tokens=0)
-    with pytest.raises(FileNotFoundError, match="nowhere/at/all"):
-        encode_file("nowhere/at/all", source, output)
+    for model in ("nowhere/at/all", "./my-modl", str(output.parent / "nothing")):
+        with pytest.raises(OSError, match=re.escape(f"there is no folder {model}, and no model")):
+            encode_file(model, source, output)
+    with pytest.raises(IsADirectoryError, match="^. is a folder: name a file, such as -o vectors.npy"):
+        encode_file(tiny_path, source, ".")
     assert beside(output) == set()
 
 
@@ -460,13 +545,38 @@ def test_an_input_that_changes_meanwhile(source, output, tiny_path, monkeypatch)
     assert not output.exists()
 
 
-def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monkeypatch):
-    def forward(self, features):
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize(
+    ("fits", "advice"),
+    [
+        (1, r"a batch \((\d+), (\d+)\) does not fit on the device: --tokens (\d+)"),
+        (0, "a single text of 3 tokens does not fit on the device: no --tokens helps, but a smaller --dtype"),
+    ],
+)
+def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monkeypatch, fits, advice):
+    """Batches may be smaller than the budget: its half might change nothing."""
 
+    def forward(self, features):
+        if len(features["input_ids"]) > fits:
+            raise torch.OutOfMemoryError
+        return real(self, features)
+
+    real = SentenceTransformer.forward
     monkeypatch.setattr(SentenceTransformer, "forward", forward)
-    with pytest.raises(RuntimeError, match=r"a batch \(1, 3\) does not fit on the device: --tokens 300"):
-        encode_file(tiny_path, source, output, tokens=600)
+    with pytest.raises(RuntimeError, match=advice) as error:
+        encode_file(tiny_path, source, output, tokens=100_000)
+    if fits:
+        count, longest, tokens = map(int, re.search(advice, str(error.value)).groups())
+        assert (count, tokens) == (100, count * longest // 2)
+
+
+def test_a_tokenizer_without_a_mask(source, output, tiny_path, monkeypatch):
+    def preprocess(*given, **named):
+        return {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+
+    monkeypatch.setattr(SentenceTransformer, "preprocess", preprocess)
+    with pytest.raises(ValueError, match="the tokenizer gives no attention_mask"):
+        encode_file(tiny_path, source, output)
+    assert beside(output) == set()
 
 
 def test_memory_does_not_grow_with_the_lines(tmp_path, output, tiny_path, monkeypatch):
@@ -477,9 +587,9 @@ def test_memory_does_not_grow_with_the_lines(tmp_path, output, tiny_path, monkey
     real = ResumableNpy.begin
     monkeypatch.setattr(ResumableNpy, "begin", begin)
     peaks = []
-    for lines in (400, 4000):
-        source = tmp_path / str(lines)
-        source.write_text("a text\n" * lines)
+    for number in (400, 4000):
+        source = tmp_path / str(number)
+        source.write_text("a text\n" * number)
         encode_file(tiny_path, source, output, block_lines=100)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -489,14 +599,14 @@ def test_memory_does_not_grow_with_the_lines(tmp_path, output, tiny_path, monkey
 
 
 def test_long_lines_end_a_block(source, output, tiny_path, monkeypatch):
-    monkeypatch.setattr(encode, "BLOCK_BYTES", 450)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 450)
     with source.open("rb") as file:
-        blocks = list(iter(lambda: encode._read_lines(file, 10), []))
-    assert b"".join(b"".join(lines) for lines in blocks) == source.read_bytes()
-    assert {len(lines) == 10 for lines in blocks} == {True, False}
-    for lines in blocks[:-1]:
-        assert len(lines) == 10 or sum(map(len, lines)) >= 450
-        assert sum(map(len, lines[:-1])) < 450
+        blocks = list(iter(lambda: lines.read_lines(file, 10), []))
+    assert b"".join(map(b"".join, blocks)) == source.read_bytes()
+    assert {len(block) == 10 for block in blocks} == {True, False}
+    for block in blocks[:-1]:
+        assert len(block) == 10 or sum(map(len, block)) >= 450
+        assert sum(map(len, block[:-1])) < 450
     encode_file(tiny_path, source, output, block_lines=10)
     np.testing.assert_allclose(np.load(output), expected(tiny_path, SHORT[:100]), rtol=0, atol=1e-5)
 
@@ -563,6 +673,13 @@ def test_what_is_missing_without_sentence_transformers(monkeypatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def test_without_locks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("resumable_alone", resumable.__file__)
+    with pytest.raises(ImportError, match="encode needs a POSIX system"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def command(*arguments):
     return CliRunner().invoke(app, ["encode", *map(str, arguments)])
 
@@ -570,10 +687,12 @@ def command(*arguments):
 def test_the_command(source, output, tiny_path):
     source.write_text(jsonl(["one", "two"]) + "three\n")
     done = command(tiny_path, source, "-o", output, "--field", "text", "--prompt", "p: ", "--dtype", "float16")
-    assert (done.exit_code, done.stdout) == (
-        1, f"{output}: float16 [3, 32]\nrows of NaN, for lines that are no text: 3\n"
-    )  # fmt: skip
-    assert done.stderr == "line 3: invalid JSON: Expecting value: line 1 column 1 (char 0)\n"
+    assert done.exit_code == 1
+    nan_rows = "rows of NaN, for lines that are no text: 3"
+    assert re.fullmatch(rf"{output}: float16 \[3, 32\], [\d,.]+ texts/s\n{nan_rows}\n", done.stdout)
+    bad, progress = done.stderr.splitlines()
+    assert bad == "line 3: invalid JSON: Expecting value: line 1 column 1 (char 0)"
+    assert re.fullmatch(r"3 of 3 lines, [\d,.]+ texts/s", progress)
     vectors = np.load(output)
     np.testing.assert_allclose(vectors[:2], expected(tiny_path, ["p: one", "p: two"]), rtol=0, atol=0.05)
     again = command(tiny_path, source, "-o", output)
@@ -581,14 +700,24 @@ def test_the_command(source, output, tiny_path):
     assert again.stderr == f"fastbert: {output} exists already: delete it, or give another -o\n"
     output.unlink()
     plain = command(tiny_path, source, "-o", output, "--tokens", 64, "--device", "cpu")
-    assert (plain.exit_code, plain.stdout, plain.stderr) == (0, f"{output}: float32 [3, 32]\n", "")
+    assert (plain.exit_code, without_progress(plain.stderr.splitlines())) == (0, [])
+    assert plain.stdout.startswith(f"{output}: float32 [3, 32], ")
 
 
-def test_an_interrupted_command_says_how_to_go_on(source, output, tiny_path, monkeypatch):
-    def append(*given):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("done", [0, 1])
+def test_an_interrupted_command_says_how_to_go_on(source, output, tiny_path, monkeypatch, done):
+    """Once a block is done, and on the disk."""
 
-    monkeypatch.setattr(ResumableNpy, "append", append)
-    done = command(tiny_path, source, "-o", output)
-    assert (done.exit_code, done.stdout) == (130, "")
-    assert done.stderr == "fastbert: interrupted; the same command goes on from here\n"
+    def write(*given):
+        if len(writes) > done:
+            raise KeyboardInterrupt
+        writes.append(given)
+        real(*given)
+
+    writes, real = [], Progress.write
+    monkeypatch.setattr(Progress, "write", write)
+    monkeypatch.setattr(encode, "CPU_BLOCK_LINES", 30)
+    ended = command(tiny_path, source, "-o", output)
+    assert (ended.exit_code, ended.stdout) == (130, "")
+    how = "30 of 100 lines are done: the same command goes on from there\n" if done else ""
+    assert ended.stderr == f"{how}fastbert: interrupted\n"

@@ -192,6 +192,7 @@ def test_the_least_recently_used_graph_makes_room(captures, caplog):
     model, _ = models(max_graphs=2)
     for shape in ((1, 16), (2, 16), (1, 16), (4, 16)):
         model(**texts(*shape))
+    assert model.forward.num_graphs == 2
     assert "max_graphs=2" in caplog.text
     captures.clear()
     model(**texts(1, 16))

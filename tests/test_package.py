@@ -60,10 +60,11 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "commands.machine": set(),
         "commands.resumable": set(),
         "commands.checkpoint": {"commands.texts"},
-        "commands.verify": {"commands.checkpoint", "commands.closeness"},
+        "commands.verify": {"commands.checkpoint", "commands.closeness", "ops", "tokens"},
         "commands.benchmark": {"commands.checkpoint", "commands.closeness", "commands.timing"},
         "commands.information": {"commands.machine", "ops"},
-        "commands.encode": {"commands.checkpoint", "commands.resumable", "sentences"},
+        "commands.lines": set(),
+        "commands.encode": {"commands.checkpoint", "commands.lines", "commands.resumable", "sentences"},
         "cli": {
             f"commands.{name}" for name in ("benchmark", "checkpoint", "encode", "information", "machine", "verify")
         },

@@ -10,10 +10,10 @@ from cases import HEADS, VOCAB, pair, tiny_config
 from rich.console import Console
 
 import fastbert
-from fastbert import eager, tokens
+from fastbert import eager, heads, ops, tokens
 from fastbert.commands import benchmark, verify
-from fastbert.commands.benchmark import GRAPHED, Benchmark, Case
-from fastbert.commands.checkpoint import Checkpoint, device_called, right_padding, served
+from fastbert.commands.benchmark import GRAPHED, Benchmark, Case, WrongResults
+from fastbert.commands.checkpoint import Checkpoint, device_called, local_or_hub, right_padding, served
 from fastbert.commands.closeness import closeness
 from fastbert.commands.verify import CLASSES
 
@@ -46,7 +46,7 @@ def verified(found: Checkpoint, *classes: str, dtype: str = "float32", **setting
 
 
 def missed(found: list[verify.Verified]) -> set[str]:
-    return {verdict.subject for each in found for verdict in each.verdicts if not verdict.closeness.holds}
+    return {verdict.subject for each in found for verdict in each.verdicts if not verdict.holds}
 
 
 def printed(*lines) -> str:
@@ -70,12 +70,12 @@ def test_minilm(minilm_path):
     ]
     assert all(each.holds for each in found)
     assert [verdict.subject.removeprefix("BertModel ") for verdict in found[0].verdicts] == [
-        "last_hidden_state", "pooler_output", "hidden_states", "attentions",
+        "last_hidden_state", "pooler_output", "pool mean", "pool first", "hidden_states", "attentions",
     ]  # fmt: skip
     assert not found[0].lacking
     assert found[2].lacking == ["qa_outputs.bias", "qa_outputs.weight"]
     text = printed(verify.table(found), *verify.remarks(found))
-    assert text.count(" ok\n") == 10
+    assert text.count(" ok\n") == 14
     assert "random weights, the same in both, for what the checkpoint lacks: BertForQuestionAnswering\n" in text
     assert "\nserved by eager (the tensors are on 'cpu' and the kernels need a CUDA device)\n" in text
     assert text.endswith("fastbert gives transformers' results here, all within the limit\n")
@@ -135,10 +135,11 @@ def test_a_kernel_that_errs_is_found(saved, monkeypatch):
     found = verified(saved(), *CLASSES)
     assert not any(each.holds for each in found)
     assert missed(found) == {
-        "BertModel last_hidden_state", "BertModel pooler_output", "BertModel hidden_states", *CLASSES[1:],
+        "BertModel last_hidden_state", "BertModel pooler_output", "BertModel hidden_states", "pool mean", "pool first",
+        *CLASSES[1:],
     }  # fmt: skip
     text = printed(verify.table(found), *verify.remarks(found))
-    assert text.count(" MISS\n") == 10
+    assert text.count(" MISS\n") == 12
     assert "fastbert is WRONG here, beyond the limit: BertModel in float32, BertForPreTraining in float32, " in text
 
 
@@ -160,7 +161,7 @@ def test_padding_that_leaks_is_found(saved, monkeypatch):
     layout = tokens.layout_from_mask
     monkeypatch.setattr("fastbert.inputs.layout_from_mask", lambda mask, *others: layout(None, *others))
     (found,) = verified(saved(), "BertModel")
-    wrong = {verdict.subject: verdict.where for verdict in found.verdicts if not verdict.closeness.holds}
+    wrong = {verdict.subject: verdict.where for verdict in found.verdicts if not verdict.holds}
     assert set(wrong) >= {"BertModel last_hidden_state", "BertModel pooler_output", "BertModel hidden_states"}
     assert "full" not in wrong["BertModel last_hidden_state"]
 
@@ -170,7 +171,8 @@ def test_a_loss_that_errs_is_found(saved, monkeypatch):
 
     def with_another_loss(self, *args, **kwargs):
         outputs = forward(self, *args, **kwargs)
-        outputs.loss = outputs.loss * 1.01
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss * 1.01
         return outputs
 
     monkeypatch.setattr(fastbert.BertForSequenceClassification, "forward", with_another_loss)
@@ -178,6 +180,77 @@ def test_a_loss_that_errs_is_found(saved, monkeypatch):
     (verdict,) = found.verdicts
     assert not verdict.closeness.holds
     assert verdict.where == "loss"
+
+
+@pytest.mark.parametrize("head", CLASSES[1:])
+def test_a_projection_that_errs_with_many_rows_is_found(head, saved, monkeypatch):
+    exact = heads.Projection.forward
+
+    def wrong_past_row_24(self, x):
+        y = exact(self, x)
+        y.flatten(0, -2)[24:] *= 1.01
+        return y
+
+    monkeypatch.setattr(heads.Projection, "forward", wrong_past_row_24)
+    (found,) = verified(saved(head), head)
+    assert not found.holds
+
+
+@pytest.mark.parametrize("mode", ["mean", "first"])
+def test_pooling_that_errs_is_found(mode, saved, monkeypatch):
+    exact = ops.pool
+
+    def wrong(hidden, cu_seqlens, wanted, normalize=False, indices=None):
+        # The next text's first token is taken for this one's.
+        longer = torch.cat([cu_seqlens[:1], (cu_seqlens[1:] + 1).clamp(max=cu_seqlens[-1])])
+        return exact(hidden, longer if wanted == mode else cu_seqlens, wanted, normalize, indices)
+
+    monkeypatch.setattr(ops, "pool", wrong)
+    assert f"pool {mode}" in missed(verified(saved(), "BertModel"))
+
+
+def test_a_mask_on_the_host_reaches_our_model_alone():
+    class Model(torch.nn.Module):
+        dtype = torch.float32
+        device = torch.device("meta")
+
+        def forward(self, attention_mask, input_ids, return_dict):
+            return attention_mask.device.type, input_ids.device.type
+
+    models = verify.Models(Model(), Model(), Model())
+    batch = {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 2).long()}
+    assert models(**batch) == (("meta", "meta"),) * 3
+    assert models(**batch, mask_on_host=True) == (("cpu", "meta"), ("meta", "meta"), ("meta", "meta"))
+
+
+@pytest.mark.parametrize("ours_too", [True, False])
+def test_what_transformers_gives_no_number_for_is_told(ours_too, saved, monkeypatch):
+    load = Checkpoint.pair
+
+    def overflowing(self, model_class):
+        ours, theirs, lacking = load(self, model_class)
+        for model in (theirs, ours) if ours_too else (theirs,):
+            model.embeddings.LayerNorm.bias.data[0] = 1e30  # inf in float16, and NaN from the first layer on
+        return ours, theirs, lacking
+
+    monkeypatch.setattr(Checkpoint, "pair", overflowing)
+    found = verified(saved(), "BertModel", dtype="float16", shapes=[(2, 7)])
+    assert not missed(found)
+    assert not found[0].is_finite
+    verdicts = {verdict.subject: verdict for verdict in found[0].verdicts}
+    assert verdicts["BertModel last_hidden_state"].closeness is None
+    text = printed(verify.table(found), *verify.remarks(found))
+    assert text.count(" no number\n") == 6
+    assert " - " in text
+    told = (
+        "transformers gives no number here in float16, so nothing to compare with, in BertModel: do not use this dtype"
+    )
+    assert " ".join(text.split()).endswith(f"{told} with this checkpoint")
+    assert "within the limit" not in text
+    with pytest.raises(
+        WrongResults, match="transformers gives no number on 1x8 full in float16: do not use this dtype"
+    ):
+        Benchmark(saved(), CPU, "float16").measure(Case(1, 8, is_full=True), 0.01)
 
 
 def test_what_is_no_number_is_wrong(saved, monkeypatch):
@@ -195,16 +268,25 @@ def test_what_is_no_number_is_wrong(saved, monkeypatch):
 
 def test_the_rule():
     truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    nan, inf = math.nan, math.inf
     for ours, theirs, holds in (
         (truth, truth, True),
         (truth + 1e-8, truth, True),
         (truth + 2.9e-3, truth + 1e-3, True),
         (truth + 3.1e-3, truth + 1e-3, False),
-        (truth * torch.nan, truth + 1e-3, False),
-        (truth * torch.inf, truth * torch.inf, False),
-        (truth + 1e-3, truth * torch.nan, False),
+        (truth * nan, truth + 1e-3, False),
+        (truth * inf, truth + 1e-3, False),
+        # Where theirs is no number ours may be any number, or the same; the rest counts as always.
+        ([1.0, 7.0], [1.0, inf], True),
+        ([1.0, nan], [1.0, nan], True),
+        ([1.0, -inf], [1.0, -inf], True),
+        ([1.1, inf], [1.0, inf], False),
+        ([nan, inf], [1.0, inf], False),
+        ([1.0, inf], [1.0, -inf], False),
+        ([1.0, nan], [1.0, inf], False),
+        ([nan, nan], [inf, inf], False),
     ):
-        found = closeness(ours.float(), theirs.float(), truth)
+        found = closeness(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), truth)
         assert [each.measure for each in found] == ["max", "rms"]
         assert [each.holds for each in found] == [holds] * 2
         assert [each.share <= 1 for each in found] == [holds] * 2
@@ -212,6 +294,7 @@ def test_the_rule():
     assert [each.share for each in closeness(zeros, zeros, zeros.double())] == [0, 0]
     assert [each.share for each in closeness(zeros + 1, zeros, zeros.double())] == [math.inf] * 2
     assert closeness(zeros[:0], zeros[:0], zeros[:0].double()) == []
+    assert closeness(zeros, zeros * nan, zeros.double()) == []
     with pytest.raises(ValueError, match=r"shapes differ: \[1\], \[2\], \[2\]"):
         closeness(zeros[:1], zeros, zeros.double())
     with pytest.raises(ValueError, match="dtypes differ: torch.float16 and torch.float32"):
@@ -298,7 +381,7 @@ def test_bench_times_nothing_that_is_wrong(saved, monkeypatch):
     running = Benchmark(saved(), CPU, "float32")
     exact = eager.linear_activation
     monkeypatch.setattr(eager, "linear_activation", lambda *inputs: exact(*inputs) * 1.001)
-    with pytest.raises(ArithmeticError, match="fastbert is wrong on 3x16 50% filled in float32: it errs by"):
+    with pytest.raises(WrongResults, match="fastbert is wrong on 3x16 50% filled in float32: it errs by"):
         running.measure(Case(3, 16, is_full=False), 0.01)
 
 
@@ -313,11 +396,51 @@ def test_a_model_that_is_no_bert_is_refused(tmp_path):
     transformers.RobertaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a model of type 'roberta', and fastbert serves 'bert' alone"):
         Checkpoint(str(tmp_path))
-    with pytest.raises(OSError, match="/no/such is no folder with a config.json, and not to be had from the hub"):
-        Checkpoint("/no/such")
     transformers.BertModel(tiny_config(is_decoder=True)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config.is_decoder=True is not served"):
         Checkpoint(str(tmp_path)).pair("BertModel")
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("./my-modl", "/no/such", "my-modl/"):
+        with pytest.raises(OSError, match=f"^there is no folder {name}, and no model on the hub can have that name$"):
+            Checkpoint(name)
+    with pytest.raises(OSError, match="^there is no folder my-modl, and the hub does not give it: "):
+        Checkpoint("my-modl")
+    (tmp_path / "empty").mkdir()
+    assert [local_or_hub(name) for name in ("./empty", "any/name")] == ["./empty", "any/name"]
+    with pytest.raises(OSError, match="^there is no config.json in ./empty$"):
+        Checkpoint("./empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="the config.json of ./empty has no model_type"):
+        Checkpoint("./empty")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(OSError, match="^(?!there is no folder).*config"):
+        Checkpoint("./empty")
+
+
+def test_a_folder_of_sentence_transformers(saved, tmp_path):
+    whole = tmp_path / "whole"
+    _, theirs = pair()
+    theirs.save_pretrained(whole / "0_Transformer")
+    (whole / "config.json").write_text('{"__version__": "0.2.0"}')
+    (whole / "modules.json").write_text('[{"path": "0_Transformer"}, {"path": "1_Pooling"}]')
+    checkpoint = Checkpoint(str(whole))
+    assert not missed(verified(checkpoint, "BertModel", shapes=[(2, 5)]))
+    assert torch.equal(checkpoint.pair("BertModel")[0].embeddings.word_embeddings.weight,
+                       theirs.embeddings.word_embeddings.weight)  # fmt: skip
+    (whole / "modules.json").write_text('[{"path": "0_Transfromer"}]')
+    with pytest.raises(OSError, match="there is no config.json in .*0_Transfromer"):
+        Checkpoint(str(whole))
+    (whole / "modules.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"modules.json is no list of sentence-transformers' modules"):
+        Checkpoint(str(whole))
+
+
+def test_bench_is_refused_before_anything_is_said(saved, no_interpreter):
+    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot serve"):
+        Benchmark(saved(), CPU, "float32")
 
 
 @pytest.mark.gpu

@@ -36,8 +36,15 @@ class Case:
         return f"{self.batch_size}x{self.seq_len} {'full' if self.is_full else '50% filled'}"
 
 
+class WrongResults(RuntimeError):
+    """Ours are beyond the limit of the rule, or there are none of transformers' to hold them to."""
+
+
 class Benchmark:
-    """transformers' model with sdpa and ours, in a dtype on a device; on a GPU ours also behind `fastbert.graphed`."""
+    """transformers' model with sdpa and ours, in a dtype on a device; on a GPU ours also behind `fastbert.graphed`.
+
+    Raises RuntimeError where the chosen back end cannot serve our model there.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: str):
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
@@ -47,6 +54,8 @@ class Benchmark:
         if device.type == "cuda":
             self.ours[GRAPHED] = fastbert.graphed(deepcopy(ours))
         self.truth = deepcopy(self.theirs).double()
+        with torch.inference_mode():
+            ours(**{name: x.to(device) for name, x in checkpoint.batch(1, 1).items()})
 
     @property
     def served(self) -> str:
@@ -62,8 +71,8 @@ class Benchmark:
     def measure(self, case: Case, seconds: float) -> dict[str, Measured]:
         """The times of each of our models beside transformers', in about `seconds` each.
 
-        Raises ArithmeticError where one's hidden states are wrong by the rule of `fastbert.commands.closeness`, and
-        RuntimeError where nothing could be captured in a graph.
+        Raises WrongResults where one's hidden states are wrong by the rule of `fastbert.commands.closeness`, or
+        transformers' are no numbers, and RuntimeError where nothing could be captured in a graph.
         """
         mask = right_padding(case.batch_size, case.seq_len) if not case.is_full else None
         batch = self.checkpoint.batch(case.batch_size, case.seq_len)
@@ -79,6 +88,10 @@ class Benchmark:
 
         theirs = forward_of(self.theirs)
         expected, truth = hidden(theirs), hidden(forward_of(self.truth))
+        if not expected.isfinite().all():
+            raise WrongResults(
+                f"transformers gives no number on {case} in {self.dtype}: do not use this dtype with this checkpoint"
+            )
         forwards = {name: forward_of(model) for name, model in self.ours.items()}
         for name, forward in forwards.items():
             if name == GRAPHED:
@@ -86,11 +99,11 @@ class Benchmark:
                 forward()  # captures; the third call, which is checked, replays
             for found in closeness(hidden(forward), expected, truth):
                 if not found.holds:
-                    raise ArithmeticError(
+                    raise WrongResults(
                         f"{name} is wrong on {case} in {self.dtype}: it errs by {found.error:.2e} ({found.measure}), "
                         f"transformers by {found.their_error:.2e}; fastbert verify tells more"
                     )
-            if name == GRAPHED and not self.ours[name].forward._graphs:
+            if name == GRAPHED and not self.ours[name].forward.num_graphs:
                 raise RuntimeError(f"no CUDA graph was captured for {case}: the logger 'fastbert' says why")
         clock = throughput_clock(self.device)
         return {name: side_by_side(forward, theirs, seconds, clock) for name, forward in forwards.items()}

@@ -3,12 +3,16 @@
 Letters as in `fastbert.tokens`.
 """
 
+import json
 from collections import Counter
 from copy import deepcopy
 from functools import cached_property
+from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
 import fastbert
@@ -33,19 +37,47 @@ def device_called(name: str | None) -> torch.device:
     return device
 
 
+def local_or_hub(name: str) -> str:
+    """The name, which is a folder here or could be one on the hub, which is not asked. Raises OSError for any other."""
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            raise OSError(f"there is no folder {name}, and no model on the hub can have that name") from None
+    return name
+
+
+def _with_weights(name: str) -> str:
+    """Where a model's own files lie: sentence-transformers' modules.json may name a folder inside for them."""
+    modules = Path(name, "modules.json")
+    if not modules.is_file():
+        return name
+    try:
+        return str(Path(name, json.loads(modules.read_text())[0]["path"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{modules} is no list of sentence-transformers' modules") from error
+
+
 class Checkpoint:
     """A folder, or a name on the hub. Raises OSError for what is none, and ValueError for a model that is not BERT."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name = _with_weights(local_or_hub(name))
+        is_local = Path(name).is_dir()
+        if is_local and not Path(self.name, "config.json").is_file():
+            raise OSError(f"there is no config.json in {self.name}")
         try:
-            settings, _ = transformers.PretrainedConfig.get_config_dict(name)
+            settings, _ = transformers.PretrainedConfig.get_config_dict(self.name)
         except OSError as error:
-            raise OSError(f"{name} is no folder with a config.json, and not to be had from the hub: {error}") from error
-        model_type = settings.get("model_type", "bert")
+            if is_local:
+                raise
+            raise OSError(f"there is no folder {name}, and the hub does not give it: {error}") from error
+        model_type = settings.get("model_type")
+        if model_type is None:
+            raise ValueError(f"the config.json of {self.name} has no model_type: a BERT's would be 'bert'")
         if model_type != "bert":
-            raise ValueError(f"{name} is a model of type {model_type!r}, and fastbert serves 'bert' alone")
-        self.config = transformers.BertConfig.from_pretrained(name)
+            raise ValueError(f"{self.name} is a model of type {model_type!r}, and fastbert serves 'bert' alone")
+        self.config = transformers.BertConfig.from_pretrained(self.name)
 
     @cached_property
     def _tokens(self) -> tuple[Tensor, int | None, int | None]:

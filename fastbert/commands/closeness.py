@@ -2,6 +2,7 @@
 
 An implementation may be at most `factor` times as far from the truth as transformers' model in the same dtype is, plus
 a rounding floor, in the maximum and in the root mean square. The truth is transformers' model in a wider dtype.
+Where transformers itself gives no number, as where float16 overflows, there is nothing to hold an implementation to.
 """
 
 import math
@@ -34,13 +35,25 @@ class Closeness:
         return self.share <= 1
 
 
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+MEASURES = {"max": _largest, "rms": _root_mean_square}
+
+
 def limit(their_error: float, size: float, dtype: torch.dtype, factor: float = MODEL_FACTOR) -> float:
     """The largest error that the rule allows in `dtype`, where the truth is of this size in the same measure."""
     return factor * their_error + torch.finfo(dtype).eps * size
 
 
 def closeness(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL_FACTOR) -> list[Closeness]:
-    """How close ours comes to the truth beside theirs, in each measure; nothing where there is no value to compare.
+    """How close ours comes to the truth beside theirs, in each measure, over what is finite in theirs; an empty list if
+    nothing is. Where theirs is NaN or infinite ours may be the same or finite; anything else there has a NaN for error.
 
     ours and theirs are of one shape and dtype, truth of the same shape and a wider dtype; ValueError otherwise. The
     floor is one rounding of the largest value (for the root mean square: of the root mean square) in ours' dtype.
@@ -49,19 +62,15 @@ def closeness(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL
         raise ValueError(f"shapes differ: {list(ours.shape)}, {list(theirs.shape)}, {list(truth.shape)}")
     if ours.dtype != theirs.dtype:
         raise ValueError(f"dtypes differ: {ours.dtype} and {theirs.dtype}")
-    if truth.numel() == 0:
+    finite = theirs.isfinite()
+    if not finite.all():
+        if not (finite | ours.isfinite() | torch.isclose(ours, theirs, equal_nan=True)).all():
+            return [Closeness(measure, math.nan, math.nan, math.nan) for measure in MEASURES]
+        ours, theirs, truth = (x[finite] for x in (ours, theirs, truth))
+    if theirs.numel() == 0:
         return []
-    truth = truth.double()
-    found = []
-    for measure, size in (("max", _largest), ("rms", _root_mean_square)):
+    truth, found = truth.double(), []
+    for measure, size in MEASURES.items():
         error, their_error = size(ours.double() - truth), size(theirs.double() - truth)
         found.append(Closeness(measure, error, their_error, limit(their_error, size(truth), ours.dtype, factor)))
     return found
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()

@@ -21,8 +21,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import fastbert
-from fastbert.commands import lines as inputs
-from fastbert.commands.checkpoint import device_called
+from fastbert.commands.checkpoint import device_called, local_or_hub
+from fastbert.commands.lines import (
+    BLOCK_LINES,
+    CPU_BLOCK_LINES,
+    check_source,
+    count_and_hash,
+    read_lines,
+    state_of,
+    text_of,
+)
 from fastbert.commands.resumable import Progress, ResumableNpy
 from fastbert.sentences import OnHost, carrying
 
@@ -80,6 +88,7 @@ class Told:
         self._begun = time.monotonic()
         self._due = self._begun + TOLD_SECONDS
         self.bar = tqdm(total=lines, initial=done, unit=" texts", disable=None)
+        self._has_terminal = not self.bar.disable  # which its end changes
 
     def done(self, lines: int) -> None:
         self._done += lines
@@ -91,7 +100,7 @@ class Told:
         """Texts a second; told in a line where there is no terminal for the bar."""
         now = time.monotonic()
         rate = (self._done - self._before) / (now - self._begun)
-        if self.bar.disable:
+        if not self._has_terminal:
             self._report(f"{self._done:,} of {self._lines:,} lines, {rate:,.1f} texts/s")
         self._due = now + TOLD_SECONDS
         return rate
@@ -147,11 +156,11 @@ def encode_file(
         raise ValueError(f"tokens={tokens}: a batch holds at least 1")
     source, npy = Path(source), ResumableNpy(Path(output))
     npy.check_paths(source)
-    _check_model(model)
-    inputs.check(source, field)
+    local_or_hub(model)
+    check_source(source, field)
     with npy.locked():
-        state = inputs.state(source)
-        lines, content = inputs.count_and_hash(source)
+        state = state_of(source)
+        lines, content = count_and_hash(source)
         embedder = _load(model, device, report)
         if prompt is None:
             prompt = embedder.prompts.get(embedder.default_prompt_name)
@@ -162,7 +171,7 @@ def encode_file(
         fastbert.optimize(embedder)
         on_cpu = embedder.device.type == "cpu"
         tokens = tokens or (CPU_TOKENS if on_cpu else TOKENS)
-        block_lines = block_lines or (inputs.CPU_BLOCK_LINES if on_cpu else inputs.BLOCK_LINES)
+        block_lines = block_lines or (CPU_BLOCK_LINES if on_cpu else BLOCK_LINES)
 
         @carrying()  # the mask on the host is cut with its batch
         def preprocess(texts):
@@ -182,16 +191,16 @@ def encode_file(
                         told.done(len(places))
                     told.bad(block.bad)
                     told.done(len(block.bad))
-                    if inputs.state(source) != state:
+                    if state_of(source) != state:
                         raise RuntimeError(f"{source} changed while it was read")
                     npy.append(rows, block.end, list(block.bad))
         except KeyboardInterrupt:
-            if progress.rows:
-                report(f"{progress.rows:,} of {lines:,} lines are done: the same command goes on from there")
+            if npy.progress.rows:
+                report(f"{npy.progress.rows:,} of {lines:,} lines are done: the same command goes on from there")
             raise
         rate = told.progress()
         npy.finish()
-    return Encoded(lines, probe.size, str(probe.dtype), progress.bad, progress.bad_lines, rate)
+    return Encoded(lines, probe.size, str(probe.dtype), npy.progress.bad, npy.progress.bad_lines, rate)
 
 
 def token_batches(features: dict[str, Any], tokens: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
@@ -269,11 +278,11 @@ def _blocks(
     first = progress.rows + 1
     with source.open("rb") as file:
         file.seek(progress.offset)
-        while lines := inputs.read_lines(file, block_lines):
+        while lines := read_lines(file, block_lines):
             texts, bad = {}, {}
             for place, line in enumerate(lines):
                 try:
-                    texts[place] = inputs.text_of(line, field)
+                    texts[place] = text_of(line, field)
                 except ValueError as error:
                     bad[first + place] = str(error)
             by_length = sorted(texts, key=lambda place: len(texts[place]), reverse=True)
@@ -281,13 +290,6 @@ def _blocks(
             tokenized = [(np.array(places), preprocess([texts[place] for place in places])) for places in slices]
             yield Block(len(lines), file.tell(), bad, tokenized)
             first += len(lines)
-
-
-def _check_model(model: str) -> None:
-    """Refuse a path to nothing, which the hub would call a wrong name."""
-    is_path = Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1
-    if is_path and not Path(model).exists():
-        raise FileNotFoundError(f"there is no folder {model}, and no model can have that name on the hub")
 
 
 def _load(model: str, device: str | None, report: Callable[[str], None]) -> SentenceTransformer:

@@ -4,17 +4,20 @@ Beside OUT lie, until it is complete, OUT.partial, of OUT's size from the beginn
 how many rows are there and what they are made of. Rows reach the disk before the progress that counts them.
 """
 
-import errno
-import fcntl
 import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError(f"fastbert encode needs a POSIX system, for the lock on its output ({error})") from error
 
 # Bad lines whose numbers are kept.
 BAD_LINES = 1000
@@ -60,8 +63,9 @@ class ResumableNpy:
 
     def __init__(self, path: Path):
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        self.progress_path = path.with_name(path.name + ".progress.json")
+        # Not with_name, which refuses "." before check_paths can.
+        self.partial = path.parent / f"{path.name}.partial"
+        self.progress_path = path.parent / f"{path.name}.progress.json"
 
     def check_paths(self, source: Path) -> None:
         """Refuse an input that would be written over, and an output that exists or has no folder."""
@@ -69,10 +73,12 @@ class ResumableNpy:
             if path.exists() and source.exists() and path.samefile(source):
                 raise ValueError(f"{source} would be written over: give another -o")
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(self.path.parent))
+            raise FileNotFoundError(f"there is no folder {self.path.parent} for the output")
         self._refuse_existing()
 
     def _refuse_existing(self) -> None:
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder: name a file, such as -o {self.path / 'vectors.npy'}")
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists already: delete it, or give another -o")
 
@@ -149,10 +155,15 @@ class ResumableNpy:
         self._file.seek(self._first_row + progress.rows * self._row_bytes)
         self._file.write(rows.data)
         self._flush()
-        progress.rows, progress.offset = progress.rows + len(rows), offset
-        progress.bad += len(bad_lines)
-        progress.bad_lines = [*progress.bad_lines, *bad_lines][:BAD_LINES]
-        progress.write(self.progress_path)
+        done = replace(
+            progress,
+            rows=progress.rows + len(rows),
+            offset=offset,
+            bad=progress.bad + len(bad_lines),
+            bad_lines=[*progress.bad_lines, *bad_lines][:BAD_LINES],
+        )
+        done.write(self.progress_path)
+        self.progress = done
 
     def finish(self) -> None:
         """Give the complete file its name, and remove the progress."""

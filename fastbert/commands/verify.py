@@ -2,7 +2,8 @@
 
 The truth is transformers' model in float64, of the weights as the dtype has rounded them. What differs on purpose is
 left out: hidden states and logits at padding, what is pooled where padding is on the left (transformers pools a pad),
-and question answering's loss with padding (which takes an answer there for possible). Letters as in `fastbert.tokens`.
+and question answering's loss with padding (which takes an answer there for possible). sentence-transformers' pooling
+is compared with its formula in plain PyTorch. Letters as in `fastbert.tokens`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +16,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 import fastbert
+from fastbert import ops
 from fastbert.commands.checkpoint import Checkpoint, right_padding, served
 from fastbert.commands.closeness import Closeness, closeness
+from fastbert.tokens import layout_from_mask
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -46,15 +50,23 @@ LEFT_OUT = (
     "with padding"
 )
 
-# (B, S) of the batches; on a GPU also around 64 and 128 tokens, where kernels change. The longest texts come on top.
+# (B, S) of the batches, some of many texts and some of many tokens; on a GPU also around 64 and 128 tokens, where
+# kernels change. The longest texts come on top.
 SHAPES = {
-    "cpu": ((4, 1), (4, 16), (4, 128)),
-    "cuda": ((8, 1), (8, 16), (8, 63), (8, 64), (8, 65), (64, 128), (8, 129)),
+    "cpu": ((4, 1), (64, 2), (4, 16), (4, 128)),
+    "cuda": ((8, 1), (64, 2), (8, 16), (8, 63), (8, 64), (8, 65), (64, 128), (8, 129)),
 }
 LONGEST_BATCH = 2
+# Heads see B * S places under any mask: texts of this length have all of them, the others padding on the right.
+HEAD_EVERY_MASK = 16
+# The most places of a head's batch. Where each has a logit for every word, it takes 244 kB with BERT's, in float64.
+HEAD_PLACES = {"cpu": 512, "cuda": 8192}
+VOCABULARY_HEADS, VOCABULARY_PLACES = ("BertForPreTraining", "BertForMaskedLM"), 128
 STATES_SHAPE = (4, 32)
-# Losses are single numbers, of which transformers' may be right by luck: of many batches the largest errors compare.
-HEAD_SHAPE, HEAD_BATCHES = (2, 12), 6
+# Of few numbers transformers' may be right by luck. Outputs of fewer are compared together with those of other batches,
+# and so are losses, which are single numbers.
+FEW_NUMBERS = 64
+LOSS_SHAPE, LOSS_BATCHES = (2, 12), 4
 
 
 class Models(NamedTuple):
@@ -63,27 +75,43 @@ class Models(NamedTuple):
     truth: nn.Module
 
     @torch.no_grad()
-    def __call__(self, **inputs) -> tuple:
-        """The outputs of each on the same inputs, whose floats take the model's dtype."""
-        device = self.ours.device
-        return tuple(
-            model(
-                **{name: x.to(device, model.dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
-                   for name, x in inputs.items()},
-                return_dict=True,
-            )
-            for model in self
-        )  # fmt: skip
+    def __call__(self, mask_on_host: bool = False, **inputs) -> tuple:
+        """The outputs of each on the same inputs, whose floats take the model's dtype.
+
+        mask_on_host: ours gets its attention_mask on the CPU.
+        """
+        device, found = self.ours.device, []
+        for model in self:
+            given = {
+                name: x.to(device, model.dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
+                for name, x in inputs.items()
+            }
+            if mask_on_host and model is self.ours:
+                given["attention_mask"] = inputs["attention_mask"]
+            found.append(model(**given, return_dict=True))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Of all that was compared under a subject, what came closest to its limit, or went the farthest beyond, and the
-    output and the batch where it did."""
+    output and the batch where it did.
+
+    closeness: None where transformers gives no number at all. is_finite: whether it gives nothing but numbers.
+    """
 
     subject: str
     where: str
-    closeness: Closeness
+    closeness: Closeness | None
+    is_finite: bool = True
+
+    @property
+    def holds(self) -> bool:
+        return self.closeness is None or self.closeness.holds
+
+    @property
+    def severity(self) -> tuple[bool, bool, float]:
+        return not self.holds, not self.is_finite, 0.0 if self.closeness is None else self.closeness.share
 
 
 class Verified(NamedTuple):
@@ -97,7 +125,11 @@ class Verified(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        return all(verdict.closeness.holds for verdict in self.verdicts)
+        return all(verdict.holds for verdict in self.verdicts)
+
+    @property
+    def is_finite(self) -> bool:
+        return all(verdict.is_finite for verdict in self.verdicts)
 
 
 class Compared(NamedTuple):
@@ -132,7 +164,7 @@ def verify(
 ) -> Iterator[Verified]:
     """Compare each class in each dtype.
 
-    shapes: (B, S) of BertModel's batches; by default what suits the device.
+    shapes: (B, S) of the batches; by default what suits the device.
     """
     if shapes is None:
         longest = checkpoint.config.max_position_embeddings
@@ -142,25 +174,39 @@ def verify(
         for dtype in dtypes:
             rounded = [deepcopy(model).to(device, getattr(torch, dtype)) for model in (ours, theirs)]
             models = Models(*rounded, deepcopy(rounded[1]).double())
-            found = _model(checkpoint, models, shapes) if model_class == "BertModel" else _head(checkpoint, models)
+            found = (_model if model_class == "BertModel" else _head)(checkpoint, models, shapes)
             yield Verified(model_class, dtype, _verdicts(found), served(models.ours), lacking)
 
 
 def _verdicts(found: Iterable[Compared]) -> list[Verdict]:
     worst: dict[str, Verdict] = {}
     for subject, where, values in found:
-        for each in closeness(*values):
-            if subject not in worst or each.share > worst[subject].closeness.share:
-                worst[subject] = Verdict(subject, where, each)
+        _, theirs, _ = values
+        is_finite = bool(theirs.isfinite().all())
+        for each in closeness(*values) or ([] if is_finite else [None]):
+            verdict = Verdict(subject, where, each, is_finite)
+            if subject not in worst or verdict.severity > worst[subject].severity:
+                worst[subject] = verdict
     return list(worst.values())
 
 
 def _model(checkpoint: Checkpoint, models: Models, shapes: Iterable[tuple[int, int]]) -> Iterator[Compared]:
     for shape in shapes:
-        for kind, mask in masks(*shape).items():
+        of_kinds = masks(*shape)
+        for kind, mask in of_kinds.items():
             outputs = models(**checkpoint.batch(*shape), **_given(kind, mask))
+            where = f"{shape[0]}x{shape[1]} {kind}"
             for name, values in _values(outputs, MODEL_OUTPUTS, kind, mask):
-                yield Compared(f"BertModel {name}", f"{shape[0]}x{shape[1]} {kind}", values)
+                yield Compared(f"BertModel {name}", where, values)
+            hidden = tuple(each.last_hidden_state for each in outputs)
+            for mode in ("mean", "first"):
+                yield Compared(f"pool {mode}", where, _pooled(mode, hidden, kind, mask))
+        # On a CPU every mask is on the host.
+        if models.ours.device.type != "cpu":
+            mask = of_kinds.get("right", of_kinds["full"])
+            outputs = models(**checkpoint.batch(*shape), attention_mask=mask.long(), mask_on_host=True)
+            for name, values in _values(outputs, MODEL_OUTPUTS, "right", mask):
+                yield Compared(f"BertModel {name}", f"{shape[0]}x{shape[1]}, mask on host", values)
     shape = _fitting(STATES_SHAPE, checkpoint)
     batch, mask = checkpoint.batch(*shape), masks(*shape)["right"]
     outputs = models(**batch, attention_mask=mask.long(), output_hidden_states=True)
@@ -177,26 +223,60 @@ def _model(checkpoint: Checkpoint, models: Models, shapes: Iterable[tuple[int, i
         yield Compared("BertModel attentions", f"layer {layer}, right", values)
 
 
-def _head(checkpoint: Checkpoint, models: Models) -> Iterator[Compared]:
+@torch.no_grad()
+def _pooled(mode: str, hidden: tuple[Tensor, ...], kind: str, mask: Tensor) -> tuple[Tensor, ...]:
+    """Normalized vectors [B, E] of each model's last hidden state [B, S, E]: ours by the operation, theirs and the
+    truth by sentence-transformers' formula."""
+    ours, *others = hidden
+    keep = mask.to(ours.device)
+    layout = layout_from_mask(None if kind == "full" else keep, *mask.shape, 1, ours.device)
+    found = [ops.pool(ours.flatten(0, 1), layout.cu_seqlens, mode, normalize=True, indices=layout.indices)]
+    for states in others:
+        if mode == "mean":
+            weights = keep[..., None].to(states.dtype)
+            vectors = (states * weights).sum(1) / weights.sum(1)
+        else:
+            vectors = states[torch.arange(len(keep), device=keep.device), keep.int().argmax(1)]
+        found.append(normalize(vectors, dim=-1))
+    return tuple(found)
+
+
+def _head(checkpoint: Checkpoint, models: Models, shapes: Iterable[tuple[int, int]]) -> Iterator[Compared]:
     model_class, config = type(models.ours).__name__, models.ours.config
-    shape = _fitting(HEAD_SHAPE, checkpoint)
+    most = VOCABULARY_PLACES if model_class in VOCABULARY_HEADS else HEAD_PLACES[models.ours.device.type]
+
+    def of_texts(kind: str, mask: Tensor, first: int = 0) -> dict[str, Tensor]:
+        inputs = checkpoint.batch(*mask.shape, first) | _given(kind, mask)
+        return {name: x[None] for name, x in inputs.items()} if model_class == "BertForMultipleChoice" else inputs
+
+    of_few: dict[str, list[list[Tensor]]] = {}
+    for batch_size, seq_len in dict.fromkeys(_cut(shape, most) for shape in shapes):
+        of_kinds = masks(batch_size, seq_len)
+        if seq_len != HEAD_EVERY_MASK and seq_len > 1:
+            of_kinds = {"right": of_kinds["right"]}
+        for kind, mask in of_kinds.items():
+            for name, values in _values(models(**of_texts(kind, mask)), HEADS[model_class], kind, mask):
+                if values[0].numel() < FEW_NUMBERS:
+                    of_few.setdefault(name, []).append([x.flatten() for x in values])
+                else:
+                    yield Compared(model_class, f"{name}, {batch_size}x{seq_len} {kind}", values)
+    for name, values in of_few.items():
+        yield Compared(model_class, f"{name}, of few", tuple(torch.cat(each) for each in zip(*values, strict=True)))
     generator = torch.Generator().manual_seed(0)
     losses = []
+    shape = _fitting(LOSS_SHAPE, checkpoint)
     for kind, mask in masks(*shape).items():
-        of_batches: dict[str, list[tuple[Tensor, ...]]] = {}
-        for index in range(HEAD_BATCHES):
-            inputs = checkpoint.batch(*shape, first=index * shape[0]) | _given(kind, mask)
-            if model_class == "BertForMultipleChoice":
-                inputs = {name: x[None] for name, x in inputs.items()}
-            outputs = models(**inputs, **_labels(model_class, config, mask, generator))
-            for name, values in _values(outputs, HEADS[model_class], kind, mask):
-                of_batches.setdefault(name, []).append(values)
-            if _compares_loss(model_class, kind):
-                losses.append(tuple(each.loss for each in outputs))
-        for name, values in of_batches.items():
-            together = tuple(torch.cat([x.flatten() for x in each]) for each in zip(*values, strict=True))
-            yield Compared(model_class, f"{name}, {kind}", together)
+        for index in range(LOSS_BATCHES if _compares_loss(model_class, kind) else 0):
+            labels = _labels(model_class, config, mask, generator)
+            outputs = models(**of_texts(kind, mask, first=index * shape[0]), **labels)
+            losses.append(tuple(each.loss for each in outputs))
     yield Compared(model_class, "loss", tuple(torch.stack(each) for each in zip(*losses, strict=True)))
+
+
+def _cut(shape: tuple[int, int], most: int) -> tuple[int, int]:
+    """A batch of this shape, or as many and as long texts of it as make `most` places."""
+    seq_len = min(shape[1], most)
+    return min(shape[0], most // seq_len), seq_len
 
 
 def _fitting(shape: tuple[int, int], checkpoint: Checkpoint) -> tuple[int, int]:
@@ -220,9 +300,8 @@ def _values(
 
 
 def _compares_loss(model_class: str, kind: str) -> bool:
-    if model_class == "BertForQuestionAnswering":
-        return kind == "full"
-    return kind != "left" or not HEADS[model_class].of_texts
+    """Whether the loss of such a batch is to be transformers': two masks are enough to see what padding does to it."""
+    return kind == "full" or (kind == "right" and model_class != "BertForQuestionAnswering")
 
 
 def _labels(model_class: str, config, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -268,10 +347,14 @@ def table(found: Sequence[Verified]) -> Table:
         table.add_section()
         table.add_row(Text(dtype, "bold"))
         for verdict in (verdict for each in found if each.dtype == dtype for verdict in each.verdicts):
-            close = verdict.closeness
-            errors = (f"{error:.1e}" for error in (close.error, close.their_error, close.limit))
-            told = Text("ok", "green") if close.holds else Text("MISS", "bold red")
-            table.add_row(verdict.subject, *errors, f"{verdict.where}, {close.measure}", told)
+            close, where = verdict.closeness, verdict.where
+            if close is None:
+                errors = ("-", "-", "-")
+            else:
+                errors = (f"{error:.1e}" for error in (close.error, close.their_error, close.limit))
+                where = f"{where}, {close.measure}"
+            told = Text("ok", "green") if verdict.is_finite else Text("no number", "bold yellow")
+            table.add_row(verdict.subject, *errors, where, told if verdict.holds else Text("MISS", "bold red"))
     return table
 
 
@@ -289,5 +372,12 @@ def remarks(found: Sequence[Verified]) -> Iterator[Text]:
     wrong = dict.fromkeys(f"{each.model_class} in {each.dtype}" for each in found if not each.holds)
     if wrong:
         yield Text(f"fastbert is WRONG here, beyond the limit: {', '.join(wrong)}", "bold red")
-    else:
+    elif all(each.is_finite for each in found):
         yield Text("fastbert gives transformers' results here, all within the limit", "bold green")
+    for dtype in dict.fromkeys(each.dtype for each in found if not each.is_finite):
+        of = ", ".join(each.model_class for each in found if each.dtype == dtype and not each.is_finite)
+        yield Text(
+            f"transformers gives no number here in {dtype}, so nothing to compare with, in {of}: do "
+            "not use this dtype with this checkpoint",
+            "bold yellow",
+        )
