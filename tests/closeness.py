@@ -6,7 +6,7 @@ from fastbert.commands.closeness import MODEL_FACTOR, closeness
 
 
 def check_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL_FACTOR) -> None:
-    """Print both errors and raise AssertionError if ours breaks the rule or theirs is no number somewhere, or ValueError
+    """Print both errors; raise AssertionError if ours breaks the rule or theirs is no number somewhere, and ValueError
     as `closeness` does."""
     assert theirs.isfinite().all(), f"{name}: transformers gives no number"
     for found in closeness(ours, theirs, truth, factor):
