@@ -90,17 +90,15 @@ def _preprocess(transformer: nn.Module, *args, **kwargs) -> dict:
     return features
 
 
-def _is_ours(model: nn.Module) -> bool:
-    """Whether a model takes a mask on the host: somebody's head may look at it on the device."""
-    return type(model).__module__.startswith("fastbert.")
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a class is fastbert's. Only such a model takes a mask on the host: somebody's head may look at it on the
+    device."""
+    return type(module).__module__.startswith("fastbert.")
 
 
 def _forward(transformer: nn.Module, features: dict, **kwargs) -> dict:
     """Transformer.forward, which lets the model have the mask on the host: memory then follows the tokens."""
-    on_host = features.pop(HOST_MASK, None)
-    if not _is_ours(transformer.model):
-        return type(transformer).forward(transformer, features, **kwargs)
-    mask = features.get("attention_mask")
+    on_host, mask = features.pop(HOST_MASK, None), features.get("attention_mask")
     if mask is None or "attention_mask" in kwargs:
         pass
     elif "query_expansion_positions" in features:
@@ -109,6 +107,8 @@ def _forward(transformer: nn.Module, features: dict, **kwargs) -> dict:
     # An input on the host keeps a compiled model out of CUDA graphs. A batch that was padded since has another mask.
     elif on_host is not None and not _is_compiled(transformer.model) and mask.shape == on_host.array.shape:
         kwargs["attention_mask"] = torch.from_numpy(on_host.array)
+    if not _is_ours(transformer.model):
+        return type(transformer).forward(transformer, features, **kwargs)
     # Features that went through before hold outputs, too, which transformers' models swallow.
     taken = _taken_by(type(transformer.model))
     inputs = {name: value for name, value in features.items() if name in taken}
@@ -191,7 +191,9 @@ def patch(root: nn.Module) -> None:
     after = {b: a for parent in modules for a, b in pairwise(parent.children())}
     for module in modules:
         kind = _kind(module)
-        if kind is None or (kind == "Pooling" and _kind(after.get(module)) != "Transformer"):
+        if kind == "Pooling" and _kind(after.get(module)) != "Transformer":
+            continue
+        if kind is None or (kind == "Transformer" and not any(map(_is_ours, module.modules()))):
             continue
         for name, function in PATCHES[kind].items():
             if hasattr(module, name) and name not in module.__dict__:

@@ -543,8 +543,21 @@ def test_a_module_that_weighs_tokens_by_the_mask_keeps_the_pooling_after_it(tiny
     assert pooled.of("mean") == []
 
 
+class OwnEncoder(transformers.BertPreTrainedModel):
+    """Somebody's model around BERT."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, **kwargs):
+        return self.bert(input_ids, attention_mask, token_type_ids, return_dict=True)
+
+
+@pytest.mark.parametrize("model_class", [transformers.BertModel, OwnEncoder])
 @pytest.mark.parametrize("attend", [False, True])
-def test_expansion_tokens_of_a_multi_vector_encoder_are_scored(attend, minilm_path):
+def test_expansion_tokens_of_a_multi_vector_encoder_are_scored(attend, model_class, minilm_path):
     """With attend=False the mask leaves them out, and their hidden states count all the same."""
     if not hasattr(sentence_transformers, "MultiVectorEncoder"):
         pytest.skip(f"sentence-transformers {sentence_transformers.__version__} has no MultiVectorEncoder")
@@ -552,6 +565,7 @@ def test_expansion_tokens_of_a_multi_vector_encoder_are_scored(attend, minilm_pa
     def make():
         torch.manual_seed(0)  # its projection is new
         encoder = sentence_transformers.MultiVectorEncoder(minilm_path, device="cpu")
+        encoder[0].model = model_class.from_pretrained(minilm_path)
         encoder[0].query_expansion = {"strategy": "fixed", "attend": attend, "length": 32}
         return encoder
 
