@@ -20,7 +20,7 @@ import fastbert
 from fastbert_kernels.launch import launching_by, run
 
 PICTURE = RESULTS / "launches.svg"
-# The parts of a layer, and what one is called where ours and theirs begin it.
+# The parts of a layer, each in its color.
 PARTS = ("queries, keys, values", "attention", "its output", "feed-forward, up", "feed-forward, down")
 COLORS = ("#8ecae6", "#ffb703", "#b7e4c7", "#cdb4db", "#f4a6a6")
 # ATen's name -> what it does there.

@@ -34,8 +34,6 @@ HEADS = {
         "BertForTokenClassification", "BertForMultipleChoice", "BertForQuestionAnswering",
     )
 }  # fmt: skip
-# Where the heads keep what makes logits of hidden states.
-PROJECTIONS = ("cls", "classifier", "qa_outputs")
 # Attention by another name, which computes what fastbert's does.
 SAME_ATTENTION = ("eager", "sdpa", "flex_attention")
 PLANNED = {
@@ -103,10 +101,8 @@ def optimize(obj, dtype: torch.dtype | None = None):
         _convert_encoder(encoder)
     for module in outer:
         _become(module, HEADS[type(module)])
-        for name in PROJECTIONS:
-            for part in getattr(module, name, nn.Module()).modules():
-                if type(part) is nn.Linear:
-                    _become(part, heads.Projection)
+        for linear in heads.plain_linears(module):
+            _become(linear, heads.Projection)
     sentences.patch(root)
     return obj
 

@@ -34,45 +34,56 @@ class Projection(nn.Linear):
         return ops.linear_activation(x.flatten(0, -2), self.weight, self.bias, "none").unflatten(0, x.shape[:-1])
 
 
-def _projected(head: nn.Module) -> nn.Module:
-    """A head of transformers' with its linear layers as `Projection`s."""
-    for module in head.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Projection
-    return head
+# Where the heads keep what makes logits of hidden states.
+LOGITS = ("cls", "classifier", "qa_outputs")
 
 
-class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
+def plain_linears(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers that make a model's logits and are not `Projection`s."""
+    parts = (getattr(model, name, None) for name in LOGITS)
+    return [x for part in parts if part is not None for x in part.modules() if type(x) is nn.Linear]
+
+
+class Head(BertPreTrainedModel):
+    """What the heads have in common: the linear layers that make their logits are `Projection`s."""
+
+    def post_init(self):
+        for linear in plain_linears(self):
+            linear.__class__ = Projection
+        super().post_init()
+
+
+class BertForPreTraining(Head, hf.BertForPreTraining):
     """Masked language modeling and next sentence prediction: logits [B, S, V] and [B, 2]."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
-        self.cls = _projected(hf.BertPreTrainingHeads(config))
+        self.cls = hf.BertPreTrainingHeads(config)
         self.post_init()
 
 
-class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
+class BertForMaskedLM(Head, hf.BertForMaskedLM):
     """A logit for every token of the vocabulary at every place: [B, S, V]."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.cls = _projected(hf.BertOnlyMLMHead(config))
+        self.cls = hf.BertOnlyMLMHead(config)
         self.post_init()
 
 
-class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentencePrediction):
+class BertForNextSentencePrediction(Head, hf.BertForNextSentencePrediction):
     """Whether the second sentence follows the first: logits [B, 2]."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
-        self.cls = _projected(hf.BertOnlyNSPHead(config))
+        self.cls = hf.BertOnlyNSPHead(config)
         self.post_init()
 
 
-class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClassification):
+class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
     """Classification or regression of texts: logits [B, num_labels]."""
 
     def __init__(self, config: BertConfig):
@@ -80,11 +91,11 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
         self.num_labels = config.num_labels
         self.bert = BertModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = Projection(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
 
-class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassification):
+class BertForTokenClassification(Head, hf.BertForTokenClassification):
     """Classification of tokens: logits [B, S, num_labels]."""
 
     def __init__(self, config: BertConfig):
@@ -92,18 +103,18 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=False)
         self.dropout = _classifier_dropout(config)
-        self.classifier = Projection(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
 
-class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
+class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
     """A choice between texts: logits [B, choices]."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = Projection(config.hidden_size, 1)
+        self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
     @can_return_tuple
@@ -147,14 +158,14 @@ def _position_loss(logits: Tensor, positions: Tensor, padding: Tensor | None) ->
     return cross_entropy(logits, positions, ignore_index=past_the_end)
 
 
-class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering):
+class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
     """The start and the end of an answer: two logits [B, S]."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.qa_outputs = Projection(config.hidden_size, config.num_labels)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple

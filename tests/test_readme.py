@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastbert import cli
@@ -64,6 +65,22 @@ def test_the_command_runs(words, minilm_path, monkeypatch, tmp_path):
 @pytest.mark.parametrize("targets", of_program("make"))
 def test_the_target_is_there(targets):
     subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the picture is of the interpreter's launches")
+def test_the_picture_of_a_layer_is_what_is_launched():
+    import launches  # which asks for the interpreter
+
+    picture = launches.PICTURE.read_text()
+    columns = launches.columns()
+    assert len(columns) == 3
+    for title, boxes in columns.items():
+        count, _ = title.split("\n")
+        assert count.endswith(f": {len(boxes)}")
+        assert f">{count}</text>" in picture
+    for label in {label for boxes in columns.values() for label, _ in boxes}:
+        shown = sum(label == each for boxes in columns.values() for each, _ in boxes)
+        assert picture.count(f">{label}</text>") == shown, label
 
 
 @pytest.mark.parametrize("words", of_program("pip"))
