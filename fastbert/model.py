@@ -200,7 +200,11 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
         """
         layout = as_layout(attention_mask, hidden_states, self.num_attention_heads)
         if fused is not None:
-            return self._forward_fused(hidden_states, layout, fused)
+            if layout.backend == ops.current_backend():
+                return self._forward_fused(hidden_states, layout, fused)
+            # Gradient checkpointing computes the layer again where the forward's choice ended, or on another thread.
+            with ops.backend(layout.backend):
+                return self._forward_fused(hidden_states, layout, fused)
         attention_output, weights = self.attention(hidden_states, layout)
         if attentions is not None:
             attentions.append(weights)
@@ -209,13 +213,13 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
         count, bounds = layout.num_tokens, (layout.cu_seqlens, layout.max_seqlen)
 
-        def compute(x, *weights):
+        def compute(x, mask, *weights):
             qkv, (attended, norm1, up, down, norm2) = weights[:6], zip(weights[6::2], weights[7::2], strict=True)
             # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
             x = ops.linear_residual_layer_norm(
                 ops.attention(
                     ops.qkv_projection(x, *qkv, self.num_attention_heads, count),
-                    *bounds, p.self_attention.scaling, layout.mask, layout.implementation, count,
+                    *bounds, p.self_attention.scaling, mask, layout.implementation, count,
                 ),
                 *attended, x, *norm1, p.self_output_norm.eps, count,
             )  # fmt: skip
@@ -223,7 +227,7 @@ class BertLayer(GradientCheckpointingLayer, FusableBlock):
             return ops.linear_residual_layer_norm(y, *down, x, *norm2, p.output_norm.eps, count)
 
         x = ops.in_one_node(
-            compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states,
+            compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask,
             *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
             *parameters_of(p.self_output_dense), *parameters_of(p.self_output_norm),
             *parameters_of(p.intermediate_dense), *parameters_of(p.output_dense), *parameters_of(p.output_norm),
