@@ -170,7 +170,12 @@ class BertLayer(hf.BertLayer, FusableBlock):
         layers take it, or None, everything is transformers'.
         """
         if fused is not None:
-            return self._forward_fused(hidden_states, attention_mask.to(hidden_states.device), fused)
+            layout = attention_mask.to(hidden_states.device)
+            if layout.backend == ops.current_backend():
+                return self._forward_fused(hidden_states, layout, fused)
+            # Gradient checkpointing computes the layer again where the forward's choice ended, or on another thread.
+            with ops.backend(layout.backend):
+                return self._forward_fused(hidden_states, layout, fused)
         packed = isinstance(attention_mask, TokenLayout)
         if not packed and attentions is None:
             given = (encoder_hidden_states, encoder_attention_mask, past_key_values)
@@ -187,13 +192,13 @@ class BertLayer(hf.BertLayer, FusableBlock):
         num_heads = p.query._parameters["weight"].shape[0] // p.self_attention.attention_head_size
         activation = fused_activation(p.intermediate_activation)
 
-        def compute(x, *weights):
+        def compute(x, mask, *weights):
             qkv, (attended, norm1, up, down, norm2) = weights[:6], zip(weights[6::2], weights[7::2], strict=True)
             # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
             x = ops.linear_residual_layer_norm(
                 ops.attention(
                     ops.qkv_projection(x, *qkv, num_heads, count),
-                    *bounds, float(p.self_attention.scaling), layout.mask, layout.implementation, count,
+                    *bounds, float(p.self_attention.scaling), mask, layout.implementation, count,
                 ),
                 *attended, x, *norm1, p.self_output_norm.eps, count,
             )  # fmt: skip
@@ -201,7 +206,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
             return ops.linear_residual_layer_norm(y, *down, x, *norm2, p.output_norm.eps, count)
 
         x = ops.in_one_node(
-            compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states,
+            compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask,
             *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
             *parameters_of(p.self_output_dense), *parameters_of(p.self_output_norm),
             *parameters_of(p.intermediate_dense), *parameters_of(p.output_dense), *parameters_of(p.output_norm),
