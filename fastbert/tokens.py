@@ -118,10 +118,6 @@ class TokenLayout:
             mask = hidden_states.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(hidden_states.dtype).min)
         return finite(mask, hidden_states.dtype).expand(-1, -1, self.seq_len, self.seq_len)
 
-    def columns(self) -> Tensor:
-        """int64 [B, S]: each place's column, which is a token's position unless positions are given."""
-        return torch.arange(self.seq_len, device=self.cu_seqlens.device).expand(self.batch_size, -1)
-
     def restarting_positions(self) -> Tensor:
         """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""
         tokens = torch.arange(self.seq_len, device=self.cu_seqlens.device)
