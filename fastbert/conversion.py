@@ -158,7 +158,7 @@ def _check_encoder(encoder: hf.BertModel) -> None:
         )
     check_config(encoder.config)
     attention_implementation(encoder.config)
-    replaced = patches.found() or patches.found_for_masks(encoder)
+    replaced = patches.found() or patches.found_in_models() or patches.found_for_masks(encoder)
     if replaced:
         raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
     for name, module in encoder.named_modules():

@@ -15,17 +15,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
 
 BERT_CLASSES = (
-    "BertModel", "BertEmbeddings", "BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention", "BertSelfOutput",
-    "BertIntermediate", "BertOutput", "BertPooler",
+    "BertEmbeddings", "BertLayer", "BertAttention", "BertSelfAttention", "BertSelfOutput", "BertIntermediate",
+    "BertOutput", "BertPooler",
 )  # fmt: skip
 _ACTIVATIONS = ("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "LinearActivation")
 # Class, method, and the name that the class has where nobody replaced it.
 _METHODS = (
-    *((kind, "forward", kind.__name__) for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ReLU, nn.Tanh)),
+    *((kind, "forward", kind.__name__) for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ReLU, nn.Tanh)),
     *((getattr(activations, name), "forward", name) for name in _ACTIVATIONS),
     *((getattr(hf, name), "forward", name) for name in BERT_CLASSES),
     (hf.BertLayer, "feed_forward_chunk", "BertLayer"),
 )
+# What no block stands for, but the model and its encoder.
+_MODEL_METHODS = (hf.BertModel, "forward", "BertModel"), (hf.BertEncoder, "forward", "BertEncoder")
 _MAKES_MASKS = hf.BertModel, "_create_attention_masks", "BertModel"
 
 
@@ -49,22 +51,32 @@ def _seen(kind: type, method: str, name: str) -> Callable | None:
     return getattr(kind, method) if _is_original(kind, method, name) else None
 
 
-_SEEN = [_seen(*method) for method in _METHODS]
+_SEEN, _SEEN_MODEL = ([_seen(*method) for method in methods] for methods in (_METHODS, _MODEL_METHODS))
 _SEEN_MAKES_MASKS = _seen(*_MAKES_MASKS)
 _EAGER = hf.eager_attention_forward if hf.eager_attention_forward.__module__ == hf.__name__ else None
 
 
+def _replaced(methods: tuple, seen: list) -> str | None:
+    # Every call asks: two lists are compared by identities first.
+    if [kind.__dict__.get(method) for kind, method, _ in methods] != seen:
+        for (kind, method, name), before in zip(methods, seen, strict=True):
+            if kind.__dict__.get(method) is not before and not _is_original(kind, method, name):
+                return f"{name}.{method} is patched or replaced for every model"
+    return None
+
+
 def found() -> str | None:
     """What was replaced of the code that the ops stand for; None if nothing was."""
-    # Every call asks: two lists are compared by identities first.
-    if [kind.__dict__.get(method) for kind, method, _ in _METHODS] != _SEEN:
-        for method, seen in zip(_METHODS, _SEEN, strict=True):
-            kind, attribute, name = method
-            if kind.__dict__.get(attribute) is not seen and not _is_original(*method):
-                return f"{name}.{attribute} is patched or replaced for every model"
+    if reason := _replaced(_METHODS, _SEEN):
+        return reason
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward or hf.eager_attention_forward is not _EAGER:
         return "another function is registered for attention"
     return None
+
+
+def found_in_models() -> str | None:
+    """What was replaced of the code that our model and encoder stand for; None if nothing was."""
+    return _replaced(_MODEL_METHODS, _SEEN_MODEL)
 
 
 def found_for_masks(model: hf.BertModel) -> str | None:
@@ -79,4 +91,5 @@ def found_for_masks(model: hf.BertModel) -> str | None:
 
 # A traced graph takes the answers as constants: what torch.compiler.assume_constant_result sets, without its import of
 # the whole of torch._dynamo.
-found._dynamo_marked_constant = found_for_masks._dynamo_marked_constant = True
+for _function in (found, found_in_models, found_for_masks):
+    _function._dynamo_marked_constant = True
