@@ -27,6 +27,8 @@ from fastbert.commands.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+# Of `pytest bench --commit`.
+given_commit: str | None = None
 
 
 def write(record: dict) -> None:
@@ -57,10 +59,18 @@ def about(case: dict) -> tuple:
     return tuple(sorted((name, value) for name, value in case.items() if name != "tokens" or "fill" not in case))
 
 
+def _commit() -> str:
+    """The short name of HEAD, with "-dirty" if anything but the results differs from it; where the project came without
+    its history, the name that `pytest bench --commit` gave, or "unknown"."""
+    return _head() or given_commit or "unknown"
+
+
 @cache
-def _commit() -> str | None:
-    """HEAD's short name, with "-dirty" if anything but the results differs from it; None outside of a git checkout."""
+def _head() -> str | None:
     try:
+        # A copy without its history may lie in somebody else's repository.
+        if Path(_git("rev-parse", "--show-toplevel")) != ROOT:
+            return None
         head = _git("rev-parse", "--short", "HEAD")
         changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):

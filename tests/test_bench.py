@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_the_bench_checks_its_results(suites):
 
 
 def test_what_does_not_fit_the_time_is_left_out_and_named():
-    run = run_bench("--suite", "memory", "--seconds", "0.5", "--benchmark-disable")
+    run = run_bench("--suite", "memory", "--seconds", "0.5", "--benchmark-disable", "--commit", "8ad994e")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "4 skipped" in run.stdout
     assert " passed" not in run.stdout
@@ -119,6 +120,55 @@ def test_an_unknown_suite_is_refused_with_the_known_ones():
     run = run_bench("--suite", "model,speed")
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "'speed': the suites are model, latency, encode, memory, attention, kernels, host" in run.stderr
+
+
+def test_a_commit_is_a_name_of_git(bench_options):
+    assert bench_options._commit("8ad994e059ba24f783436ae4cad75f3f29be6065-dirty") == "8ad994e-dirty"
+    assert bench_options._commit("8ad994e") == "8ad994e"
+    for text in ("", "main", "8ad99", "8ad994e-", "8ad994e dirty"):
+        with pytest.raises(bench_options.argparse.ArgumentTypeError, match=f"'{text}': git's name of a commit"):
+            bench_options._commit(text)
+
+
+def test_the_given_commit_is_the_records(bench_options, monkeypatch):
+    monkeypatch.setattr(records, "given_commit", None)
+    monkeypatch.setattr(records, "_head", lambda: None)
+    config = SimpleNamespace(getoption={"commit": "8ad994e"}.get, addinivalue_line=lambda *_: None)
+    bench_options.pytest_configure(config)
+    assert records.provenance()["commit"] == "8ad994e"
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_a_record(tmp_path, monkeypatch):
+    """Git's own name where it knows the project, else the given one, else none; never that of a folder around it."""
+
+    def commit_of(root: Path) -> str:
+        records._head.cache_clear()
+        monkeypatch.setattr(records, "ROOT", root)
+        return records.provenance()["commit"]
+
+    around, alone = tmp_path / "around", tmp_path / "alone"
+    alone.mkdir()
+    for folder in (around, around / "project"):
+        folder.mkdir()
+        (folder / "file").write_text("1")
+    git(around, "init", "--quiet")
+    git(around, "add", ".")
+    git(around, "commit", "--quiet", "--message", "all")
+    name = git(around, "rev-parse", "--short", "HEAD").strip()
+    monkeypatch.setattr(records, "given_commit", None)
+    assert commit_of(alone) == commit_of(around / "project") == "unknown"
+    assert commit_of(around) == name
+    monkeypatch.setattr(records, "given_commit", "8ad994e")
+    assert commit_of(alone) == commit_of(around / "project") == "8ad994e"
+    (around / "file").write_text("2")
+    assert commit_of(around) == f"{name}-dirty"
+    records._head.cache_clear()
 
 
 def test_options_of_the_bench(bench_options):
