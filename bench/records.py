@@ -5,7 +5,9 @@ Every record has suite, kind ("latency" of a forward, "request" from the call to
 what `provenance` adds; that of a provider which could not run has "absent", the reason, or "wrong", by how much it
 errs, and no ratio. Times add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error and error_ratio
 (error / the baseline's); on a GPU also flops_per_s and bytes_per_s (of what the case has to do, whatever the provider
-does), of_roof (the least time the measured roofs allow / the median) and the roofs, with torch's float32_precision.
+does), of_roof (the least time the measured roofs allow / the median) and the roofs: the best rates of the device in
+this run, what it sustained, and torch's float32_precision. Records without "sustained" have medians in the roofs'
+place, and a copy by memcpy.
 clock, calls and host_s are those of `fastbert.commands.timing.Measured`, first_call_s is the first call's, compilation
 included, graph_breaks torch.compile's; requests add p50_s, p90_s and p99_s, encode texts_per_s; memory has peak_bytes
 and baseline_peak_bytes; the host's launches have layer_s, what one layer takes, and baseline_layer_s, its replays

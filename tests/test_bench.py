@@ -632,14 +632,18 @@ def test_no_records_make_no_report(tmp_path, monkeypatch):
 
 def test_the_rates_of_a_gpu(monkeypatch):
     roofs = Roofs({"float32": 1e12}, 1e12)
-    monkeypatch.setattr(device_timing, "roofs", lambda timer: roofs)
+    sustained = Roofs({"float32": 5e11}, 9e11)
+    monkeypatch.setattr(device_timing, "roofs", lambda timer: device_timing.MeasuredRoofs(roofs, sustained))
     assert bench_model._rates(TOY, 1.0) == {}
     monkeypatch.setattr(bench_model, "DEVICE", torch.device("cuda"))
     rates = bench_model._rates(TOY, 1.0)
     work = workloads.forward_work(transformers.BertConfig(**providers.SIZES["toy"]), TOY)
     assert rates["flops_per_s"] == work.flops
     assert rates["of_roof"] == work.seconds("float32", roofs)
-    assert rates["roofs"] == {"flops_per_s": {"float32": 1e12}, "bytes_per_s": 1e12, "float32_precision": "ieee"}
+    assert rates["roofs"] == {
+        "flops_per_s": {"float32": 1e12}, "bytes_per_s": 1e12, "float32_precision": "ieee",
+        "sustained": {"flops_per_s": {"float32": 5e11}, "bytes_per_s": 9e11},
+    }  # fmt: skip
 
 
 def test_tokens_tell_kernels_apart_but_not_batches():
