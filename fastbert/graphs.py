@@ -23,7 +23,8 @@ from fastbert import ops
 from fastbert.eager import is_tracing, is_transforming
 from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
 from fastbert.inputs import KEYWORDS, num_positions
-from fastbert.model import BertEmbeddings, BertEncoder, BertLayer, BertPooler
+from fastbert.layers import BertEncoder, BertLayer
+from fastbert.model import BertEmbeddings, BertPooler
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
 

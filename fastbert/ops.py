@@ -205,15 +205,17 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         enabled, dtype = ctx.autocast
+        tensors = ctx.saved_tensors  # outside of the block: gradient checkpointing runs the forward again to find them
         with backend("eager"), torch.autocast(grad.device.type, dtype, enabled):
-            found = library.gradients(ctx.compute, ctx.saved_tensors, ctx.needs_input_grad[1:], grad)
+            found = library.gradients(ctx.compute, tensors, ctx.needs_input_grad[1:], grad)
         return None, *found
 
 
-def in_one_node(compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def in_one_node(compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """compute(*tensors), where kernels serve it and a gradient may be asked for as one node of autograd.
 
-    A node an op costs 43 to 61 microseconds each; and only the tensors given here are kept for the backward.
+    A node an op costs 43 to 61 microseconds each; and only the tensors given here are kept for the backward. None but
+    them gets a gradient.
     """
     x = tensors[0]
     if not torch.is_grad_enabled() or eager.is_tracing() or eager.is_transforming():

@@ -10,7 +10,7 @@ where a mask is not per token, nothing is dropped: the hidden states stay [B, S,
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -44,7 +44,8 @@ class TokenLayout:
     indices int64 [T] is the padded place of each packed token, None where every place is kept.
     padded says that hidden states are [B, S, E] and not [T, E]; then keep (bool [B, S]) marks the tokens that are not
     padding, and mask ([B or 1, H or 1, S or 1, S], bool with True for "attend", or additive) goes to attention.
-    implementation ("sdpa" or "eager") is the eager path's attention.
+    implementation ("sdpa" or "eager") is the eager path's attention; backend is what the forward's caller chose, in
+    which a layer is computed again, too.
     num_tokens int32 [1], where only the device knows it, is how many of the T = B * S packed rows are tokens; indices,
     if there is one, is then a permutation of all places, the kept ones first.
     """
@@ -59,6 +60,7 @@ class TokenLayout:
     mask: Tensor | None = None
     implementation: str = "sdpa"
     num_tokens: Tensor | None = None
+    backend: str = field(default_factory=ops.current_backend)
 
     def pack(self, hidden_states: Tensor) -> Tensor:
         """[B, S, E] -> the encoder's own layout: [T, E], or [B, S, E] where nothing is dropped."""
@@ -115,10 +117,6 @@ class TokenLayout:
         if mask.dtype == torch.bool and self.implementation == "eager":
             mask = hidden_states.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(hidden_states.dtype).min)
         return finite(mask, hidden_states.dtype).expand(-1, -1, self.seq_len, self.seq_len)
-
-    def columns(self) -> Tensor:
-        """int64 [B, S]: each place's column, which is a token's position unless positions are given."""
-        return torch.arange(self.seq_len, device=self.cu_seqlens.device).expand(self.batch_size, -1)
 
     def restarting_positions(self) -> Tensor:
         """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""

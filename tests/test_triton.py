@@ -168,13 +168,73 @@ def test_gradients(head, packed_on):
 
 
 def test_a_layer_is_one_node_of_autograd():
+    """It keeps its input and its parameters for the backward, and nothing that it computes on the way."""
     ours, _, _ = models()
-    node = ours(**on_device(batch(None))).last_hidden_state.grad_fn
-    names = []
-    while node is not None and node.next_functions:
-        names.append(type(node).__name__)
-        node = node.next_functions[0][0]
-    assert names.count("_RecomputedBackward") == 3
+    hidden_states = torch.randn(BATCH, SEQ_LEN, 48, device=DEVICE)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ours.encoder(hidden_states)
+    parameters = {x.data_ptr() for x in ours.encoder.parameters()}
+    assert sorted(x.data_ptr() for x in kept if x.data_ptr() in parameters) == sorted(parameters)
+    assert [x.shape for x in kept if x.data_ptr() not in parameters] == [(BATCH * SEQ_LEN, 48)] * 3
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("around_backward", ["triton", "eager", "another thread"])
+@pytest.mark.parametrize("around_forward", ["triton", "eager"])
+def test_gradient_checkpointing_computes_a_layer_again_as_before(
+    around_forward, around_backward, use_reentrant, launches
+):
+    """Whatever back end is chosen where the backward runs: on a GPU that is a thread of autograd's own."""
+    ours, _, _ = models("BertForSequenceClassification", num_hidden_layers=2)
+    inputs = on_device(inputs_for("BertForSequenceClassification", "right", with_labels=True))
+    expected = gradients(ours, inputs)
+    ours.zero_grad()
+    ours.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    ours.disable_input_require_grads()  # hooks, which no kernel serves
+    launches.clear()
+    with fastbert.backend(around_forward):
+        loss = ours(**inputs).loss
+    if around_backward == "another thread":
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss.backward).result()
+    else:
+        with fastbert.backend(around_backward):
+            loss.backward()
+    assert launches.count("_qkv_projection_kernel") == (4 if around_forward == "triton" else 0)
+    for name, grad in expected.items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, grad, atol=1e-4, rtol=1e-3)
+
+
+# Masks of scores made of a relative bias [H, S, S].
+BIASED = {
+    "heads": lambda bias: bias[None],
+    "texts": lambda bias: torch.stack((*bias, torch.zeros_like(bias[0]))),
+    "some texts": lambda bias: torch.stack((bias, bias, *torch.zeros_like(bias)[None].expand(2, -1, -1, -1))),
+    "float64": lambda bias: bias[None].double(),
+    "-inf": lambda bias: bias[None].masked_fill(MASKS["right"].to(DEVICE)[:, None, None] == 0, -torch.inf),
+    "bool": lambda bias: (bias > 0)[None],
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("kind", BIASED)
+def test_a_mask_learns(kind, autocast, monkeypatch):
+    monkeypatch.setattr(ops._choice, "name", "auto")
+    monkeypatch.setattr(ops, "_wants_kernels", lambda device: True)
+    seed, found = torch.randn(3, SEQ_LEN, SEQ_LEN), []
+    for model, dtype in zip(models(num_hidden_layers=2), (torch.float32, torch.float32, torch.float64), strict=True):
+        bias = seed.to(DEVICE, dtype).requires_grad_()
+        mask = BIASED[kind](bias)
+        if found:  # transformers takes four dimensions and the model's own dtype
+            mask = mask[:, None] if mask.ndim == 3 else mask
+            mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+        with torch.autocast(DEVICE, torch.bfloat16, autocast and dtype == torch.float32):
+            output = model(batch(None)["input_ids"].to(DEVICE), mask).last_hidden_state
+        wanted = [model.encoder.layer[0].output.dense.weight, *([bias] if mask.requires_grad else [])]
+        found.append(torch.autograd.grad(output.pow(3).sum(), wanted))
+    for name, *gradients in zip(("weight", "bias"), *found, strict=False):
+        check_close(name, *gradients, factor=6.0 if autocast else 3.0)
 
 
 def texts_of(lengths, seq_len):
