@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import ModelOutput
 
-from fastbert import ops
+from fastbert import ops, patches
 from fastbert.eager import is_tracing, is_transforming
 from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
-from fastbert.inputs import KEYWORDS, num_positions
+from fastbert.inputs import KEYWORDS, changed_defaults, num_positions
 from fastbert.layers import BertEncoder, BertLayer
 from fastbert.model import BertEmbeddings, BertPooler
 from fastbert.pretrained import BertPreTrainedModel
@@ -120,9 +120,9 @@ class State:
         modules = list(model.modules())
         others = modules[1:]
         self.refusal = _refusal(model, others)
-        self.device, self._config = model.device, model.config
+        self.device, self._config, self._base = model.device, model.config, model.base_model
         self._embeddings = getattr(model.base_model, "embeddings", nn.Module())
-        self.num_positions = num_positions(model.config, self._embeddings)
+        self.num_positions = num_positions(model.config, self._embeddings, changed_defaults(self._embeddings))
         self._children = [module._modules for module in modules if module._modules]
         self._tensors = [own for x in modules for own in (x._parameters, x._buffers) if own]
         self._attributes = [x.__dict__ for x in others]
@@ -141,7 +141,9 @@ class State:
             list(map(itemgetter("training"), self._attributes)),
             list(map(len, self._attributes)),
             any(self._hooks) or _has_any_global_hook(),
-            (self._config.output_hidden_states, self._config.output_attentions),
+            [x.is_inference() or x._version for x in self._embeddings._buffers.values()],
+            (self._config.output_hidden_states, self._config.output_attentions, self._config.is_decoder),
+            patches.found() or patches.found_for_masks(self._base),
             torch.backends.cuda.matmul.fp32_precision,
         )
 
@@ -169,6 +171,8 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
         return f"the model is on {device.type!r} and CUDA graphs need a CUDA device"
     if model.config.output_hidden_states or model.config.output_attentions:
         return "the configuration asks for hidden states or attention weights"
+    if model.config.is_decoder or patches.found_for_masks(model.base_model):
+        return "transformers makes its masks"
     if foreign := _foreign(model):
         return f"a {foreign.__module__}.{foreign.__qualname__} may look at a bucket's padding"
     for module in others:

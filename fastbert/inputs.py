@@ -96,13 +96,13 @@ def read_batch(
         layout = layout_from_cu_seqlens(cu_seqlens, max_seqlen, batch_size, seq_len, device)
         longest = layout.max_seqlen
         restarting = layout.restarting_positions() if position_ids is None else None
-    limit = num_positions(model.config, model.embeddings)
+    buffers = changed_defaults(model.embeddings)
+    limit = num_positions(model.config, model.embeddings, buffers)
     if longest > limit:
         raise ValueError(
             f"a sequence of {longest} tokens is longer than max_position_embeddings={limit}: tokenize "
             f"with truncation=True, max_length={limit}, or split the text"
         )
-    buffers = changed_defaults(model.embeddings)
     if buffers is not None:
         # As transformers' embeddings look them up, but that a position without a type of its own has the last one's.
         positions, types = (x.to(device) for x in buffers)
@@ -132,10 +132,9 @@ def num_rows(table: nn.Module | None, default: int) -> int:
     return getattr(table, "num_embeddings", default)
 
 
-def num_positions(config: BertConfig, embeddings: nn.Module) -> int:
-    """How many tokens of a sequence have a position: the rows of the table, or of the buffer that says which."""
+def num_positions(config: BertConfig, embeddings: nn.Module, buffers: tuple[Tensor, Tensor] | None) -> int:
+    """How many tokens of a sequence have a position: by the table, or by the buffers that say which (or None)."""
     rows = num_rows(getattr(embeddings, "position_embeddings", None), config.max_position_embeddings)
-    buffers = changed_defaults(embeddings)
     return rows if buffers is None else buffers[0].shape[1]
 
 

@@ -21,7 +21,10 @@ BERT_CLASSES = (
 _ACTIVATIONS = ("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "LinearActivation")
 # Class, method, and the name that the class has where nobody replaced it.
 _METHODS = (
-    *((kind, "forward", kind.__name__) for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ReLU, nn.Tanh)),
+    *(
+        (kind, "forward", kind.__name__)
+        for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ReLU, nn.Tanh)
+    ),
     *((getattr(activations, name), "forward", name) for name in _ACTIVATIONS),
     *((getattr(hf, name), "forward", name) for name in BERT_CLASSES),
     (hf.BertLayer, "feed_forward_chunk", "BertLayer"),

@@ -54,7 +54,7 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "sentences": {"eager", "inputs", "ops", "tokens"},
         "explanation": {"fusion", "heads", "ops", "sentences"},
         "conversion": {"configuration", "explanation", "fusion", "graphs", "heads", "model", "patches", "sentences"},
-        "graphs": {"eager", "fusion", "inputs", "layers", "model", "ops", "pretrained", "tokens"},
+        "graphs": {"eager", "fusion", "inputs", "layers", "model", "ops", "patches", "pretrained", "tokens"},
         "configuration": set(),
         "commands.texts": set(),
         "commands.timing": set(),
