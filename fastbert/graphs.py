@@ -193,23 +193,18 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
 
 
 def _foreign(model: nn.Module) -> type | None:
-    """A class among the model's modules, or its own, of which is not known that padding does not matter to it."""
+    """The first class, of the model or of a module in it, that might look at padding; None if none might."""
     base = model.base_model
     if not type(model).__module__.startswith("fastbert."):
         return type(model)
     expected = {"embeddings": BertEmbeddings, "encoder": BertEncoder, "pooler": BertPooler}
-    for name, module in base.named_children():
-        if type(module) is not expected.get(name):
-            return type(module)
+    found = [type(x) for name, x in base.named_children() if type(x) is not expected.get(name)]
+    found = found or [type(x) for x in base.encoder.layer if type(x) is not BertLayer]
     encoder = set(base.modules())
-    for layer in base.encoder.layer:
-        if type(layer) is not BertLayer:
-            return type(layer)
-    for module in model.modules():
-        known = type(module) in TOKENWISE or type(module).__module__.split(".")[0] in ("fastbert", "transformers")
-        if module not in encoder and not known:
-            return type(module)
-    return None
+    for kind in (type(x) for x in model.modules() if x not in encoder):
+        if kind not in TOKENWISE and kind.__module__.split(".")[0] not in ("fastbert", "transformers"):
+            found.append(kind)
+    return found[0] if found else None
 
 
 class Graph:
