@@ -174,7 +174,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
             return layout.pack(embeddings(**without_padding(inputs, layout.as_padded(), embeddings)))
         except (IndexError, RuntimeError):
-            if not is_tracing():
+            if not is_tracing() and layout.cu_seqlens.device.type == "cpu":
                 raise_out_of_range(self.config, embeddings, layout, batch)
             raise
 
