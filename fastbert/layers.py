@@ -14,7 +14,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS
-from fastbert.eager import padded_attention, varlen_attention
+from fastbert.eager import is_tracing, padded_attention, varlen_attention
 from fastbert.fusion import (
     FUSED_ACTIVATIONS,
     FusableBlock,
@@ -29,7 +29,7 @@ from fastbert.fusion import (
     why_no_block,
 )
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
-from fastbert.tokens import TokenLayout, as_layout
+from fastbert.tokens import TokenLayout, layout_from_scores
 
 CAUSAL = "its attention is causal"
 
@@ -50,18 +50,22 @@ class BertSelfAttention(hf.BertSelfAttention):
         """
         named, weights_asked = self.config._attn_implementation, bool(kwargs.get("output_attentions"))
         packed = isinstance(attention_mask, TokenLayout)
-        # Not on the layer's device yet where `device_map` spreads the layers over several.
-        mask = attention_mask.to(hidden_states.device) if attention_mask is not None else None
+        if attention_mask is not None:  # `device_map` can spread the layers over several devices
+            attention_mask = attention_mask.to(hidden_states.device)
         serves = named in ATTENTION_IMPLEMENTATIONS and (named == "eager" or not weights_asked)
         if serves and not packed and hidden_states.numel():
-            return super().forward(hidden_states, mask, past_key_values, **kwargs)
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         size, dropout = self.attention_head_size, self.dropout.p if self.training else 0.0
         projected = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         q, k, v = (x.view(*x.shape[:-1], x.shape[-1] // size, size) for x in projected)
         if not packed:
-            return padded_attention(q, k, v, self.scaling, mask, dropout, "eager" if weights_asked else "sdpa")
-        bounds, layout = (mask.cu_seqlens, mask.max_seqlen), mask
-        context = varlen_attention(q, k, v, *bounds, self.scaling, dropout, layout.implementation, layout.num_tokens)
+            implementation = "eager" if weights_asked else "sdpa"
+            return padded_attention(q, k, v, self.scaling, attention_mask, dropout, implementation)
+        layout = attention_mask
+        context = varlen_attention(
+            q, k, v, layout.cu_seqlens, layout.max_seqlen, self.scaling, dropout, layout.implementation,
+            layout.num_tokens,
+        )  # fmt: skip
         return context, None
 
 
@@ -187,7 +191,10 @@ class BertEncoder(hf.BertEncoder):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """The layers, one after another; unpacks the last hidden state and those that are asked for to [B, S, E]."""
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
-        layout = as_layout(attention_mask, hidden_states, head_counts(self))
+        layout = attention_mask
+        if not isinstance(layout, TokenLayout):
+            layout = layout_from_scores(attention_mask, hidden_states, head_counts(self))
+        layout = layout.to(hidden_states.device)
         selection = selected_hidden_states(output_hidden_states, len(self.layer) + 1)
         states: list[Tensor | None] = []
         attentions: list[Tensor] | None = [] if output_attentions else None
@@ -222,7 +229,7 @@ class BertEncoder(hf.BertEncoder):
             return layer(layout.clear_past_tokens(hidden_states), layout)
         padded = layout.as_padded()
         mask = padded.attention_mask(hidden_states)
-        if refused is CAUSAL and padded.keep is not None and padded.keep.all():
+        if refused is CAUSAL and padded.keep is not None and not is_tracing() and padded.keep.all():
             mask = None  # as transformers leaves it out, and then goes by the module
         returns_weights = attentions is not None and isinstance(layer, BertLayer) and not has_patched_forward(layer)
         asked = {"attentions": attentions} if returns_weights else {}

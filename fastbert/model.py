@@ -118,7 +118,10 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if output_attentions:
             encoder_layout = replace(encoder_layout, implementation="eager")
         masks_of_its_own = self.config.is_decoder or patches.found_for_masks(self)
-        hidden_states = self._embed(encoder_layout.as_padded() if masks_of_its_own else encoder_layout, batch)
+        if masks_of_its_own:
+            # Which may let tokens attend to padding, so that what stands there counts.
+            encoder_layout = replace(encoder_layout.as_padded(), keep=None)
+        hidden_states = self._embed(encoder_layout, batch)
         if masks_of_its_own:
             encoder_layout = self._masked_as_by_transformers(encoder_layout, attention_mask, hidden_states)
         encoded = self.encoder(
@@ -127,8 +130,10 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             output_hidden_states=option("output_hidden_states", kwargs, self.config, False),
             output_attentions=output_attentions,
         )
-        sequence_output = encoded.last_hidden_state
-        hidden_states = encoded.hidden_states
+        sequence_output, hidden_states = encoded.last_hidden_state, encoded.hidden_states
+        if masks_of_its_own:
+            sequence_output = layout.as_padded().clear(sequence_output)
+            hidden_states = hidden_states and tuple(map(layout.as_padded().clear, hidden_states))
         if hidden_states and hidden_states[-1] is not None:
             hidden_states = (*hidden_states[:-1], sequence_output)  # which a hook of the encoder may have changed
         output = BaseModelOutputWithPoolingAndCrossAttentions(
@@ -142,8 +147,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _masked_as_by_transformers(
         self, layout: TokenLayout, attention_mask: Tensor | None, hidden_states: Tensor
     ) -> TokenLayout:
-        """The layout with nothing dropped, and the mask that the model's own `_create_attention_masks` makes."""
-        layout = layout.as_padded()
+        """A layout that drops nothing with the mask that the model's own `_create_attention_masks` makes."""
         if attention_mask is None and layout.mask is not None:
             raise ValueError("texts packed by cu_seq_lens_q have the mask that keeps them apart, and no other")
         given = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
@@ -155,10 +159,11 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         embeddings, inputs = self.embeddings, batch.embedded()
         parts, refused = fused_parts(embeddings)
         if parts is not None:
-            first = parts[1].weight if batch.inputs_embeds is None else batch.inputs_embeds
-            summed = torch.promote_types(torch.promote_types(first.dtype, parts[2].weight.dtype), parts[3].weight.dtype)
-            if summed != parts[4].weight.dtype:
-                parts, refused = None, f"its sums are {summed} and its LayerNorm {parts[4].weight.dtype}"
+            words, positions, types, norm = (x._parameters["weight"].dtype for x in parts[1:5])
+            first = words if batch.inputs_embeds is None else batch.inputs_embeds.dtype
+            summed = torch.promote_types(torch.promote_types(first, positions), types)
+            if summed != norm:
+                parts, refused = None, f"its sums are {summed} and its LayerNorm {norm}"
         try:
             if parts is not None:
                 _, words, positions, types, norm, _ = parts
@@ -168,9 +173,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     word_table=words.weight, position_table=positions.weight, token_type_table=types.weight,
                     weight=norm.weight, bias=norm.bias, eps=norm.eps, padding_idx=words.padding_idx,
                 )  # fmt: skip
-                return (
-                    hidden_states.unflatten(0, (layout.batch_size, layout.seq_len)) if layout.padded else hidden_states
-                )
+                shape = layout.batch_size, layout.seq_len
+                return hidden_states.unflatten(0, shape) if layout.padded else hidden_states
             ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
             return layout.pack(embeddings(**without_padding(inputs, layout.as_padded(), embeddings)))
         except (IndexError, RuntimeError):

@@ -193,13 +193,11 @@ def _planned_on_device(every_token: TokenLayout, keep: Tensor) -> TokenLayout:
     return replace(every_token, cu_seqlens=cu_seqlens, indices=indices[: int(cu_seqlens[-1])])
 
 
-def as_layout(layout: TokenLayout | Tensor | None, hidden_states: Tensor, heads: Collection[int]) -> TokenLayout:
-    """The layout itself, or for somebody who calls the encoder by hand with hidden states [B, S, E], as in
-    transformers, the layout of their attention mask (or None)."""
-    if isinstance(layout, TokenLayout):
-        return layout.to(hidden_states.device)
+def layout_from_scores(mask: Tensor | None, hidden_states: Tensor, heads: Collection[int]) -> TokenLayout:
+    """The layout, in which nothing is dropped, for somebody who calls the encoder with hidden states [B, S, E] and a
+    mask of scores (or None), as in transformers."""
     batch_size, seq_len, _ = hidden_states.shape
-    return layout_from_mask(layout, batch_size, seq_len, hidden_states.device, heads).as_padded()
+    return layout_from_mask(mask, batch_size, seq_len, hidden_states.device, heads).as_padded()
 
 
 def layout_from_cu_seqlens(

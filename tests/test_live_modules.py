@@ -394,7 +394,9 @@ def see_the_first_half(function):
 EVERY_MODEL = {
     "attention of a layer": lambda: patched(hf.BertSelfAttention, "forward", twice),
     "a whole layer": lambda: patched(hf.BertLayer, "forward", halved),
-    "the feed-forward part": lambda: patched(hf.BertLayer, "feed_forward_chunk", halved),
+    "the feed-forward part": lambda: patched(
+        hf.BertLayer, "feed_forward_chunk", lambda original: lambda self, x: original(self, x) * 0.5
+    ),
     "an inner module": lambda: patched(hf.BertIntermediate, "forward", halved),
     "embeddings": lambda: patched(hf.BertEmbeddings, "forward", halved),
     "the pooler": lambda: patched(hf.BertPooler, "forward", halved),
