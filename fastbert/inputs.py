@@ -88,7 +88,7 @@ def read_batch(
     position_ids = _check_integers("position_ids", position_ids, batch_size, seq_len)
     restarting = None
     if cu_seqlens is None:
-        heads = head_counts(model.encoder) if getattr(attention_mask, "ndim", 0) == 4 else ()
+        heads = head_counts(model.encoder, model.config) if getattr(attention_mask, "ndim", 0) == 4 else ()
         layout = layout_from_mask(attention_mask, batch_size, seq_len, device, heads)
         longest = seq_len if position_ids is None else 0
     else:
@@ -115,10 +115,11 @@ def read_batch(
     return Batch(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
 
 
-def head_counts(encoder: nn.Module) -> set[int]:
+def head_counts(encoder: nn.Module, config: BertConfig) -> set[int]:
     """The numbers of heads of an encoder's layers, which are what their modules say."""
     attentions = (getattr(getattr(x, "attention", None), "self", None) for x in getattr(encoder, "layer", ()))
-    return {x.num_attention_heads for x in attentions if hasattr(x, "num_attention_heads")}
+    found = {x.num_attention_heads for x in attentions if hasattr(x, "num_attention_heads")}
+    return found or {config.num_attention_heads}
 
 
 def num_rows(table: nn.Module | None, default: int) -> int:

@@ -193,7 +193,7 @@ class BertEncoder(hf.BertEncoder):
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
         layout = attention_mask
         if not isinstance(layout, TokenLayout):
-            layout = layout_from_scores(attention_mask, hidden_states, head_counts(self))
+            layout = layout_from_scores(attention_mask, hidden_states, head_counts(self, self.config))
         layout = layout.to(hidden_states.device)
         selection = selected_hidden_states(output_hidden_states, len(self.layer) + 1)
         states: list[Tensor | None] = []

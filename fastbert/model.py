@@ -150,8 +150,11 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         """A layout that drops nothing with the mask that the model's own `_create_attention_masks` makes."""
         if attention_mask is None and layout.mask is not None:
             raise ValueError("texts packed by cu_seq_lens_q have the mask that keeps them apart, and no other")
-        given = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
-        mask, _ = self._create_attention_masks(attention_mask=attention_mask, embedding_output=hidden_states, **given)
+        # As transformers takes it: [B, S], or the layout's own of four dimensions.
+        padding = attention_mask is not None and attention_mask.ndim == 2
+        given = layout.expand(attention_mask) if padding else layout.mask
+        others = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
+        mask, _ = self._create_attention_masks(attention_mask=given, embedding_output=hidden_states, **others)
         return replace(layout, mask=mask)
 
     def _embed(self, layout: TokenLayout, batch: Batch) -> Tensor:

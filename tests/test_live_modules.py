@@ -318,6 +318,18 @@ def test_a_cache_is_refused_by_name():
         ours(**batch(None))
 
 
+@pytest.mark.parametrize(
+    "mask", [MASKS["right"][1:2], MASKS["right"][:, None] * MASKS["right"][:, :, None]], ids=["2-D", "3-D"]
+)
+def test_masks_that_transformers_does_not_take_may_meet_its_causal_ones(mask):
+    ours = fastbert.optimize(tiny())
+    become_a_decoder(ours)
+    wide = mask.expand(4, -1) if mask.ndim == 2 else mask[:, None].bool()
+    with torch.no_grad():
+        outputs, expected = (ours(**batch(None), attention_mask=x).last_hidden_state for x in (mask, wide))
+    assert torch.equal(outputs, expected)
+
+
 def test_packed_texts_with_masks_of_ones_own_are_refused():
     ours = fastbert.optimize(tiny())
     mask_by_hand(ours)
