@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import MASKS, batch, pair
 from torch import nn
+from transformers.models.bert import modeling_bert
 
 import fastbert
 
@@ -246,10 +247,40 @@ def test_submodules_can_be_called_as_in_transformers():
     ours, theirs = pair(attention="eager")
     hidden = torch.randn(4, 12, 48)
     mask = torch.zeros(4, 1, 1, 12).masked_fill(MASKS["right"][:, None, None] == 0, torch.finfo(torch.float32).min)
+    nothing = {"encoder_hidden_states": None, "past_key_values": None}
     for arguments in ((), (mask,)):
         outputs, expected = ours.encoder(hidden, *arguments)[0], theirs.encoder(hidden, *arguments)[0]
         torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
-        outputs, expected = (model.encoder.layer[1](hidden, *arguments) for model in (ours, theirs))
-        torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.encoder(hidden, attention_mask=mask)[0], theirs.encoder(hidden, mask)[0])
+        for name in ("encoder.layer.1", "encoder.layer.1.attention", "encoder.layer.1.attention.self"):
+            outputs, expected = (model.get_submodule(name)(hidden, *arguments, **nothing) for model in (ours, theirs))
+            torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
+    asked = {"use_cache": False, "output_attentions": False, "output_hidden_states": None, "return_dict": True}
+    outputs = ours.encoder(hidden, attention_mask=mask, **nothing, **asked)[0]
+    torch.testing.assert_close(outputs, theirs.encoder(hidden, mask)[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.embeddings(batch()["input_ids"]), theirs.embeddings(batch()["input_ids"]))
+
+
+@pytest.mark.parametrize("kind", ["BertLayer", "BertSelfAttention", "BertAttention", "BertEmbeddings", "BertPooler"])
+def test_parts_are_found_by_transformers_classes(kind):
+    """As sharding policies and activation checkpointing look for them."""
+    kind = getattr(modeling_bert, kind)
+    ours, theirs = pair()
+    counts = [sum(isinstance(x, kind) for x in model.modules()) for model in (ours, theirs, fastbert.optimize(theirs))]
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
+class Gated(nn.Module):
+    """Looks at the mask as transformers gives it to its layers."""
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        keep = (attention_mask[:, 0, -1] == 0).float()[..., None]
+        return hidden_states * ((hidden_states * keep).sum(1) / keep.sum(1)).sigmoid()[:, None]
+
+
+def test_what_takes_a_layers_place_sees_transformers_masks():
+    ours, theirs = pair(attention="eager")
+    for model in (ours, theirs):
+        model.encoder.layer[1] = Gated()
+    kept = MASKS["right"].bool()
+    outputs, expected = (model(**batch()).last_hidden_state[kept] for model in (ours, theirs))
+    torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
