@@ -120,7 +120,7 @@ class State:
         modules = list(model.modules())
         others = modules[1:]
         self.refusal = _refusal(model, others)
-        self.device, self._config, self._base = model.device, model.config, model.base_model
+        self.device, self._config, self._base = model.device, model.config, weakref.ref(model.base_model)
         self._embeddings = getattr(model.base_model, "embeddings", nn.Module())
         self.num_positions = num_positions(model.config, self._embeddings, changed_defaults(self._embeddings))
         self._children = [module._modules for module in modules if module._modules]
@@ -143,7 +143,7 @@ class State:
             any(self._hooks) or _has_any_global_hook(),
             [x.is_inference() or x._version for x in self._embeddings._buffers.values()],
             (self._config.output_hidden_states, self._config.output_attentions, self._config.is_decoder),
-            patches.found() or patches.found_for_masks(self._base),
+            patches.found() or patches.found_for_masks(self._base()),
             torch.backends.cuda.matmul.fp32_precision,
         )
 

@@ -19,6 +19,7 @@ from fastbert.fusion import (
     FUSED_ACTIVATIONS,
     FusableBlock,
     LayerParts,
+    class_name,
     fused_activation,
     fused_parts,
     has_patched_forward,
@@ -102,7 +103,8 @@ class BertLayer(hf.BertLayer, FusableBlock):
         if len(widths) > 1 or widths.pop() % attention.attention_head_size:
             return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}"
         if fused_activation(parts.intermediate_activation) is None:
-            return f"its activation is not one of {', '.join(dict.fromkeys(FUSED_ACTIVATIONS.values()))}"
+            known = ", ".join(dict.fromkeys(FUSED_ACTIVATIONS.values()))
+            return f"intermediate_act_fn, a {class_name(parts.intermediate_activation)}, computes none of {known}"
         return None
 
     def foreign(self, parts):
@@ -113,7 +115,9 @@ class BertLayer(hf.BertLayer, FusableBlock):
             return f"attention.self.scaling is {attention.scaling}, no number that the host knows"
         if "feed_forward_chunk" in self.__dict__:
             return "has a patched feed_forward_chunk"
-        return "its activation may look along a text" if looks_along(parts.intermediate_activation) else None
+        if looks_along(activation := parts.intermediate_activation):
+            return f"intermediate_act_fn, a {class_name(activation)}, may look along a text"
+        return None
 
     def forward(
         self,

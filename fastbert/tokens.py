@@ -105,7 +105,7 @@ class TokenLayout:
         """[B, S, ...] or [1, S] with zeros at padding where nothing is dropped: what stands there must not matter."""
         if values is None or self.keep is None:
             return values
-        keep = self.keep if len(values) == len(self.keep) else self.keep.any(0, keepdim=True)
+        keep = self.keep if values.shape[0] == self.keep.shape[0] else self.keep.any(0, keepdim=True)
         return values.masked_fill(~(keep if values.ndim == 2 else keep[..., None]), 0)
 
     def attention_mask(self, hidden_states: Tensor) -> Tensor | None:

@@ -156,7 +156,7 @@ REASONS = {
     "dropout": (_activate_dropout, "attention.self applies dropout (p=0.1)"),
     "activation": (
         lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.SiLU()),
-        "intermediate.intermediate_act_fn is a torch.nn.modules.activation.SiLU, not a GELUActivation",
+        "intermediate_act_fn, a torch.nn.modules.activation.SiLU, computes none of gelu, gelu_tanh, relu, tanh, none",
     ),
 }
 
@@ -222,19 +222,21 @@ def test_an_activation_the_ops_do_not_know_is_explained():
     ours, _ = pair(hidden_act="silu")
     reasons = {row.reason for row in fastbert.explain(ours) if "layer" in row.block}
     assert reasons == {
-        "its activation is not one of gelu, gelu_python, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, tanh, linear"
+        "intermediate_act_fn, a transformers.activations.SiLUActivation, computes none of gelu, gelu_tanh, relu, tanh, none"
     }
 
 
 def test_plain_layers_never_call_their_modules(monkeypatch):
     ours, _ = pair()
+    called, call = [], nn.Module.__call__
 
-    def forbidden(*_):
-        raise AssertionError("a module of a fused block was called")
+    def counted(module, *args, **kwargs):
+        called.append(type(module).__name__)
+        return call(module, *args, **kwargs)
 
-    for module in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout):
-        monkeypatch.setattr(module, "forward", forbidden)
-    assert ours(**batch()).pooler_output.isfinite().all()
+    monkeypatch.setattr(nn.Module, "__call__", counted)
+    ours(**batch())
+    assert called == ["BertModel", "BertEncoder", *["BertLayer"] * 3, "BertPooler"]
 
 
 @pytest.mark.parametrize(

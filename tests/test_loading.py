@@ -180,5 +180,7 @@ def test_copies():
         assert all(row.backend == "eager" for row in fastbert.explain(model))
 
 
-def test_no_buffers_to_leave_uninitialized(minilm):
-    assert not list(minilm.named_buffers())
+def test_buffers_that_no_checkpoint_has_are_initialized(minilm, transformers_minilm):
+    for buffers in zip(minilm.named_buffers(), transformers_minilm.named_buffers(), strict=True):
+        assert buffers[0][0] == buffers[1][0]
+        assert torch.equal(buffers[0][1], buffers[1][1])
