@@ -231,9 +231,11 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     The outputs of such a text are NaN. Without `wait` kernels that still run are not waited for, so that the error
     comes with a later call. A traced graph has no place for it: there the next call that is not traced raises.
     """
+    if eager.is_tracing() or eager.is_transforming():
+        return
     # Not there before the first kernel, nor while another thread still imports it.
     take_bad_ids = getattr(sys.modules.get("fastbert_kernels"), "take_bad_ids", None)
-    if take_bad_ids is None or eager.is_tracing() or eager.is_transforming():
+    if take_bad_ids is None:
         return
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
