@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.eager import clear_past, is_tracing
+from fastbert.eager import clear_past, is_tracing, sequence_of
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
@@ -109,9 +109,8 @@ class TokenLayout:
 
     def restarting_positions(self) -> Tensor:
         """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""
-        tokens = torch.arange(self.seq_len, device=self.cu_seqlens.device)
-        sequence = torch.searchsorted(self.cu_seqlens[1:], tokens, right=True)
-        return (tokens - self.cu_seqlens[sequence])[None]
+        starts = self.cu_seqlens[sequence_of(self.cu_seqlens, self.seq_len)]
+        return (torch.arange(self.seq_len, device=starts.device) - starts)[None]
 
     def as_padded(self) -> "TokenLayout":
         """The same batch with nothing dropped, for modules that must see Hugging Face's [B, S, E]."""
@@ -267,5 +266,5 @@ def _score_mask(mask: Tensor) -> Tensor:
 
 def _block_diagonal_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[N + 1] -> [1, 1, T, T]: tokens attend within their own sequence."""
-    sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(num_tokens, device=cu_seqlens.device), right=True)
+    sequence = sequence_of(cu_seqlens, num_tokens)
     return (sequence[:, None] == sequence)[None, None]
