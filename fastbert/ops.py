@@ -274,6 +274,8 @@ def embed_layer_norm(
     gradient. An index out of range raises IndexError in eager on the CPU; in a kernel see `raise_bad_ids`.
     Devlin et al. 2019, section 3; LayerNorm: Ba et al. 2016.
     """
+    if input_ids is None:
+        word_table = word_table.detach()  # nothing is looked up in it: no gradient, rather than zeros
     inputs = input_ids, token_type_ids, position_ids, inputs_embeds, indices
     tables = word_table, position_table, token_type_table, weight, bias, eps
     kernel = _kernel("embed_layer_norm", word_table)
