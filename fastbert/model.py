@@ -30,6 +30,7 @@ from fastbert.fusion import (
     has_hooks,
     must_see_padding,
     parameters_of,
+    why_eager,
 )
 from fastbert.inputs import (
     Batch,
@@ -256,7 +257,9 @@ class BertEncoder(nn.Module):
             if index in output_hidden_states:
                 states.append(layout.unpack(hidden_states))
                 # The model goes on from the state it returns, so that gradients can be read there.
-                hidden_states = layout.pack(states[-1]) if torch.is_grad_enabled() else hidden_states
+                # A traced graph, which gives the states out beside the last, has no gradients of one in another.
+                follows = torch.is_grad_enabled() and not is_tracing()
+                hidden_states = layout.pack(states[-1]) if follows else hidden_states
             else:
                 states.append(None)
             hidden_states = self._run(layer, hidden_states, layout, attentions)
@@ -349,7 +352,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         output_attentions = option("output_attentions", kwargs, self.config, False)
         layout = replace(batch.layout, implementation=self.config._attn_implementation)
         # What hooks the encoder, or wants attention weights, sees nothing dropped.
-        encoder_layout = layout.as_padded() if output_attentions or has_hooks(self.encoder) else layout
+        sees_padding = output_attentions or has_hooks(self.encoder) or self._packs_in_pytorch(layout)
+        encoder_layout = layout.as_padded() if sees_padding else layout
         if output_attentions:
             encoder_layout = replace(encoder_layout, implementation="eager")
         selection = option("output_hidden_states", kwargs, self.config, False)
@@ -364,6 +368,17 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             attentions=encoded.attentions,
         )
         return output if option("return_dict", kwargs, self.config, True) else output.to_tuple()
+
+    def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
+        """Whether a traced graph would hold the packing in plain PyTorch, for a block that kernels do not serve: left
+        out, it leaves no compiler the gradients of gather and scatter to find."""
+        if not is_tracing() or layout.indices is None or ops.current_backend() == "triton":
+            return False
+        return any(
+            fused_parts(block)[0] is None
+            or any(why_eager(block, op, next(block.parameters())) is not None for op in block.ops_used)
+            for block in (self.embeddings, *self.encoder.layer)
+        )
 
     def _embed(self, layout: TokenLayout, batch: Batch) -> Tensor:
         """The embeddings of the kept tokens, in the encoder's layout."""

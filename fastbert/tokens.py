@@ -118,9 +118,8 @@ class TokenLayout:
             return self
         keep, mask = None, None
         if self.indices is not None:
-            tokens = clear_past(torch.ones_like(self.indices, dtype=torch.bool), self.num_tokens)
-            keep = tokens.new_zeros(self.batch_size * self.seq_len).index_copy_(0, self.indices, tokens)
-            keep = keep.view(self.batch_size, self.seq_len)
+            tokens = torch.ones_like(self.indices, dtype=torch.float32)
+            keep = ops.unpack(tokens, self.indices, self.batch_size, self.seq_len, self.num_tokens) != 0
             mask = _key_mask(keep)
         elif self.cu_seqlens.numel() - 1 != self.batch_size:
             mask = _block_diagonal_mask(self.cu_seqlens, self.seq_len)
