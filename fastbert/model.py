@@ -30,7 +30,7 @@ from fastbert.fusion import (
     has_hooks,
     must_see_padding,
     parameters_of,
-    why_eager,
+    runs_in_kernels,
 )
 from fastbert.inputs import (
     Batch,
@@ -256,10 +256,10 @@ class BertEncoder(nn.Module):
         for index, layer in enumerate(self.layer):
             if index in output_hidden_states:
                 states.append(layout.unpack(hidden_states))
-                # The model goes on from the state it returns, so that gradients can be read there.
-                # A traced graph, which gives the states out beside the last, has no gradients of one in another.
-                follows = torch.is_grad_enabled() and not is_tracing()
-                hidden_states = layout.pack(states[-1]) if follows else hidden_states
+                # The model goes on from the state it returns, so that gradients can be read there; in a traced graph,
+                # one node, no output has a gradient in another.
+                if torch.is_grad_enabled() and not is_tracing():
+                    hidden_states = layout.pack(states[-1])
             else:
                 states.append(None)
             hidden_states = self._run(layer, hidden_states, layout, attentions)
@@ -370,15 +370,11 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         return output if option("return_dict", kwargs, self.config, True) else output.to_tuple()
 
     def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
-        """Whether a traced graph would hold the packing in plain PyTorch, for a block that kernels do not serve: left
-        out, it leaves no compiler the gradients of gather and scatter to find."""
+        """Whether a traced graph would hold packing in plain PyTorch, beside a block that no kernels serve: its gathers
+        and scatters have gradients that are better not left to a compiler."""
         if not is_tracing() or layout.indices is None or ops.current_backend() == "triton":
             return False
-        return any(
-            fused_parts(block)[0] is None
-            or any(why_eager(block, op, next(block.parameters())) is not None for op in block.ops_used)
-            for block in (self.embeddings, *self.encoder.layer)
-        )
+        return not all(map(runs_in_kernels, (self.embeddings, *self.encoder.layer)))
 
     def _embed(self, layout: TokenLayout, batch: Batch) -> Tensor:
         """The embeddings of the kept tokens, in the encoder's layout."""
