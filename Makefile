@@ -46,8 +46,9 @@ bench: .venv/installed
 	$(BIN)/python bench/report.py
 
 # On a GPU: every suite in 9 minutes, and what did not fit is named. `pytest bench --suite NAMES` runs parts, unhurried.
+# Where the project was copied without its history: make bench-gpu COMMIT=NAME.
 bench-gpu: .venv/installed
-	$(BIN)/pytest bench --seconds 500; status=$$?; $(BIN)/python bench/report.py && exit $$status
+	$(BIN)/pytest bench --seconds 500 $(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(BIN)/python bench/report.py && exit $$status
 
 # What every kernel compiles to, for every architecture, and the picture of a layer's launches: no GPU is needed.
 report: .venv/installed

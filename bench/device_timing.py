@@ -5,6 +5,7 @@ replays of one measurement, so that the host stays ahead and no gap before a lau
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,9 @@ CACHE_MULTIPLE, FEWEST_SETS, MOST_SETS = 4, 2, 64
 # A product large enough for the matrix unit to be the only limit, and a copy that no cache holds. float32 runs at a
 # fraction of the rate: half the size is enough.
 MATMUL_SIZES, COPY_BYTES = {"float32": 4096, "float16": 8192, "bfloat16": 8192}, 2**30
+# The first rounds of a rested device are its best ones. So many, of GRAPH_SECONDS each, are about a second of load, in
+# which its clock falls.
+REST_SECONDS, LOAD_ROUNDS = 0.5, 500
 
 
 class Replay(NamedTuple):
@@ -107,30 +111,43 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@cache
-def roofs(timer: Timer) -> Roofs:
-    """This device's, measured: by dtype a large product of random data, and a large copy, bytes read and written.
+class MeasuredRoofs(NamedTuple):
+    """best: of the best round of a rested device, the roof of `of_roof`. sustained: medians of the second half of
+    LOAD_ROUNDS."""
 
-    float32's is the larger of two: torch's product in `float32_precision`, and a third of the rate of its product in
-    TF32, for three of those have float32's precision.
+    best: Roofs
+    sustained: Roofs
+
+
+@cache
+def roofs(timer: Timer) -> MeasuredRoofs:
+    """This device's: by dtype a large product of random data, and a large copy, bytes read and written.
+
+    The copy is a kernel that negates: memcpy, which `copy_` calls, reaches two thirds of an H200's bandwidth
+    (NVIDIA/cccl#1672) and less from a graph (pytorch/pytorch#191284). float32's is the larger of two: torch's product
+    in `float32_precision`, and a third of the rate of its product in TF32, for three of those have float32's precision.
     """
-    flops_per_s = {name: _matmul_rate(name, timer) for name in MATMUL_SIZES}
-    with _tf32():
-        flops_per_s["float32"] = max(flops_per_s["float32"], _matmul_rate("float32", timer) / 3)
-    source = torch.empty(COPY_BYTES, device=DEVICE, dtype=torch.uint8)
+    source = torch.empty(COPY_BYTES // 4, device=DEVICE)
     target = torch.empty_like(source)
-    return Roofs(flops_per_s, 2.0 * COPY_BYTES / _median_seconds(lambda: target.copy_(source), timer))
+    copy = _best_and_sustained(2.0 * COPY_BYTES, lambda: torch.neg(source, out=target), timer)
+    products = {name: _matmul_rates(name, timer) for name in MATMUL_SIZES}
+    with _tf32():
+        thirds = [rate / 3 for rate in _matmul_rates("float32", timer)]
+    products["float32"] = tuple(map(max, products["float32"], thirds))
+    return MeasuredRoofs(
+        *(Roofs({name: both[i] for name, both in products.items()}, bytes_per_s) for i, bytes_per_s in enumerate(copy))
+    )
 
 
 def rates(work: Work, dtype: str, median_s: float, timer: Timer) -> dict:
     """What a record says of a time: the operations and bytes a second of what had to be done, and the share of the time
-    that this device's roofs allow."""
-    measured = roofs(timer)
+    that this device's best roofs allow."""
+    best, sustained = roofs(timer)
     return {
         "flops_per_s": work.flops / median_s,
         "bytes_per_s": work.bytes / median_s,
-        "of_roof": work.seconds(dtype, measured) / median_s,
-        "roofs": measured._asdict() | {"float32_precision": float32_precision()},
+        "of_roof": work.seconds(dtype, best) / median_s,
+        "roofs": best._asdict() | {"sustained": sustained._asdict(), "float32_precision": float32_precision()},
     }
 
 
@@ -145,12 +162,16 @@ def _tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _matmul_rate(dtype: str, timer: Timer) -> float:
-    """Operations a second of a square product."""
+def _matmul_rates(dtype: str, timer: Timer) -> tuple[float, float]:
+    """Operations a second of a square product, best and sustained."""
     size = MATMUL_SIZES[dtype]
     a, b = (torch.randn(size, size, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
-    return 2.0 * size**3 / _median_seconds(lambda: a @ b, timer)
+    return _best_and_sustained(2.0 * size**3, lambda: a @ b, timer)
 
 
-def _median_seconds(call: Callable, timer: Timer) -> float:
-    return statistics.median(timer.seconds([timer.capture([call])])[0])
+def _best_and_sustained(amount: float, call: Callable, timer: Timer) -> tuple[float, float]:
+    """How much of an amount a call does a second: in the best round after a rest, and under load."""
+    replay = timer.capture([call])
+    time.sleep(REST_SECONDS)
+    (seconds,) = timer.seconds([replay], LOAD_ROUNDS)
+    return amount / min(seconds), amount / statistics.median(seconds[len(seconds) // 2 :])

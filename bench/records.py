@@ -5,7 +5,9 @@ Every record has suite, kind ("latency" of a forward, "request" from the call to
 what `provenance` adds; that of a provider which could not run has "absent", the reason, or "wrong", by how much it
 errs, and no ratio. Times add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error and error_ratio
 (error / the baseline's); on a GPU also flops_per_s and bytes_per_s (of what the case has to do, whatever the provider
-does), of_roof (the least time the measured roofs allow / the median) and the roofs, with torch's float32_precision.
+does), of_roof (the least time the measured roofs allow / the median) and the roofs: the best rates of the device in
+this run, what it sustained, and torch's float32_precision. Records without "sustained" have medians in the roofs'
+place, and a copy by memcpy.
 clock, calls and host_s are those of `fastbert.commands.timing.Measured`, first_call_s is the first call's, compilation
 included, graph_breaks torch.compile's; requests add p50_s, p90_s and p99_s, encode texts_per_s; memory has peak_bytes
 and baseline_peak_bytes; the host's launches have layer_s, what one layer takes, and baseline_layer_s, its replays
@@ -27,6 +29,8 @@ from fastbert.commands.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+# Of `pytest bench --commit`.
+given_commit: str | None = None
 
 
 def write(record: dict) -> None:
@@ -57,10 +61,18 @@ def about(case: dict) -> tuple:
     return tuple(sorted((name, value) for name, value in case.items() if name != "tokens" or "fill" not in case))
 
 
+def _commit() -> str:
+    """The short name of HEAD, with "-dirty" if anything but the results differs from it; where the project came without
+    its history, the name that `pytest bench --commit` gave, or "unknown"."""
+    return _head() or given_commit or "unknown"
+
+
 @cache
-def _commit() -> str | None:
-    """HEAD's short name, with "-dirty" if anything but the results differs from it; None outside of a git checkout."""
+def _head() -> str | None:
     try:
+        # A copy without its history may lie in somebody else's repository.
+        if Path(_git("rev-parse", "--show-toplevel")) != ROOT:
+            return None
         head = _git("rev-parse", "--short", "HEAD")
         changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):

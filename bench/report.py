@@ -1,28 +1,25 @@
-"""Turns the records under bench/results into the table of the project's README, and a page and plots per device."""
+"""Turns the records under bench/results into a page and plots per device, and a GPU's into the README's table."""
 
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import records
-from matplotlib.ticker import LogLocator
-from providers import BASELINE, PROVIDERS
+from plots import MODELS, Measured, draw
+from providers import BASELINE, GRAPHED, PROVIDERS
 from workloads import Case
 
 from fastbert.commands.machine import describe
 
 README = records.ROOT / "README.md"
-# Between which lines the README has a table of sentences, and one of forwards.
-ENCODE = "<!-- encode:begin -->", "<!-- encode:end -->"
+# Between which lines the README has what GPUs have measured.
 FORWARDS = "<!-- bench:begin -->", "<!-- bench:end -->"
-MODELS = ("toy", "tiny", "minilm", "base", "large")
+# Which forwards the README shows: a text alone, a batch half full, and large ones.
+README_SHAPES = ("1x128 full", "32x128 50% filled", "256x128 full", "256x128 50% filled")
+README_OURS = ("fastbert", GRAPHED)
+README_PLOT = "fill.svg"
 SUITES = {
     "model": "The model's forward",
     "latency": "One text, as a user waits for it",
@@ -32,22 +29,6 @@ SUITES = {
     "kernels": "Kernels",
     "host": "The host's work for a forward in the kernels, without the driver's",
 }
-# Okabe and Ito's palette, which survives colour blindness, and a grey.
-COLOURS = {
-    "fastbert": "#0072B2",
-    "fastbert-graphed": "#009E73",
-    "transformers-eager": "#E69F00",
-    BASELINE: "#000000",
-    "unpadded-varlen": "#D55E00",
-    f"{BASELINE}-compiled": "#56B4E9",
-    f"{BASELINE}-reduce-overhead": "#CC79A7",
-    f"{BASELINE}-max-autotune": "#F0E442",
-    "unpadded-varlen-compiled": "#999999",
-}
-# A line needs so many points to be a sweep.
-FEWEST_POINTS = 4
-# Of the suite that encodes sentences, the order of the texts in words.
-ORDERS = {"sorted": "sorted by length", "given": "in their own order"}
 # Of a forward's time, what the host may take to issue it before the host counts as the limit.
 HOST_SHARE = 0.9
 # MLPerf Inference, BERT-large on SQuAD, offline, samples a second on one GPU: published figures, not measured here.
@@ -58,7 +39,10 @@ MLPERF = (
     ("H100", "FP8, 99.9 %", 7773),
 )
 
-Measured = dict[Case, dict[str, dict]]
+# Where the roofs are explained, from a device's page.
+ROOFS = "../../ROOFLINE.md#the-roofs"
+# What a cell of a column of numbers may be.
+NUMBER = re.compile(r"(\*\*)?[\d.]+%?( to [\d.]+)?(\*\*)?|failed|")
 
 
 def case_of(record: dict) -> Case:
@@ -82,9 +66,10 @@ def _size_of(case: Case) -> tuple:
 
 
 def markdown_table(columns: tuple[str, ...], rows: Iterable[tuple]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    rule = ("---", *("---:" for _ in columns[1:]))
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, rule, *rows))
+    """A table in which numbers stand on the right."""
+    cells = [tuple(map(str, row)) for row in rows]
+    rule = ("---:" if all(map(NUMBER.fullmatch, column)) else "---" for column in zip(*cells, strict=True))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, tuple(rule), *cells))
 
 
 def table_of(rows: list[dict[str, object]]) -> str:
@@ -115,50 +100,18 @@ def on_cpu(record: dict) -> bool:
     return record["device"].startswith("CPU")
 
 
-def overview(latencies: Measured) -> str:
-    """The README's table of forwards: fastbert and the baseline in milliseconds, of the same interleaved rounds, and
-    how many times as fast as the baseline each provider was, each in its own interleaved rounds with it. Of a GPU's
-    cases, which are many, BERT base's but for those that are drawn, and BERT-large's samples a second."""
-    drawn = {*sweep(latencies, "seq_len"), *sweep(latencies, "fill")}
-    shown = {
-        case: of
-        for case, of in latencies.items()
-        if on_cpu(of["fastbert"]) or (case.model == "base" and case not in drawn)
-    }
-    compared = [name for name in PROVIDERS if name != BASELINE and any(name in of for of in shown.values())]
-    rows = []
-    for case, of in shown.items():
-        ours = of["fastbert"]
-        times = (milliseconds(ours["baseline_median_s"]), milliseconds(ours["median_s"]))
-        speeds = [f"{of[name]['ratio']:.2f}" if name in of else "" for name in compared]
-        rows.append((case, *times, f"**{speeds[0]}**", *speeds[1:]))
-    columns = ("forward", f"{BASELINE}, ms", "fastbert, ms", *(f"speed of {name}" for name in compared))
-    parts = (markdown_table(columns, rows), samples(latencies), provenance_line(_records_of(latencies)))
-    return "\n\n".join(part for part in parts if part)
-
-
-def _records_of(latencies: Measured) -> list[dict]:
-    return [record for of in latencies.values() for record in of.values()]
-
-
-def sentences(lines: Iterable[dict]) -> str:
-    """Texts a second from end to end, of sentence-transformers by itself and optimized, if they were measured."""
-    rows, told = [], []
-    for comparison in comparisons(line for line in lines if line["suite"] == "encode"):
-        for name in comparison.ours:
-            record = comparison.of[name]
-            if "ratio" not in record:
-                continue
-            case = record["case"]
-            what = f"{case['texts']} texts, {case['batch']} to a batch, {ORDERS[case['order']]}"
-            by = f"{case['model']} {case['dtype']}, {name}"
-            rates = (case["texts"] / record["baseline_median_s"], record["texts_per_s"])
-            rows.append((f"{what}; {by}", *(f"{rate:.0f}" for rate in rates), f"**{record['ratio']:.2f}**"))
-            told.append(record)
-    if not rows:
+def speeds(latencies: Measured) -> str:
+    """Every provider's forwards: how many times as fast as the baseline each was, in its own interleaved rounds with
+    it."""
+    if not latencies:
         return ""
-    columns = ("`encode`", "sentence-transformers, texts/s", "optimized, texts/s", "speed")
-    return "\n\n".join((markdown_table(columns, rows), provenance_line(told)))
+    compared = [name for name in PROVIDERS if name != BASELINE and any(name in of for of in latencies.values())]
+    rows = [
+        (case, *(f"{of[name]['ratio']:.2f}" if name in of else "" for name in compared))
+        for case, of in latencies.items()
+    ]
+    table = markdown_table((f"speed, {BASELINE} = 1", *compared), rows)
+    return f"## Every provider's forwards\n\n{table}"
 
 
 def samples(latencies: Measured) -> str:
@@ -186,6 +139,11 @@ class Comparison:
     of: dict[str, dict]
 
     @property
+    def case(self) -> Case:
+        """The forward, in the model's suites."""
+        return case_of(next(iter(self.of.values())))
+
+    @property
     def ours(self) -> list[str]:
         return [name for name in self.of if name.startswith("fastbert")]
 
@@ -196,6 +154,11 @@ class Comparison:
         peers = {name: speed for name, speed in speeds.items() if name not in self.ours} | {any_record["baseline"]: 1.0}
         best = max(peers, key=peers.get)
         return best, peers[best]
+
+    def host_bound(self, name: str) -> bool:
+        """Whether issuing a call takes nearly as long as the call, of a provider that was timed by the device."""
+        record = self.of[name]
+        return record.get("clock") == "device" and record["host_s"] >= HOST_SHARE * record["median_s"]
 
     def beside_best(self, name: str) -> float:
         """How many times as good as the best peer a provider of ours is, both paired with the same baseline; 0 where
@@ -226,11 +189,6 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio else "failed"
 
 
-def best_column(record: dict) -> str:
-    """What a record measures, in one figure: milliseconds, or MiB."""
-    return f"{record['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in record else milliseconds(record["median_s"])
-
-
 def row_of(comparison: Comparison, name: str) -> dict[str, object]:
     """A line of the page: a provider of ours in a case, and the best peer there."""
     record = comparison.of[name]
@@ -238,28 +196,27 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
     beside_best = ratio_text(comparison.beside_best(name))
     if "ratio" not in record:
         return {"case": comparison.title, "ours": name, "best peer": peer, "best peer / ours": beside_best}
-    baseline_figure = {"median_s": record.get("baseline_median_s"), "peak_bytes": record.get("baseline_peak_bytes")}
-    beside = comparison.of.get(peer, {key: value for key, value in baseline_figure.items() if value is not None})
-    unit = "MiB" if "peak_bytes" in record else "ms"
+    value, unit, text = record.get("median_s"), "ms", milliseconds
+    if "peak_bytes" in record:
+        value, unit, text = record["peak_bytes"], "MiB", lambda size: f"{size / 2**20:.1f}"
     spread = [milliseconds(record[quantile]) for quantile in ("q20_s", "q80_s") if quantile in record]
-    host_bound = record.get("clock") == "device" and record["host_s"] >= HOST_SHARE * record["median_s"]
     return {
         "case": comparison.title,
         "tokens": record["case"].get("tokens"),
         "ours": name,
-        unit: best_column(record),
+        unit: text(value),
         "20 % to 80 %": " to ".join(spread) or None,
         **{f"p{rank}, ms": milliseconds(record[f"p{rank}_s"]) for rank in (90, 99) if f"p{rank}_s" in record},
         "a layer, us": f"{record['layer_s'] * 1e6:.1f}" if "layer_s" in record else None,
         "until the replay, us": f"{record['until_replay_s'] * 1e6:.1f}" if "until_replay_s" in record else None,
         "texts/s": f"{record['texts_per_s']:.0f}" if "texts_per_s" in record else None,
         "best peer": peer,
-        f"its {unit}": best_column(beside),
+        f"its {unit}": text(value * comparison.beside_best(name)),
         "best peer / ours": beside_best,
         f"{record['baseline']} / ours": f"{record['ratio']:.2f}",
         "of the roof": f"{record['of_roof']:.0%}" if "of_roof" in record else None,
         "error ratio": f"{record['error_ratio']:.2f}" if record.get("error_ratio") is not None else None,
-        "limit": "host" if host_bound else None,
+        "limit": "host" if comparison.host_bound(name) else None,
         "rounds": record.get("rounds"),
     }
 
@@ -267,46 +224,142 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
 def page(lines: list[dict], plots: dict[str, str]) -> str:
     """The device's page: every case of every suite beside its best peer, the losses first; plots: file -> what it
     shows."""
-    cases = comparisons(lines)
-    device = lines[0]["device"]
+    cases, latencies = comparisons(lines), by_case(lines, "latency")
     summary, sections = [], []
     for suite, heading in SUITES.items():
         compared = [(each, name) for each in cases if each.suite == suite for name in each.ours]
         if not compared:
             continue
         compared.sort(key=lambda pair: pair[0].beside_best(pair[1]))
-        ratios = [each.beside_best(name) for each, name in compared]
-        losses = sum(ratio < 1 for ratio in ratios)
-        worst, worst_name = compared[0]
-        worst_text, best_text = ratio_text(ratios[0]), ratio_text(ratios[-1])
-        summary.append((heading, len(ratios), losses, f"{worst_text}, {worst_name}, {worst.title}", best_text))
-        table = table_of([row_of(each, name) for each, name in compared])
-        sections.append(f"## {heading}\n\n{table}\n")
-    columns = ("suite", "comparisons", "losses to the best peer", "the worst, best peer / ours", "the best")
-    latencies = by_case(lines, "latency")
-    noise = [of[BASELINE]["ratio"] for of in latencies.values() if BASELINE in of]
-    draws = (
-        f" {BASELINE} measured beside itself gives {min(noise):.2f} to {max(noise):.2f}: between those it is a draw."
-        if noise
-        else ""
-    )
+        for ours in dict.fromkeys(sorted(name for _, name in compared)):
+            summary.append(standing(heading, ours, [each for each, name in compared if name == ours]))
+        sections.append(f"## {heading}\n\n{table_of([row_of(each, name) for each, name in compared])}")
     parts = [
-        f"# Measured on {device}",
+        f"# Measured on {lines[0]['device']}",
         f"Written by `bench/report.py` from the records beside it: {provenance_line(lines)}",
-        "Ratios are of times, or of memory: above 1, fastbert is the better one. Each table begins with the losses, of "
-        "which the first are what failed."
-        f"{draws} The error ratio is fastbert's largest error over the baseline's, both against float64. The roof is "
-        "the least time that the device's own rates, measured in the same run, allow; float32's rate is that of its "
-        "product or a third of TF32's, whichever is larger. The limit is the host where "
-        "issuing a call takes nearly as long as the call. Where the load per core is above 1, other programs ran at "
-        "the same time.",
-        markdown_table(columns, summary),
+        table_of(summary),
+        reading(lines, latencies),
         *(f"![{shown}]({name})" for name, shown in plots.items()),
         samples(latencies),
-        *(section.strip() for section in sections),
+        *sections,
+        speeds(latencies),
         absent(cases),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def standing(heading: str, ours: str, ranked: list[Comparison]) -> dict[str, object]:
+    """A line of the summary: a provider of ours in the cases of a suite, the worst first."""
+    ratios = [each.beside_best(ours) for each in ranked]
+    lost = [each for each, ratio in zip(ranked, ratios, strict=True) if ratio < 1]
+    timed = any(each.of[ours].get("clock") == "device" for each in ranked)
+    return {
+        "suite": heading,
+        "ours": ours,
+        "cases": len(ranked),
+        "lost to the best peer": len(lost),
+        "of them bound by the host": sum(each.host_bound(ours) for each in lost) if timed else None,
+        "the worst, best peer / ours": ratio_text(ratios[0]),
+        "which": ranked[0].title,
+        "the best": ratio_text(ratios[-1]),
+    }
+
+
+def reading(lines: list[dict], latencies: Measured) -> str:
+    """How to read a page."""
+    noise = [of[BASELINE]["ratio"] for of in latencies.values() if BASELINE in of]
+    told = [
+        "A case is a model, batch x length, how much of the batch is tokens and not padding, and the dtype, float32 "
+        "where none is named.",
+        "Ratios are of times, or of memory: above 1, ours is the better one. Each table begins with the losses, of "
+        "which the first are what failed. Everybody was timed in rounds that alternate with the baseline's (the last "
+        "ratio's); what a peer takes is what the baseline took in our rounds over the peer's speed.",
+        f"{BASELINE} measured beside itself gives {min(noise):.2f} to {max(noise):.2f}: between those it is a draw."
+        if noise
+        else "",
+        pace(latencies),
+        roof(lines),
+        "The error ratio is our largest error over the baseline's, both against float64. Where the load per core is "
+        "above 1, other programs ran at the same time.",
+    ]
+    return "\n".join(f"- {each}" for each in told if each)
+
+
+def pace(latencies: Measured) -> str:
+    """How evenly the host worked, which the times that it bounds go with: by what it took to issue the same launches,
+    the baseline's of full batches, whose masks nobody reads."""
+    issued: dict[tuple, list[float]] = {}
+    for case, of in latencies.items():
+        if of.get(BASELINE, {}).get("clock") == "device" and case.fill == 1:
+            issued.setdefault((case.model, case.dtype), []).append(of[BASELINE]["host_s"])
+    (model, dtype), seconds = max(issued.items(), key=lambda item: len(item[1]), default=((None, None), []))
+    if len(seconds) < 2:
+        return ""
+    return (
+        "The limit is the host where issuing a call takes nearly as long as the call. Its pace changed during the run: "
+        f"it issued {BASELINE}'s full batches of {model} in {dtype}, which make the same calls at every size, in "
+        f"{milliseconds(min(seconds))} to {milliseconds(max(seconds))} ms. What it bounds goes with that, and so do "
+        "ratios between a call that it bounds and one that it does not."
+    )
+
+
+def roof(lines: list[dict]) -> str:
+    """Which rates a share of the roof is of, if any were measured."""
+    found = [line["roofs"] for line in lines if "roofs" in line]
+    if not found:
+        return ""
+    told = (
+        "The roof is the least time that the device's own rates, measured in the same run, allow: "
+        f"{rates_text(found)}. float32's is that of its product or a third of TF32's, whichever is larger."
+    )
+    if all("sustained" in each for each in found):
+        sustained = rates_text([each["sustained"] for each in found])
+        return f"{told} So much a rested device reached; under load it sustained {sustained}."
+    return f"{told} These are medians under load, the copy by memcpy: [less than the device can do]({ROOFS})."
+
+
+def rates_text(roofs: list[dict]) -> str:
+    """Rates in words, from the least to the largest of several runs."""
+
+    def span(rates: Iterable[float], digits: int) -> str:
+        return " to ".join(dict.fromkeys(f"{rate / 1e12:.{digits}f}" for rate in (min(rates), max(rates))))
+
+    products = [
+        f"{span([each['flops_per_s'][name] for each in roofs], 0)} in {name}" for name in roofs[0]["flops_per_s"]
+    ]
+    return f"in TFLOP/s {', '.join(products)}; in TB/s {span([each['bytes_per_s'] for each in roofs], 2)}"
+
+
+def overview(lines: list[dict], folder: str, plots: dict[str, str]) -> str:
+    """The README's part on a GPU, whose page and plots lie in the folder: some forwards, how many of all are lost, and
+    a plot. Empty without forwards."""
+    forwards = [each for each in comparisons(lines) if each.suite == "model" and "fastbert" in each.of]
+    rows, told = [], []
+    for each in sorted(forwards, key=lambda each: _size_of(each.case)):
+        timed = [name for name in README_OURS if "ratio" in each.of.get(name, {})]
+        if each.case.shape in README_SHAPES and timed:
+            sdpa_s = each.of[timed[0]]["baseline_median_s"]
+            row = {"forward": each.title, f"{BASELINE}, ms": milliseconds(sdpa_s)}
+            row |= {f"{name}, ms": milliseconds(each.of[name]["median_s"]) for name in timed}
+            row["best peer"] = each.best_peer()[0]
+            rows.append(row | {f"best peer / {name}": f"**{each.beside_best(name):.2f}**" for name in timed})
+    if not rows:
+        return ""
+    for name in README_OURS:
+        ran = [each for each in forwards if name in each.of]
+        lost = [each for each in ran if each.beside_best(name) < 1]
+        by_host = sum(each.host_bound(name) for each in lost)
+        told.append(
+            f"`{name}` loses {len(lost)} of {len(ran)}" + (f", {by_host} of those bound by the host" if lost else "")
+        )
+    parts = (
+        table_of(rows),
+        f"Above 1, fastbert is faster than the best peer. Of all forwards {'; '.join(told)}: [the page]"
+        f"({folder}/README.md) has each, the losses first.",
+        provenance_line(line for line in lines if line["suite"] == "model"),
+        *([f"![{plots[README_PLOT]}]({folder}/{README_PLOT})"] if README_PLOT in plots else []),
+    )
+    return "\n\n".join(parts)
 
 
 def absent(cases: list[Comparison]) -> str:
@@ -323,95 +376,6 @@ def absent(cases: list[Comparison]) -> str:
     return f"## Absent\n\n{markdown_table(('suite', 'provider', 'reason', 'cases'), rows)}"
 
 
-def sweep(latencies: Measured, field: str) -> list[Case]:
-    """The longest series of cases that differ in one field only, in its order; none if it is too short for a line."""
-    families: dict[Case, list[Case]] = {}
-    for case in latencies:
-        families.setdefault(replace(case, **{field: 0}), []).append(case)
-    longest = max(families.values(), key=len, default=[])
-    return sorted(longest, key=lambda case: getattr(case, field)) if len(longest) >= FEWEST_POINTS else []
-
-
-def draw(latencies: Measured, folder: Path) -> dict[str, str]:
-    """Draw what the records allow into the folder: latency against sequence length and throughput against fill, or
-    where nothing was swept, every case relative to the baseline. Returns file -> what it shows."""
-    drawn = {}
-    if lengths := sweep(latencies, "seq_len"):
-        one = lengths[0]
-        drawn["seq_len.svg"] = f"Latency of {one.model}, batch {one.batch}, {one.dtype}, against sequence length"
-        axis = plot_sweep(latencies, lengths, lambda case: case.seq_len, lambda case, seconds: seconds * 1e3)
-        axis.set(xlabel="sequence length", ylabel="time of a forward, ms", xscale="log", yscale="log")
-        axis.set_xticks([case.seq_len for case in lengths], [str(case.seq_len) for case in lengths], minor=False)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-        save(axis.figure, folder / "seq_len.svg")
-    if fills := sweep(latencies, "fill"):
-        one = fills[0]
-        drawn["fill.svg"] = f"Throughput of {one.model}, {one.batch}x{one.seq_len}, {one.dtype}, against fill"
-        axis = plot_sweep(latencies, fills, lambda case: case.fill * 100, lambda case, seconds: case.batch / seconds)
-        axis.set(xlabel="tokens that are no padding, %", ylabel="texts a second", ylim=(0, None))
-        save(axis.figure, folder / "fill.svg")
-    if not drawn and latencies:
-        drawn["latency.svg"] = f"Time of a forward relative to {BASELINE}"
-        plot_ratios(latencies, folder / "latency.svg")
-    return drawn
-
-
-def plot_sweep(latencies: Measured, cases: list[Case], x: Callable, y: Callable) -> plt.Axes:
-    """A line for each provider that was measured at enough of the cases."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name in PROVIDERS:
-        measured = [case for case in cases if name in latencies[case]]
-        if len(measured) >= FEWEST_POINTS:
-            values = [y(case, latencies[case][name]["median_s"]) for case in measured]
-            axis.plot([x(case) for case in measured], values, marker="o", color=COLOURS[name], label=name)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return axis
-
-
-def plot_ratios(latencies: Measured, path: Path) -> None:
-    """Draw each provider's time relative to the baseline measured in the same rounds, a panel for each model."""
-    panels = {model: [case for case in latencies if case.model == model] for model in MODELS}
-    panels = {model: cases for model, cases in panels.items() if cases}
-    # The baseline is the line that the bars are measured by.
-    shown = {
-        name: colour
-        for name, colour in COLOURS.items()
-        if name != BASELINE and any(name in of for of in latencies.values())
-    }
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(11, 4), sharey=True, squeeze=False, layout="constrained",
-        width_ratios=[len(cases) + 0.5 for cases in panels.values()],
-    )  # fmt: skip
-    width = 0.8 / len(shown)
-    for axis, (model, cases) in zip(axes[0], panels.items(), strict=True):
-        baseline = axis.axhline(1, color="black", linewidth=1.2, label=BASELINE)
-        bars = []
-        for index, (provider, colour) in enumerate(shown.items()):
-            places = [place for place, case in enumerate(cases) if provider in latencies[case]]
-            times = [1 / latencies[cases[place]][provider]["ratio"] for place in places]
-            left = [place + (index - (len(shown) - 1) / 2) * width for place in places]
-            bars.append(axis.bar(left, times, width, color=colour, label=provider))
-            if provider == "fastbert":
-                axis.bar_label(bars[-1], fmt="%.2f", fontsize=8, label_type="center", color="white", rotation=90)
-        axis.set_title(model)
-        axis.set_xticks(range(len(cases)), [case.shape.replace(" ", "\n", 1) for case in cases], fontsize=8)
-        axis.set_xlim(-0.6, len(cases) - 0.4)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel(f"time of a forward / {BASELINE}\n(lower is better)")
-    figure.legend(handles=[bars[0], baseline, *bars[1:]], loc="outside upper center", ncols=4, frameon=False)
-    save(figure, path)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    # The same records make the same file.
-    with plt.rc_context({"svg.hashsalt": "fastbert"}):
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
 def between(marks: tuple[str, str], text: str, tables: list[str]) -> str:
     """The text with the tables between two of its lines; raises ValueError where it lacks one of these."""
     before, begin, rest = text.partition(marks[0])
@@ -422,22 +386,20 @@ def between(marks: tuple[str, str], text: str, tables: list[str]) -> str:
 
 
 def main() -> None:
-    encodes, overviews = [], []
+    overviews = []
     for folder in sorted({path.parent for path in records.RESULTS.glob("*/*.jsonl")}):
         lines = [record for path in sorted(folder.glob("*.jsonl")) for record in records.read(path)]
-        latencies = by_case(lines, "latency")
-        latencies = {case: of for case, of in latencies.items() if {"fastbert", BASELINE} <= of.keys()}
-        plots = draw(latencies, folder)
+        plots = draw(by_case(lines, "latency"), folder)
         (folder / "README.md").write_text(page(lines, plots))
-        print(f"wrote {', '.join(['README.md', *plots])} in {folder.relative_to(records.ROOT)}")
-        if latencies:
-            overviews.append(overview(latencies))
-        if encode := sentences(lines):
-            encodes.append(encode)
-    if not overviews:
-        sys.exit(f"bench/results has no case of both fastbert and {BASELINE}: run `pytest bench` first")
-    README.write_text(between(ENCODE, between(FORWARDS, README.read_text(), overviews), encodes))
-    print("wrote the tables in README.md")
+        place = folder.relative_to(records.ROOT).as_posix()
+        print(f"wrote {', '.join(['README.md', *plots])} in {place}")
+        if not on_cpu(lines[0]):
+            overviews.append(overview(lines, place, plots))
+    if not any(records.RESULTS.glob("*/*.jsonl")):
+        sys.exit("bench/results has no records: run `pytest bench` first")
+    if any(overviews):
+        README.write_text(between(FORWARDS, README.read_text(), [each for each in overviews if each]))
+        print("wrote the tables in README.md")
 
 
 if __name__ == "__main__":

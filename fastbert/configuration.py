@@ -3,7 +3,25 @@
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
-__all__ = ["BertConfig", "check_config"]
+__all__ = ["ATTENTION_IMPLEMENTATIONS", "BertConfig", "attention_implementation", "check_config"]
+
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def attention_implementation(config: BertConfig) -> str:
+    """ "eager" or "sdpa", the eager path's attention, by what the configuration names.
+
+    flash_attention_* and flex_attention compute the same. Raises ValueError for a function of somebody's own.
+    """
+    named = config._attn_implementation
+    if named in ATTENTION_IMPLEMENTATIONS:
+        return named
+    if named != "flex_attention" and not named.startswith("flash_attention"):
+        raise ValueError(
+            f"the model's attn_implementation={named!r} is unknown here, and fastbert's own attention would take its "
+            "place: model.set_attn_implementation('sdpa') agrees to that"
+        )
+    return "sdpa"
 
 
 def check_config(config: BertConfig) -> None:

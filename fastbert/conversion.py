@@ -1,11 +1,11 @@
 """`optimize` and `restore`: fastbert inside what people already have.
 
-A live model of transformers is converted in place: its modules get the classes of `fastbert.model`, which have the same
-submodules and parameters, and stay the objects they were. So nothing is copied, and optimizers, adapters, wrappers and
+A live model of transformers is converted in place: its modules get the classes of `fastbert.model`, which derive from
+theirs, and stay the objects they were. So nothing is copied, and optimizers, adapters, wrappers and
 pipelines that hold a module or a parameter go on holding it.
 """
 
-from copy import copy
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -13,20 +13,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert import heads, model, sentences
-from fastbert.configuration import check_config
+from fastbert import heads, model, patches, sentences
+from fastbert.configuration import attention_implementation, check_config
 from fastbert.explanation import module_of
 from fastbert.fusion import class_name, is_own_forward
 from fastbert.graphs import GraphedForward
 
-# transformers' class -> ours of the same name. The encoder's are converted wherever they are, together or not at all.
-ENCODER = {
-    getattr(hf, name): getattr(model, name)
-    for name in (
-        "BertModel", "BertEmbeddings", "BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention",
-        "BertSelfOutput", "BertIntermediate", "BertOutput", "BertPooler",
-    )
-}  # fmt: skip
+# The modules of an encoder by the pattern of their names; the pooler may be anything.
+STRUCTURE = {
+    r"": hf.BertModel,
+    r"embeddings": hf.BertEmbeddings,
+    r"encoder": hf.BertEncoder,
+    r"encoder\.layer\.\d+": hf.BertLayer,
+    r"encoder\.layer\.\d+\.attention": hf.BertAttention,
+    r"encoder\.layer\.\d+\.attention\.self": hf.BertSelfAttention,
+    r"encoder\.layer\.\d+\.attention\.output": hf.BertSelfOutput,
+    r"encoder\.layer\.\d+\.intermediate": hf.BertIntermediate,
+    r"encoder\.layer\.\d+\.output": hf.BertOutput,
+}
+# transformers' class of a head -> ours of the same name. The encoder's are `model.OURS`.
 HEADS = {
     getattr(hf, name): getattr(heads, name)
     for name in (
@@ -34,8 +39,6 @@ HEADS = {
         "BertForTokenClassification", "BertForMultipleChoice", "BertForQuestionAnswering",
     )
 }  # fmt: skip
-# Attention by another name, which computes what fastbert's does.
-SAME_ATTENTION = ("eager", "sdpa", "flex_attention")
 PLANNED = {
     "xlm-roberta": "XLM-RoBERTa",
     "xlm-roberta-xl": "XLM-RoBERTa-XL",
@@ -44,6 +47,8 @@ PLANNED = {
     "modernbert": "ModernBERT",
     "mpnet": "MPNet",
 }
+# What transformers' modules call beside forward.
+METHODS = ("feed_forward_chunk", "_create_attention_masks")
 # The attribute of a module that remembers what it was before.
 ORIGINAL = "_fastbert_original"
 
@@ -52,12 +57,11 @@ ORIGINAL = "_fastbert_original"
 class Original:
     """What a converted module was.
 
-    module_class is None where it has kept its class; attributes are those that the conversion added; tensors, on the
-    host, are its own parameters and buffers before a cast to dtype.
+    module_class is None where it has kept its class; tensors, on the host, are its own parameters and buffers before a
+    cast to dtype.
     """
 
     module_class: type | None = None
-    attributes: tuple[str, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
 
@@ -97,8 +101,8 @@ def optimize(obj, dtype: torch.dtype | None = None):
     _remove_capturing_hooks(root)
     if dtype is not None:
         _cast(root, dtype)
-    for encoder in encoders:
-        _convert_encoder(encoder)
+    for module in [module for encoder in encoders for module in encoder.modules() if type(module) in model.OURS]:
+        _become(module, model.OURS[type(module)])
     for module in outer:
         _become(module, HEADS[type(module)])
         for linear in heads.plain_linears(module):
@@ -127,8 +131,6 @@ def restore(obj):
             continue
         for name, tensor in original.tensors.items():
             _put_back(module, name, tensor, original.dtype)
-        for name in original.attributes:
-            del module.__dict__[name]
         if original.module_class is not None:
             if isinstance(module.__dict__.get("forward"), GraphedForward):
                 del module.forward
@@ -155,23 +157,21 @@ def _check_encoder(encoder: hf.BertModel) -> None:
             "BertModel into it or in its place"
         )
     check_config(encoder.config)
-    attention = encoder.config._attn_implementation
-    if attention not in SAME_ATTENTION and not attention.startswith("flash_attention"):
-        raise ValueError(
-            f"the model's attn_implementation={attention!r} is unknown here, and fastbert's own attention would take "
-            "its place: model.set_attn_implementation('sdpa') agrees to that"
-        )
-    # Of the shapes that transformers' own constructor gives: a module's name, and the class that belongs there.
-    with torch.device("meta"):
-        expected = {name: type(module) for name, module in _template(encoder, hf.BertModel).named_modules()}
+    attention_implementation(encoder.config)
+    replaced = patches.found() or patches.found_in_models() or patches.found_for_masks(encoder)
+    if replaced:
+        raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
     for name, module in encoder.named_modules():
-        place = _place_in_template(name)
-        if expected.get(place) in ENCODER and name != "pooler":
-            converted = ENCODER[expected[place]]
-            # Converted already is what another model shares with this one.
-            if type(module) not in (expected[place], converted):
-                raise ValueError(f"{name} is a {class_name(module)}, not transformers' {expected[place].__name__}")
+        expected = next((kind for pattern, kind in STRUCTURE.items() if re.fullmatch(pattern, name)), None)
+        # Converted already is what another model shares with this one.
+        if expected is not None and type(module) not in (expected, model.OURS.get(expected)):
+            raise ValueError(f"{name} is a {class_name(module)}, not transformers' {expected.__name__}")
+        converted = model.OURS.get(type(module))
+        if converted is not None:
             _check_forward(module, converted, name or class_name(module))
+        patched = [key for key in METHODS if key in vars(module)]
+        if expected is not None and patched:
+            raise ValueError(f"{name or class_name(module)} has a patched {patched[0]}, which fastbert would not run")
 
 
 def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
@@ -186,40 +186,10 @@ def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
         )
 
 
-def _template(encoder: hf.BertModel, model_class: type) -> hf.BertModel:
-    """A model of the class and the encoder's configuration with one layer."""
-    config = copy(encoder.config)
-    config.num_hidden_layers = 1
-    config._attn_implementation = "sdpa"
-    return model_class(config, add_pooling_layer=encoder.pooler is not None)
-
-
-def _place_in_template(name: str) -> str:
-    """The name of a module in a model with one layer: "encoder.layer.7.output" is its "encoder.layer.0.output"."""
-    parts = name.split(".")
-    if parts[:2] == ["encoder", "layer"] and len(parts) > 2:
-        parts[2] = "0"
-    return ".".join(parts)
-
-
-def _convert_encoder(encoder: hf.BertModel) -> None:
-    # What our constructors set beside parameters and modules, such as what a fused block is made of. The template is
-    # new: a live model may have adapters, which must not pass for what it was built of.
-    with torch.device("meta"):
-        template = _template(encoder, model.BertModel)
-    own = {type(module): vars(module) for module in template.modules()}
-    for module in list(encoder.modules()):
-        target = ENCODER.get(type(module))
-        if target is not None:
-            _become(module, target, own.get(target, {}))
-
-
-def _become(module: nn.Module, module_class: type, attributes: dict | None = None) -> None:
-    """Make a module one of another class, with those of the attributes that it has not, and remember what it was."""
-    added = {name: value for name, value in (attributes or {}).items() if name not in vars(module)}
+def _become(module: nn.Module, module_class: type) -> None:
+    """Make a module one of another class, and remember what it was."""
     original = vars(module).setdefault(ORIGINAL, Original())
-    original.module_class, original.attributes = type(module), tuple(added)
-    vars(module).update(added)
+    original.module_class = type(module)
     _set_class(module, module_class)
 
 

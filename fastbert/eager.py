@@ -206,7 +206,7 @@ def varlen_attention(
     return context if place is None else context[place]
 
 
-def _finite(mask, dtype):
+def finite(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """An additive mask in the scores' dtype whose -inf are that dtype's minimum: a row of -inf only would be NaN."""
     if mask is None or mask.dtype == torch.bool:
         return mask
@@ -218,15 +218,15 @@ def _attend(q, k, v, mask, scale, dropout, implementation):
     if implementation == "eager":
         return _softmax_attention(q, k, v, mask, scale, dropout)
     if q.numel() == 0:
-        return v, None
-    return F.scaled_dot_product_attention(q, k, v, _finite(mask, q.dtype), dropout, scale=scale), None
+        return v + 0 * (q + k), None  # of nothing, but queries and keys get their gradients, of zeros
+    return F.scaled_dot_product_attention(q, k, v, finite(mask, q.dtype), dropout, scale=scale), None
 
 
 def _softmax_attention(q, k, v, mask, scale, dropout):
     """Attention by its definition, for its weights (after dropout, as transformers returns them)."""
     scores = q @ k.transpose(-2, -1) * scale
     if mask is not None:
-        mask = _finite(mask, scores.dtype)
+        mask = finite(mask, scores.dtype)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(scores.softmax(-1), dropout)
     return weights @ v, weights

@@ -1,40 +1,54 @@
 """When a block of the model runs in the fused ops.
 
-A block (the embeddings, a layer, the pooler) is fused if every one of its modules is exactly of the class it was built
-with, with plain parameters, no hooks, no patched forward and no active dropout, and its activation is one the ops know.
+A block (the embeddings, a layer, the pooler) is fused if every one of its modules is exactly of the class that belongs
+there, with plain parameters, no hooks, no patched forward and no active dropout, and the ops know what it computes.
 An adapter of PEFT's that is merged into the weights counts as the module that it wraps.
 Otherwise all of it runs through its modules, so that every hook fires and every adapter counts.
 """
 
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from transformers import activations
 
-from fastbert import ops
+from fastbert import ops, patches
 
-# transformers' name of an activation -> the name `ops.linear_activation` has for the same function.
+# The class of an activation -> the name `ops.linear_activation` has for the same function.
 FUSED_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "tanh": "tanh",
-    "linear": "none",
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    activations.LinearActivation: "none",
 }
+# The classes of transformers' activations, each of which looks at every number by itself.
+ACTIVATIONS = {made[0] if isinstance(made, tuple) else made for made in activations.ACT2CLS.values()}
+# How many parameters a module has by its class.
+PARAMETERS = {nn.Linear: 2, nn.LayerNorm: 2, nn.Embedding: 1}
 
 
-class FusableBlock(nn.Module):
+class FusableBlock:
     """A block of the model that the ops can serve.
 
-    `parts` lists every module that takes part in the block's forward, the block first; `seal`, called once they are
-    built, remembers what they are. `refusal` is what else the ops do not know of the parts that they would serve.
+    `parts` lists every module that takes part in the block's forward, the block first; `made_of` has the class of each
+    but the block, None for an activation. `refusal` is what else the ops do not know of the parts that they would
+    serve; `foreign` is what no code knows but transformers', which needs its shapes, [B, S, E].
     """
 
     ops_used: tuple[str, ...] = ()
+    made_of: tuple[type | None, ...]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "made_of" in vars(cls):
+            cls.expected = tuple((kind, [nn.Parameter] * PARAMETERS.get(kind, 0)) for kind in (cls, *cls.made_of))
 
     def parts(self) -> tuple[nn.Module, ...]:
         raise NotImplementedError
@@ -42,8 +56,8 @@ class FusableBlock(nn.Module):
     def refusal(self, parts: tuple[nn.Module, ...]) -> str | None:
         return None
 
-    def seal(self) -> None:
-        self.sealed = tuple((type(x), [*map(type, x._parameters.values())]) for x in self.parts())
+    def foreign(self, parts: tuple[nn.Module, ...]) -> str | None:
+        return None
 
 
 # The modules of a `BertLayer`, flat.
@@ -61,24 +75,55 @@ def parameters_of(module: nn.Linear | nn.LayerNorm) -> tuple[nn.Parameter, nn.Pa
     return own["weight"], own["bias"]
 
 
-def fused_parts(block: nn.Module) -> tuple[tuple[nn.Module, ...] | None, str | None]:
+def fused_activation(activation: nn.Module) -> str | None:
+    """The name that `ops.linear_activation` has for what a module computes; None for a function it has not."""
+    act = activation.__dict__.get("act")
+    if isinstance(act, MethodType):
+        own = act.__self__ is activation and act.__func__ in vars(type(activation)).values()
+    elif isinstance(act, partial):
+        tanh = (act.func, act.args, act.keywords) == (F.gelu, (), {"approximate": "tanh"})
+        own = tanh and type(activation) is activations.GELUTanh
+    else:
+        own = act is (F.gelu if type(activation) is activations.GELUActivation else None)
+    return FUSED_ACTIVATIONS.get(type(activation)) if own else None
+
+
+def looks_along(activation: nn.Module) -> bool:
+    """Whether an activation may look at more than one number at a time."""
+    known = type(activation) in ACTIVATIONS and "act" not in activation.__dict__
+    return not known and fused_activation(activation) is None
+
+
+def is_number(value: object) -> bool:
+    """Whether a number can be read without waiting for a device, and has no gradient."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad and type(value) is Tensor
+    return isinstance(value, int | float)
+
+
+def why_no_block() -> str | None:
+    """Why no block of any model is fused; None if blocks may be."""
+    return "a global module hook is registered" if _has_any_global_hook() else patches.found()
+
+
+def fused_parts(block: nn.Module, asked: bool = False) -> tuple[tuple[nn.Module, ...] | None, str | None]:
     """The parts of a block that the ops serve, and None; or None, and why it runs through its modules.
 
-    This runs for every block of every call: it reads the modules' dictionaries, which costs a tenth of going through
-    `nn.Module.modules` and attribute access.
+    asked: the caller knows that `why_no_block` has no reason. This runs for every block of every call: it reads the
+    modules' dictionaries, which costs a tenth of going through `nn.Module.modules` and attribute access.
     """
     if not isinstance(block, FusableBlock):
         return None, f"it is a {class_name(block)}"
-    if _has_any_global_hook():
-        return None, "a global module hook is registered"
+    if not asked and (reason := why_no_block()):
+        return None, reason
     try:
         parts = block.parts()
     except KeyError as error:
         return None, f"it has no module {error} where one was built: a part of it was replaced or wrapped"
-    for index, (module, (expected, parameter_types)) in enumerate(zip(parts, block.sealed, strict=True)):
+    for index, (module, (expected, parameter_types)) in enumerate(zip(parts, block.expected, strict=True)):
         own = module.__dict__
         if (
-            type(module) is not expected
+            (type(module) is not expected and expected is not None)
             or own["training"]
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -93,7 +138,7 @@ def fused_parts(block: nn.Module) -> tuple[tuple[nn.Module, ...] | None, str | N
                 return None, f"{_name(block, base or module)} {reason}"
             if base is not None:
                 parts = getattr(type(parts), "_make", tuple)([*parts[:index], base, *parts[index + 1 :]])
-    reason = block.refusal(parts)
+    reason = block.foreign(parts) or block.refusal(parts)
     return (None, reason) if reason else (parts, None)
 
 
@@ -107,17 +152,17 @@ def _merged_base(module: nn.Module) -> nn.Module | None:
     return module.base_layer if merged else None
 
 
-def _why_not_plain(module: nn.Module, expected: type, num_parameters: int) -> str | None:
-    """What keeps a module from being what it was built as; None for one that is merely in training mode."""
-    if type(module) is not expected:
+def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int) -> str | None:
+    """What keeps a module from being what belongs there; None for one that is merely in training mode."""
+    if type(module) is not expected and expected is not None:
         return f"is a {class_name(module)}, not a {expected.__qualname__}"
     if has_hooks(module):
         return "has hooks"
     if has_patched_forward(module):
         return "has a patched forward"
-    if len(module._parameters) != num_parameters:
+    if num_parameters and len(module._parameters) != num_parameters:
         return f"has {len(module._parameters)} parameters of its own, not {num_parameters}"
-    for parameter in module._parameters.values():
+    for parameter in module._parameters.values() if num_parameters else ():
         if type(parameter) is not nn.Parameter:
             return f"has a {type(parameter).__name__} in place of a plain Parameter"
     # Attention has no call of its dropout module: it drops while it is itself in training mode.
@@ -133,17 +178,18 @@ def must_see_padding(block: nn.Module) -> bool:
     Hooks, patched forwards and modules of a foreign class may look along the sequence. The block's own modules do not,
     nor do PEFT's adapters, which change a layer feature by feature.
     """
-    if not isinstance(block, FusableBlock) or _has_any_global_hook():
+    if not isinstance(block, FusableBlock) or why_no_block():
         return True
     if any(has_hooks(module) or has_patched_forward(module) for module in block.modules()):
         return True
     try:
-        return any(
-            type(module) is not expected and not type(module).__module__.startswith("peft.")
-            for module, (expected, _) in zip(block.parts(), block.sealed, strict=True)
-        )
+        parts = block.parts()
     except KeyError:
         return True
+    for module, (expected, _) in zip(parts, block.expected, strict=True):
+        if type(module) is not expected and expected is not None and not type(module).__module__.startswith("peft."):
+            return True
+    return block.foreign(parts) is not None
 
 
 def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import ModelOutput
 
-from fastbert import ops
+from fastbert import ops, patches
 from fastbert.eager import is_tracing, is_transforming
 from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
-from fastbert.inputs import KEYWORDS, num_positions
-from fastbert.model import BertEmbeddings, BertEncoder, BertLayer, BertPooler
+from fastbert.inputs import KEYWORDS, changed_defaults, num_positions
+from fastbert.layers import BertEncoder, BertLayer
+from fastbert.model import BertEmbeddings, BertPooler
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
 
@@ -119,9 +120,9 @@ class State:
         modules = list(model.modules())
         others = modules[1:]
         self.refusal = _refusal(model, others)
-        self.device, self._config = model.device, model.config
+        self.device, self._config, self._base = model.device, model.config, model.base_model
         self._embeddings = getattr(model.base_model, "embeddings", nn.Module())
-        self.num_positions = num_positions(model.config, self._embeddings)
+        self.num_positions = num_positions(model.config, self._embeddings, changed_defaults(self._embeddings))
         self._children = [module._modules for module in modules if module._modules]
         self._tensors = [own for x in modules for own in (x._parameters, x._buffers) if own]
         self._attributes = [x.__dict__ for x in others]
@@ -140,7 +141,9 @@ class State:
             list(map(itemgetter("training"), self._attributes)),
             list(map(len, self._attributes)),
             any(self._hooks) or _has_any_global_hook(),
-            (self._config.output_hidden_states, self._config.output_attentions),
+            [x.is_inference() or x._version for x in self._embeddings._buffers.values()],
+            (self._config.output_hidden_states, self._config.output_attentions, self._config.is_decoder),
+            patches.found() or patches.found_for_masks(self._base),
             torch.backends.cuda.matmul.fp32_precision,
         )
 
@@ -168,6 +171,8 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
         return f"the model is on {device.type!r} and CUDA graphs need a CUDA device"
     if model.config.output_hidden_states or model.config.output_attentions:
         return "the configuration asks for hidden states or attention weights"
+    if model.config.is_decoder or patches.found_for_masks(model.base_model):
+        return "transformers makes its masks"
     if foreign := _foreign(model):
         return f"a {foreign.__module__}.{foreign.__qualname__} may look at a bucket's padding"
     for module in others:
@@ -188,23 +193,18 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
 
 
 def _foreign(model: nn.Module) -> type | None:
-    """A class among the model's modules, or its own, of which is not known that padding does not matter to it."""
+    """The first class, of the model or of a module in it, that might look at padding; None if none might."""
     base = model.base_model
     if not type(model).__module__.startswith("fastbert."):
         return type(model)
     expected = {"embeddings": BertEmbeddings, "encoder": BertEncoder, "pooler": BertPooler}
-    for name, module in base.named_children():
-        if type(module) is not expected.get(name):
-            return type(module)
+    found = [type(x) for name, x in base.named_children() if type(x) is not expected.get(name)]
+    found = found or [type(x) for x in base.encoder.layer if type(x) is not BertLayer]
     encoder = set(base.modules())
-    for layer in base.encoder.layer:
-        if type(layer) is not BertLayer:
-            return type(layer)
-    for module in model.modules():
-        known = type(module) in TOKENWISE or type(module).__module__.split(".")[0] in ("fastbert", "transformers")
-        if module not in encoder and not known:
-            return type(module)
-    return None
+    for kind in (type(x) for x in model.modules() if x not in encoder):
+        if kind not in TOKENWISE and kind.__module__.split(".")[0] not in ("fastbert", "transformers"):
+            found.append(kind)
+    return found[0] if found else None
 
 
 class Graph:

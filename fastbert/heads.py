@@ -11,15 +11,10 @@ from transformers.modeling_outputs import MultipleChoiceModelOutput, QuestionAns
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
-from fastbert import ops
-from fastbert.configuration import BertConfig
-from fastbert.model import BertModel, BertPreTrainedModel
+from fastbert import ops, patches
+from fastbert.model import become_ours
+from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
-
-
-def _classifier_dropout(config: BertConfig) -> nn.Dropout:
-    dropout = config.classifier_dropout
-    return nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
 
 
 class Projection(nn.Linear):
@@ -29,7 +24,8 @@ class Projection(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or type(self.weight) is not nn.Parameter or type(self.bias) is not nn.Parameter:
+        plain = all(type(parameter) is nn.Parameter for parameter in (self.weight, self.bias))
+        if torch.is_grad_enabled() or not plain or patches.found():
             return super().forward(x)
         return ops.linear_activation(x.flatten(0, -2), self.weight, self.bias, "none").unflatten(0, x.shape[:-1])
 
@@ -48,6 +44,7 @@ class Head(BertPreTrainedModel):
     """What the heads have in common: the linear layers that make their logits are `Projection`s."""
 
     def post_init(self):
+        become_ours(self)
         for linear in plain_linears(self):
             linear.__class__ = Projection
         super().post_init()
@@ -56,66 +53,25 @@ class Head(BertPreTrainedModel):
 class BertForPreTraining(Head, hf.BertForPreTraining):
     """Masked language modeling and next sentence prediction: logits [B, S, V] and [B, 2]."""
 
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.bert = BertModel(config)
-        self.cls = hf.BertPreTrainingHeads(config)
-        self.post_init()
-
 
 class BertForMaskedLM(Head, hf.BertForMaskedLM):
     """A logit for every token of the vocabulary at every place: [B, S, V]."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.cls = hf.BertOnlyMLMHead(config)
-        self.post_init()
 
 
 class BertForNextSentencePrediction(Head, hf.BertForNextSentencePrediction):
     """Whether the second sentence follows the first: logits [B, 2]."""
 
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.bert = BertModel(config)
-        self.cls = hf.BertOnlyNSPHead(config)
-        self.post_init()
-
 
 class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
     """Classification or regression of texts: logits [B, num_labels]."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = BertModel(config)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
 
 class BertForTokenClassification(Head, hf.BertForTokenClassification):
     """Classification of tokens: logits [B, S, num_labels]."""
 
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
 
 class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
     """A choice between texts: logits [B, choices]."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.bert = BertModel(config)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, 1)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -160,13 +116,6 @@ def _position_loss(logits: Tensor, positions: Tensor, padding: Tensor | None) ->
 
 class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
     """The start and the end of an answer: two logits [B, S]."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(

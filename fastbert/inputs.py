@@ -3,11 +3,13 @@
 import inspect
 from collections.abc import Callable, Collection
 from typing import NamedTuple, TypedDict
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.configuration import BertConfig
+from fastbert.eager import is_tracing, is_transforming
 from fastbert.tokens import TokenLayout, layout_from_cu_seqlens, layout_from_mask, shapes_may_depend_on_data
 
 
@@ -61,7 +63,8 @@ def refuse_unknown_arguments(forward: Callable, kwargs: dict) -> None:
 
 
 class Batch(NamedTuple):
-    """What forward was given, checked: integers [B, S], floats [B, S, E], and the layout they have."""
+    """What forward was given, checked: integers [B, S] ([1, S] of types or positions that all texts share), floats
+    [B, S, E], and the layout they have."""
 
     layout: TokenLayout
     input_ids: Tensor | None
@@ -75,35 +78,107 @@ class Batch(NamedTuple):
 
 
 def read_batch(
-    config: BertConfig, embeddings: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None,
-    token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
-    cu_seqlens: Tensor | None, cu_seqlens_of_keys: Tensor | None, max_seqlen: int | None,
+    model: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
+    position_ids: Tensor | None, inputs_embeds: Tensor | None, cu_seqlens: Tensor | None,
+    cu_seqlens_of_keys: Tensor | None, max_seqlen: int | None,
 ) -> Batch:  # fmt: skip
     """The batch that forward's arguments describe; raises ValueError or TypeError if they describe none."""
-    batch_size, seq_len, device = _check_inputs(input_ids, inputs_embeds, config.hidden_size)
-    token_type_ids = _expand("token_type_ids", token_type_ids, batch_size, seq_len)
-    position_ids = _expand("position_ids", position_ids, batch_size, seq_len)
+    batch_size, seq_len, device = _check_inputs(input_ids, inputs_embeds, model.config.hidden_size)
+    token_type_ids = _check_integers("token_type_ids", token_type_ids, batch_size, seq_len)
+    position_ids = _check_integers("position_ids", position_ids, batch_size, seq_len)
+    restarting = None
     if cu_seqlens is None:
-        layout = layout_from_mask(attention_mask, batch_size, seq_len, config.num_attention_heads, device)
+        heads = head_counts(model.encoder) if getattr(attention_mask, "ndim", 0) == 4 else ()
+        layout = layout_from_mask(attention_mask, batch_size, seq_len, device, heads)
         longest = seq_len if position_ids is None else 0
     else:
         _check_packed(cu_seqlens, cu_seqlens_of_keys, attention_mask)
         layout = layout_from_cu_seqlens(cu_seqlens, max_seqlen, batch_size, seq_len, device)
         longest = layout.max_seqlen
-        position_ids = layout.restarting_positions() if position_ids is None else position_ids
-    limit = num_positions(config, embeddings)
+        restarting = layout.restarting_positions() if position_ids is None else None
+    buffers = changed_defaults(model.embeddings)
+    limit = num_positions(model.config, model.embeddings, buffers)
     if longest > limit:
         raise ValueError(
             f"a sequence of {longest} tokens is longer than max_position_embeddings={limit}: tokenize "
             f"with truncation=True, max_length={limit}, or split the text"
         )
+    if buffers is not None:
+        # As transformers' embeddings look them up, but that a position without a type of its own has the last one's.
+        positions, types = (x.to(device) for x in buffers)
+        if position_ids is None:
+            position_ids = positions[:, :seq_len] if restarting is None else positions[0][restarting]
+        if token_type_ids is None:
+            token_type_ids = types[0][position_ids.clamp(0, types.shape[1] - 1)]
+    elif restarting is not None:
+        position_ids = restarting
     return Batch(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
 
 
-def num_positions(config: BertConfig, embeddings: nn.Module) -> int:
-    """The table's own count: people extend it, and leave the configuration as it was."""
-    table = getattr(embeddings, "position_embeddings", None)
-    return getattr(table, "num_embeddings", config.max_position_embeddings)
+def head_counts(encoder: nn.Module) -> set[int]:
+    """The numbers of heads of an encoder's layers, which are what their modules say."""
+    attentions = (getattr(getattr(x, "attention", None), "self", None) for x in getattr(encoder, "layer", ()))
+    return {x.num_attention_heads for x in attentions if hasattr(x, "num_attention_heads")}
+
+
+def num_rows(table: nn.Module | None, default: int) -> int:
+    """How many rows an embedding table has: people put another weight into it and leave numbers beside as they were.
+
+    A weight that is sharded has its shape only while it is gathered.
+    """
+    weight = getattr(table, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        return weight.shape[0]
+    return getattr(table, "num_embeddings", default)
+
+
+def num_positions(config: BertConfig, embeddings: nn.Module, buffers: tuple[Tensor, Tensor] | None) -> int:
+    """How many tokens of a sequence have a position: by the table, or by the buffers that say which (or None)."""
+    rows = num_rows(getattr(embeddings, "position_embeddings", None), config.max_position_embeddings)
+    return rows if buffers is None else buffers[0].shape[1]
+
+
+# Embeddings -> the buffers that were looked at, their versions, and whether they hold the defaults.
+_looked_at: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+
+
+def changed_defaults(embeddings: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The buffers of default positions and token types [1, max positions] where they count: where they may hold other
+    numbers than 0, 1, 2, ... and zeros.
+
+    They are looked at once, which waits for the device, and again when they were replaced or written to. A traced graph
+    has them as they will be.
+    """
+    buffers = embeddings._buffers.get("position_ids"), embeddings._buffers.get("token_type_ids")
+    if any(x is None or x.is_meta for x in buffers):
+        return None
+    if is_tracing() or is_transforming() or any(type(x) is not Tensor or x.is_inference() for x in buffers):
+        return buffers
+    seen = _looked_at.get(embeddings)
+    versions = [x._version for x in buffers]
+    if seen is None or seen[0][0] is not buffers[0] or seen[0][1] is not buffers[1] or seen[1] != versions:
+        positions, types = buffers
+        default = torch.equal(positions, torch.arange(positions.shape[-1], device=positions.device)[None])
+        seen = _looked_at[embeddings] = buffers, versions, default and not types.any()
+    return None if seen[2] else buffers
+
+
+def looks_up_with_options(table: nn.Embedding) -> bool:
+    """Whether rows that are looked up are counted, scaled or renormalized."""
+    return bool(table.max_norm is not None or table.sparse or table.scale_grad_by_freq)
+
+
+def without_padding(inputs: dict[str, Tensor | None], layout: TokenLayout, embeddings: nn.Module) -> dict:
+    """What embeddings take [B, S, ...], with zeros at the padding of a layout that drops nothing: what stands there
+    must not matter. Ids that a table counts stay, if it has them."""
+    tables = {"input_ids": "word_embeddings", "token_type_ids": "token_type_embeddings"}
+    cleared = {name: layout.clear(values) for name, values in inputs.items()}
+    for name, table in tables.items():
+        table, ids = getattr(embeddings, table, None), inputs[name]
+        if ids is not None and isinstance(table, nn.Embedding) and looks_up_with_options(table):
+            known = (ids >= 0) & (ids < num_rows(table, 0))
+            cleared[name] = torch.where(known, ids, cleared[name])
+    return cleared
 
 
 def _check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int, torch.device]:
@@ -128,11 +203,12 @@ def _check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int,
     return *inputs_embeds.shape[:2], inputs_embeds.device
 
 
-def _expand(name: str, values: Tensor | None, batch_size: int, seq_len: int) -> Tensor | None:
-    if values is None or values.shape == (batch_size, seq_len):
+def _check_integers(name: str, values: Tensor | None, batch_size: int, seq_len: int) -> Tensor | None:
+    """Token types or positions as [B or 1, S]."""
+    if values is None or values.shape in ((batch_size, seq_len), (1, seq_len)):
         return values
-    if values.shape in ((seq_len,), (1, seq_len)):
-        return values.expand(batch_size, seq_len)
+    if values.shape == (seq_len,):
+        return values[None]
     raise ValueError(f"{name} must be [{batch_size}, {seq_len}] like the batch, got {list(values.shape)}")
 
 
@@ -150,12 +226,13 @@ def _check_packed(cu_seqlens: Tensor, cu_seqlens_of_keys: Tensor | None, attenti
 
 def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenLayout, batch: Batch) -> None:
     """Raise IndexError for the first kept index that an embedding table refused, if one is to blame."""
-    for name, limit, way_out in (
-        ("input_ids", config.vocab_size, "do tokenizer and model come from one checkpoint?"),
-        ("token_type_ids", config.type_vocab_size, "the model knows no more token types"),
-        ("position_ids", num_positions(config, embeddings), "the model knows no more positions"),
+    for name, table, default, way_out in (
+        ("input_ids", "word_embeddings", config.vocab_size, "do tokenizer and model come from one checkpoint?"),
+        ("token_type_ids", "token_type_embeddings", config.type_vocab_size, "the model knows no more token types"),
+        ("position_ids", "position_embeddings", config.max_position_embeddings, "the model knows no more positions"),
     ):
-        values = layout.clear(getattr(batch, name))
+        limit = num_rows(getattr(embeddings, table, None), default)
+        values = layout.clear(layout.expand(getattr(batch, name)))
         if values is None:
             continue
         values = layout.pack_cleared(values)
@@ -164,7 +241,7 @@ def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenL
             raise IndexError(f"{name} holds {bad[0].item()}, allowed are 0 to {limit - 1}: {way_out}") from None
 
 
-def selected_hidden_states(selection: bool | int | list[int] | None, count: int) -> Collection[int]:
+def selected_hidden_states(selection: bool | int | Collection[int] | None, count: int) -> Collection[int]:
     """The indices among `count` hidden states that output_hidden_states asks for: 0 is the embeddings' output.
 
     Raises ValueError for an index of no state; transformers returns nothing for it.

@@ -6,6 +6,7 @@ again by its eager twin: no compiler looks into the twin. Where nothing traces a
 `fastbert.tokens`.
 """
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 
@@ -39,10 +40,12 @@ SCHEMAS = {
 }
 
 
-def _embedded_like(input_ids, inputs_embeds, indices, word_table):
+def _embedded_like(input_ids, inputs_embeds, indices, word_table, position_table, token_type_table):
     given = inputs_embeds if input_ids is None else input_ids
     size = given.shape[0] * given.shape[1] if indices is None else indices.shape[0]
-    return word_table.new_empty(size, word_table.shape[1])
+    summands = inputs_embeds if input_ids is None else word_table, position_table, token_type_table
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in summands))
+    return word_table.new_empty(size, word_table.shape[1], dtype=dtype)
 
 
 # What each op returns, by its inputs' shapes and dtypes alone.
@@ -51,8 +54,8 @@ FAKES = {
         mask.new_empty(mask.numel(), dtype=torch.int64),
         mask.new_empty(mask.shape[0] + 1, dtype=torch.int32),
     ),
-    "embed_layer_norm": lambda input_ids, _types, _positions, inputs_embeds, indices, word_table, *_: _embedded_like(
-        input_ids, inputs_embeds, indices, word_table
+    "embed_layer_norm": lambda input_ids, _types, _positions, inputs_embeds, indices, *tables: _embedded_like(
+        input_ids, inputs_embeds, indices, *tables[:3]
     ),
     "qkv_projection": lambda x, q_weight, _q, _kw, _k, _vw, _v, num_heads, _: x.new_empty(
         x.shape[0], 3, num_heads, q_weight.shape[0] // num_heads

@@ -5,11 +5,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert.configuration import BertConfig, check_config
-
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, BertConfig, check_config
 
 
 def _unreadable(checkpoint, error: Exception) -> str:
@@ -34,10 +33,10 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
     # The losses are means over the batch, so Trainer has to divide them by its accumulation steps.
     accepts_loss_kwargs = False
 
-    def __init__(self, config: BertConfig):
-        # Past the transformers class that a head derives from: its __init__ would build transformers' encoder first.
-        hf.BertPreTrainedModel.__init__(self, config)
-        check_config(config)
+    def __init__(self, config: BertConfig, *args, **kwargs):
+        if isinstance(config, PreTrainedConfig):  # of anything else transformers says what it is
+            check_config(config)
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

@@ -137,7 +137,7 @@ def _pool(pooling: nn.Module, features: dict, **kwargs) -> dict:
     if _records() or not served or excludes_prompt or not features.keys().isdisjoint(WEIGHED):
         return type(pooling).forward(pooling, features, **kwargs)
     batch_size, seq_len, _ = hidden.shape
-    layout = layout_from_mask(mask, batch_size, seq_len, 1, hidden.device)
+    layout = layout_from_mask(mask, batch_size, seq_len, hidden.device)
     if layout.padded:  # on a device where no kernel packs
         return type(pooling).forward(pooling, features, **kwargs)
     pooled = ops.pool(hidden.flatten(0, 1), layout.cu_seqlens, mode, indices=layout.indices)

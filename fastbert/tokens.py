@@ -9,6 +9,7 @@ kernel could read it there and shapes may not depend on data (a graph is traced,
 where a mask is not per token, nothing is dropped: the hidden states stay [B, S, E] and attention gets a mask.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.eager import clear_past, is_tracing, sequence_of
+from fastbert.eager import clear_past, finite, is_tracing, sequence_of
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
@@ -96,16 +97,26 @@ class TokenLayout:
         """[T, E] with zeros in the rows that are no tokens, for modules that take every row for one."""
         return clear_past(hidden_states, self.to(hidden_states.device).num_tokens)
 
+    def expand(self, values: Tensor | None) -> Tensor | None:
+        """[B or 1, S] -> [B, S]; [B, S, E] as it is."""
+        return values if values is None or values.ndim > 2 else values.expand(self.batch_size, -1)
+
     def clear(self, values: Tensor | None) -> Tensor | None:
-        """[B, S, ...] with zeros at padding where nothing is dropped: what stands there must not matter."""
+        """[B, S, ...] or [1, S] with zeros at padding where nothing is dropped: what stands there must not matter."""
         if values is None or self.keep is None:
             return values
-        keep = self.keep if values.ndim == 2 else self.keep[..., None]
-        return values.masked_fill(~keep, 0)
+        keep = self.keep if len(values) == len(self.keep) else self.keep.any(0, keepdim=True)
+        return values.masked_fill(~(keep if values.ndim == 2 else keep[..., None]), 0)
 
-    def columns(self) -> Tensor:
-        """int64 [B, S]: each place's column, which is a token's position unless positions are given."""
-        return torch.arange(self.seq_len, device=self.cu_seqlens.device).expand(self.batch_size, -1)
+    def attention_mask(self, hidden_states: Tensor) -> Tensor | None:
+        """The mask of a layout that drops nothing as transformers' modules take it: [B or 1, H or 1, S, S] or None,
+        boolean for "sdpa" and otherwise added to the scores of these hidden states."""
+        mask = self.to(hidden_states.device).mask
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool and self.implementation == "eager":
+            mask = hidden_states.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(hidden_states.dtype).min)
+        return finite(mask, hidden_states.dtype).expand(-1, -1, self.seq_len, self.seq_len)
 
     def restarting_positions(self) -> Tensor:
         """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""
@@ -139,9 +150,9 @@ class TokenLayout:
 
 
 def layout_from_mask(
-    attention_mask: Tensor | None, batch_size: int, seq_len: int, num_heads: int, device: torch.device
+    attention_mask: Tensor | None, batch_size: int, seq_len: int, device: torch.device, heads: Collection[int] = ()
 ) -> TokenLayout:
-    """The layout of a padded batch.
+    """The layout of a padded batch, for layers of these numbers of heads.
 
     attention_mask: None keeps every token. 0/1 [B or 1, S] of any integer, bool or float dtype may have padding and
     holes anywhere. A mask of scores, [B or 1, S or 1, S] or [B or 1, H or 1, S or 1, S], is bool or 0/1 integers with 1
@@ -150,7 +161,7 @@ def layout_from_mask(
     every_token = TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)
     if attention_mask is None:
         return every_token
-    check_mask(attention_mask, batch_size, seq_len, num_heads)
+    check_mask(attention_mask, batch_size, seq_len, heads)
     if batch_size == 0 or seq_len == 0:
         return every_token
     if attention_mask.ndim > 2:
@@ -180,13 +191,13 @@ def _planned_on_device(every_token: TokenLayout, keep: Tensor) -> TokenLayout:
     return replace(every_token, cu_seqlens=cu_seqlens, indices=indices[: int(cu_seqlens[-1])])
 
 
-def as_layout(layout: TokenLayout | Tensor | None, hidden_states: Tensor, num_heads: int) -> TokenLayout:
-    """The layout itself, or for somebody who calls a layer or the encoder by hand with hidden states [B, S, E], as in
+def as_layout(layout: TokenLayout | Tensor | None, hidden_states: Tensor, heads: Collection[int]) -> TokenLayout:
+    """The layout itself, or for somebody who calls the encoder by hand with hidden states [B, S, E], as in
     transformers, the layout of their attention mask (or None)."""
     if isinstance(layout, TokenLayout):
         return layout.to(hidden_states.device)
     batch_size, seq_len, _ = hidden_states.shape
-    return layout_from_mask(layout, batch_size, seq_len, num_heads, hidden_states.device).as_padded()
+    return layout_from_mask(layout, batch_size, seq_len, hidden_states.device, heads).as_padded()
 
 
 def layout_from_cu_seqlens(
@@ -214,7 +225,7 @@ def layout_from_cu_seqlens(
     return TokenLayout(batch_size, seq_len, cu_seqlens, longest, num_tokens=cu_seqlens[-1:])
 
 
-def check_mask(mask: Tensor, batch_size: int, seq_len: int, num_heads: int) -> None:
+def check_mask(mask: Tensor, batch_size: int, seq_len: int, heads: Collection[int]) -> None:
     """Raise TypeError for a mask that is no tensor of numbers, ValueError for one of the wrong shape or values."""
     if not isinstance(mask, Tensor) or mask.dtype.is_complex:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -222,14 +233,14 @@ def check_mask(mask: Tensor, batch_size: int, seq_len: int, num_heads: int) -> N
     allowed = {
         2: ((1, batch_size), (seq_len,)),
         3: ((1, batch_size), (1, seq_len), (seq_len,)),
-        4: ((1, batch_size), (1, num_heads), (1, seq_len), (seq_len,)),
+        4: ((1, batch_size), (1, *heads), (1, seq_len), (seq_len,)),
     }.get(mask.ndim)
     shape = list(mask.shape)
     if allowed is None or any(size not in sizes for size, sizes in zip(shape, allowed, strict=True)):
         raise ValueError(
             f"attention_mask has shape {shape}, but the batch is [{batch_size}, {seq_len}]: expected "
             f"[{batch_size}, {seq_len}], [{batch_size}, {seq_len}, {seq_len}], or a shape that broadcasts to "
-            f"[{batch_size}, {num_heads}, {seq_len}, {seq_len}]"
+            f"[{batch_size}, {max(heads, default=1)}, {seq_len}, {seq_len}]"
         )
     additive = mask.ndim > 2 and mask.is_floating_point()
     if mask.dtype == torch.bool or additive or not shapes_may_depend_on_data(mask):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import cases
 import demo
 import device_timing
 import memory
+import plots
 import providers
 import pytest
 import records
@@ -100,7 +102,7 @@ def test_the_bench_checks_its_results(suites):
 
 
 def test_what_does_not_fit_the_time_is_left_out_and_named():
-    run = run_bench("--suite", "memory", "--seconds", "0.5", "--benchmark-disable")
+    run = run_bench("--suite", "memory", "--seconds", "0.5", "--benchmark-disable", "--commit", "8ad994e")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "4 skipped" in run.stdout
     assert " passed" not in run.stdout
@@ -119,6 +121,55 @@ def test_an_unknown_suite_is_refused_with_the_known_ones():
     run = run_bench("--suite", "model,speed")
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "'speed': the suites are model, latency, encode, memory, attention, kernels, host" in run.stderr
+
+
+def test_a_commit_is_a_name_of_git(bench_options):
+    assert bench_options._commit("8ad994e059ba24f783436ae4cad75f3f29be6065-dirty") == "8ad994e-dirty"
+    assert bench_options._commit("8ad994e") == "8ad994e"
+    for text in ("", "main", "8ad99", "8ad994e-", "8ad994e dirty"):
+        with pytest.raises(bench_options.argparse.ArgumentTypeError, match=f"'{text}': git's name of a commit"):
+            bench_options._commit(text)
+
+
+def test_the_given_commit_is_the_records(bench_options, monkeypatch):
+    monkeypatch.setattr(records, "given_commit", None)
+    monkeypatch.setattr(records, "_head", lambda: None)
+    config = SimpleNamespace(getoption={"commit": "8ad994e"}.get, addinivalue_line=lambda *_: None)
+    bench_options.pytest_configure(config)
+    assert records.provenance()["commit"] == "8ad994e"
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_a_record(tmp_path, monkeypatch):
+    """Git's own name where it knows the project, else the given one, else none; never that of a folder around it."""
+
+    def commit_of(root: Path) -> str:
+        records._head.cache_clear()
+        monkeypatch.setattr(records, "ROOT", root)
+        return records.provenance()["commit"]
+
+    around, alone = tmp_path / "around", tmp_path / "alone"
+    alone.mkdir()
+    for folder in (around, around / "project"):
+        folder.mkdir()
+        (folder / "file").write_text("1")
+    git(around, "init", "--quiet")
+    git(around, "add", ".")
+    git(around, "commit", "--quiet", "--message", "all")
+    name = git(around, "rev-parse", "--short", "HEAD").strip()
+    monkeypatch.setattr(records, "given_commit", None)
+    assert commit_of(alone) == commit_of(around / "project") == "unknown"
+    assert commit_of(around) == name
+    monkeypatch.setattr(records, "given_commit", "8ad994e")
+    assert commit_of(alone) == commit_of(around / "project") == "8ad994e"
+    (around / "file").write_text("2")
+    assert commit_of(around) == f"{name}-dirty"
+    records._head.cache_clear()
 
 
 def test_options_of_the_bench(bench_options):
@@ -172,8 +223,8 @@ def test_batches_that_no_texts_make_are_refused():
 
 def test_every_provider_is_known_and_drawn():
     assert {provider for _, provider in every_forward()} <= set(providers.PROVIDERS)
-    assert set(report.COLOURS) == set(providers.PROVIDERS)
-    assert len(set(report.COLOURS.values())) == len(providers.PROVIDERS)
+    assert set(plots.COLOURS) == set(providers.PROVIDERS)
+    assert len(set(plots.COLOURS.values())) == len(providers.PROVIDERS)
     assert len(bench_model._gpu_forwards()) == len(set(bench_model._gpu_forwards()))
 
 
@@ -441,20 +492,17 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
     assert found["memory", "fastbert"]["peak_bytes"] > 0
 
     readme = tmp_path / "README.md"
-    marks = (*report.ENCODE, *report.FORWARDS)
-    readme.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
+    readme.write_text("a GPU's\n")
     monkeypatch.setattr(report, "README", readme)
     report.main()
-    lines = readme.read_text().splitlines()
-    places = [lines.index(mark) for mark in marks]
-    assert any(line.startswith("| 8 texts, 4 to a batch, sorted by length;") for line in lines[places[0] : places[1]])
-    assert any(line.startswith("| toy 3x24 50% filled |") for line in lines[places[2] : places[3]])
-    assert [lines[0], *lines[places[1] + 1 : places[2]], lines[-1]] == ["before", "between", "after"]
-    assert "old" not in lines
+    assert readme.read_text() == "a GPU's\n"
     (page,) = (path.read_text() for path in tmp_path.glob("*/README.md"))
     for heading in ("The model's forward", "One text, as a user waits for it", "Sentences", "Peak memory"):
         assert f"## {heading}" in page
     assert "toy 1x16 full, ids on the host" in page
+    assert "| minilm texts 8 batch 4 sorted float32 |" in page
+    assert "\n| toy 3x24 50% filled | 1.00 |" in page.replace(f"{found['model', 'fastbert']['ratio']:.2f}", "1.00")
+    assert "The roof" not in page
     assert "## Absent" not in page
     assert "latency.svg" in capsys.readouterr().out
 
@@ -503,7 +551,7 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
         lines = [json.dumps(record) for record in gpu_records() if record["suite"] == suite]
         (folder / f"{suite}.jsonl").write_text("\n".join(lines) + "\n")
     readme = tmp_path / "README.md"
-    readme.write_text("\n".join((*report.ENCODE, *report.FORWARDS)))
+    readme.write_text("\n".join(("before", *report.FORWARDS, "after")))
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "README", readme)
@@ -532,12 +580,63 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
         in absent
     )
     assert "| kernels | compiled | errs by 1, eager by 0 | pool base tokens 128 |" in absent
-    for text in (page, readme.read_text()):
-        assert "| MLPerf, as published | INT8, 99 % of float32's accuracy | H200 | 9164 |" in text
-        assert "| fastbert-graphed | bfloat16 | NVIDIA H200 | 10417 |" in text  # 4 / (384e-6)
-    assert "large 32x128" not in readme.read_text()
-    assert "| base 32x128 full |" in readme.read_text()
-    assert "driver 580.1" in readme.read_text()
+    assert "| MLPerf, as published | INT8, 99 % of float32's accuracy | H200 | 9164 |" in page
+    assert "| fastbert-graphed | bfloat16 | NVIDIA H200 | 10417 |" in page  # 4 / (384e-6)
+    speeds = "\n".join(sections["Every provider's forwards"])
+    assert "| base 8x16 full bfloat16 | 0.75 | 4.00 |  | 1.50 |" in speeds
+
+    assert "| The model's forward | fastbert | 40 | 6 | 1 | 0.50 | base 8x16 full bfloat16 | 2.00 |" in page
+    assert "| The model's forward | fastbert-graphed | 40 | 0 | 0 | 1.33 |" in page
+    before, table = readme.read_text().split(report.FORWARDS[0])
+    table, after = table.split(report.FORWARDS[1])
+    assert (before.strip(), after.strip()) == ("before", "after")
+    row = "| base 1x128 full bfloat16 | 0.128 | 0.0640 | 0.0320 | transformers-sdpa-reduce-overhead | **0.67** |"
+    assert row in table
+    assert "`fastbert` loses 6 of 40, 1 of those bound by the host; `fastbert-graphed` loses 0 of 40: " in table
+    assert "[the page](nvidia-h200/README.md)" in table
+    assert "](nvidia-h200/fill.svg)" in table
+    assert "8x16" not in table
+    assert "driver 580.1" in table
+
+
+def test_a_peers_time_agrees_with_its_ratio():
+    """Of a host that was half as fast while the peer had its turn with the baseline."""
+    of = {
+        "fastbert": {"median_s": 3e-3, "baseline_median_s": 4e-3, "ratio": 4 / 3},
+        UNPADDED: {"median_s": 4e-3, "baseline_median_s": 8e-3, "ratio": 2.0},
+    }
+    of = {name: {"case": {}, "baseline": BASELINE} | record for name, record in of.items()}
+    row = report.row_of(report.Comparison("model", "a case", of), "fastbert")
+    assert (row["ms"], row["its ms"], row["best peer / ours"]) == ("3.00", "2.00", "0.67")
+
+
+def test_the_page_says_how_evenly_the_host_worked():
+    lines = [record for record in gpu_records() if record["suite"] == "model"]
+    baselines = [record for record in lines if record["provider"] == BASELINE and "ratio" in record]
+    full = [record for record in baselines if report.case_of(record).fill == 1 and record["case"]["model"] == "base"]
+    for record in baselines:
+        record["host_s"] = 9.0  # of masks that somebody reads
+    for place, record in enumerate(full):
+        record["host_s"] = 4e-3 + place * 1e-4 if record["case"]["dtype"] == "bfloat16" else 20.0
+    pace = report.pace(report.by_case(lines, "latency"))
+    assert f"{BASELINE}'s full batches of base in bfloat16" in pace
+    issued = [record["host_s"] for record in full if record["host_s"] < 1]
+    least, largest = min(issued), max(issued)
+    assert f" in {report.milliseconds(least)} to {report.milliseconds(largest)} ms." in pace
+    assert report.pace({TOY: {BASELINE: {"clock": "host"}}}) == ""
+
+
+def test_the_page_names_the_roof():
+    roofs = {"flops_per_s": {"float32": 124.4e12, "bfloat16": 721.8e12}, "bytes_per_s": 2.65e12}
+    assert report.roof([{"device": "CPU"}]) == ""
+    earlier = report.roof([{"roofs": roofs}, {}])
+    assert "in TFLOP/s 124 in float32, 722 in bfloat16; in TB/s 2.65." in earlier
+    assert "medians under load, the copy by memcpy" in earlier
+    assert (records.RESULTS / "device" / report.ROOFS.partition("#")[0]).resolve().exists()
+    better = {"flops_per_s": {"float32": 130e12, "bfloat16": 788e12}, "bytes_per_s": 4.2e12}
+    found = report.roof([{"roofs": better | {"sustained": roofs}}, {"roofs": better | {"sustained": better}}])
+    assert "124 to 130 in float32, 722 to 788 in bfloat16; in TB/s 2.65 to 4.20." in found.partition("sustained")[2]
+    assert "in TFLOP/s 130 in float32, 788 in bfloat16; in TB/s 4.20." in found
 
 
 def test_what_failed_of_ours_is_the_first_loss_of_the_page():
@@ -551,7 +650,7 @@ def test_what_failed_of_ours_is_the_first_loss_of_the_page():
     timed = {"ratio", "median_s", "q20_s", "q80_s", "baseline_median_s", "rounds", "of_roof", "clock", "host_s"}
     lines[place] = {name: x for name, x in lines[place].items() if name not in timed} | {"absent": "errs by 1"}
     failed = report.page(lines, {})
-    assert "failed," not in passed
+    assert "failed |" not in passed
     section = failed.partition("## The model's forward")[2].splitlines()
     columns, row = (line.split(" | ") for line in (section[2], section[4]))
     assert row[0] == "| base 8x64 full bfloat16"
@@ -561,17 +660,17 @@ def test_what_failed_of_ours_is_the_first_loss_of_the_page():
     def summary(page):
         return next(line for line in page.splitlines() if line.startswith("| The model's forward")).split(" | ")
 
-    assert summary(failed)[1] == summary(passed)[1]
-    assert int(summary(failed)[2]) == int(summary(passed)[2]) + 1
-    assert summary(failed)[3] == "failed, fastbert, base 8x64 full bfloat16"
+    assert summary(failed)[1:3] == summary(passed)[1:3] == ["fastbert", "40"]
+    assert int(summary(failed)[3]) == int(summary(passed)[3]) + 1
+    assert summary(failed)[5:7] == ["failed", "base 8x64 full bfloat16"]
     assert "| model | fastbert | errs by 1 | base 8x64 full bfloat16 |" in failed
 
 
 def test_a_sweep_needs_points():
     cases_of_three = {Case("base", 8, seq_len): {} for seq_len in (16, 32, 64)}
-    assert report.sweep(cases_of_three, "seq_len") == []
+    assert plots.sweep(cases_of_three, "seq_len") == []
     cases_of_four = {Case("base", 8, 128): {}, Case("base", 1, 8): {}} | cases_of_three
-    assert [case.seq_len for case in report.sweep(cases_of_four, "seq_len")] == [16, 32, 64, 128]
+    assert [case.seq_len for case in plots.sweep(cases_of_four, "seq_len")] == [16, 32, 64, 128]
 
 
 def test_no_records_make_no_report(tmp_path, monkeypatch):
@@ -582,14 +681,18 @@ def test_no_records_make_no_report(tmp_path, monkeypatch):
 
 def test_the_rates_of_a_gpu(monkeypatch):
     roofs = Roofs({"float32": 1e12}, 1e12)
-    monkeypatch.setattr(device_timing, "roofs", lambda timer: roofs)
+    sustained = Roofs({"float32": 5e11}, 9e11)
+    monkeypatch.setattr(device_timing, "roofs", lambda timer: device_timing.MeasuredRoofs(roofs, sustained))
     assert bench_model._rates(TOY, 1.0) == {}
     monkeypatch.setattr(bench_model, "DEVICE", torch.device("cuda"))
     rates = bench_model._rates(TOY, 1.0)
     work = workloads.forward_work(transformers.BertConfig(**providers.SIZES["toy"]), TOY)
     assert rates["flops_per_s"] == work.flops
     assert rates["of_roof"] == work.seconds("float32", roofs)
-    assert rates["roofs"] == {"flops_per_s": {"float32": 1e12}, "bytes_per_s": 1e12, "float32_precision": "ieee"}
+    assert rates["roofs"] == {
+        "flops_per_s": {"float32": 1e12}, "bytes_per_s": 1e12, "float32_precision": "ieee",
+        "sustained": {"flops_per_s": {"float32": 5e11}, "bytes_per_s": 9e11},
+    }  # fmt: skip
 
 
 def test_tokens_tell_kernels_apart_but_not_batches():
@@ -599,16 +702,16 @@ def test_tokens_tell_kernels_apart_but_not_batches():
     assert records.about(batches[0]) == records.about(batches[1])
 
 
-def test_the_readme_shows_what_the_records_say():
-    forwards = [
-        report.overview(report.by_case(records.read(path), "latency"))
-        for path in sorted(records.RESULTS.glob("*/model.jsonl"))
-    ]
-    encodes = [report.sentences(records.read(path)) for path in sorted(records.RESULTS.glob("*/encode.jsonl"))]
-    text = (ROOT / "README.md").read_text()
-    for (begin, end), tables in ((report.FORWARDS, forwards), (report.ENCODE, encodes)):
-        assert tables
-        assert text.partition(begin)[2].partition(end)[0].strip() == "\n\n".join(tables)
+def test_the_readme_shows_what_the_gpus_records_say(tmp_path):
+    overviews = []
+    for path in sorted(records.RESULTS.glob("*/model.jsonl")):
+        lines = list(records.read(path))
+        if not report.on_cpu(lines[0]):
+            folder = path.parent.relative_to(ROOT).as_posix()
+            overviews.append(report.overview(lines, folder, plots.draw(report.by_case(lines, "latency"), tmp_path)))
+    assert overviews
+    begin, end = report.FORWARDS
+    assert (ROOT / "README.md").read_text().partition(begin)[2].partition(end)[0].strip() == "\n\n".join(overviews)
 
 
 def test_sentences_were_encoded_as_fast_as_promised():
@@ -634,9 +737,9 @@ def test_the_pages_show_what_the_records_say(tmp_path):
     assert folders
     for folder in folders:
         lines = [record for path in sorted(folder.glob("*.jsonl")) for record in records.read(path)]
-        plots = report.draw(report.by_case(lines, "latency"), tmp_path)
-        assert (folder / "README.md").read_text() == report.page(lines, plots)
-        assert all((folder / name).exists() for name in plots)
+        drawn = plots.draw(report.by_case(lines, "latency"), tmp_path)
+        assert (folder / "README.md").read_text() == report.page(lines, drawn)
+        assert all((folder / name).exists() for name in drawn)
 
 
 @pytest.mark.parametrize(

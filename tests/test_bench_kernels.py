@@ -56,6 +56,8 @@ def timer(monkeypatch, tmp_path):
     monkeypatch.setattr(device_timing, "TIMER", timer)
     monkeypatch.setattr(device_timing, "MATMUL_SIZES", dict.fromkeys(device_timing.MATMUL_SIZES, 32))
     monkeypatch.setattr(device_timing, "COPY_BYTES", 2**12)
+    monkeypatch.setattr(device_timing, "REST_SECONDS", 0)
+    monkeypatch.setattr(device_timing, "LOAD_ROUNDS", 4)
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     yield timer
     bench_kernels.comparison.cache_clear()
@@ -128,6 +130,7 @@ def test_every_provider_of_attention_has_a_record(timer, case):
         work = roofline.Work(operations, line["bytes_per_s"] * line["median_s"])
         assert line["of_roof"] == pytest.approx(work.seconds("float32", roofs) / line["median_s"])
         assert line["roofs"]["float32_precision"] == "ieee"
+        assert line["roofs"]["sustained"].keys() == {"flops_per_s", "bytes_per_s"}
 
 
 def test_batches_of_an_op_have_records_of_their_own(timer):
@@ -344,9 +347,39 @@ class ByPrecision(HostTimer):
 @pytest.mark.parametrize(("speed", "thirds"), [(6, 6), (2, 3)])
 def test_the_roof_of_float32(timer, monkeypatch, speed, thirds):
     before = torch.backends.cuda.matmul.fp32_precision
-    found = device_timing.roofs(ByPrecision(speed)).flops_per_s
-    assert found["float32"] == pytest.approx(found["bfloat16"] * thirds / 3)
+    for found in device_timing.roofs(ByPrecision(speed)):
+        assert found.flops_per_s["float32"] == pytest.approx(found.flops_per_s["bfloat16"] * thirds / 3)
     assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+class Tiring(HostTimer):
+    """A device that takes a second for its second round, twice as long under load, and longest for its first."""
+
+    def seconds(self, replays, rounds=2):
+        for replay in replays:
+            replay.run()
+        return [[3.0, 1.0, *[2.0] * (rounds - 2)] for _ in replays]
+
+
+def test_the_roofs_are_a_rested_devices_best_and_what_it_sustains(timer, monkeypatch):
+    called, rests = [], []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    monkeypatch.setattr(device_timing.time, "sleep", rests.append)
+    with Noted():
+        found = device_timing.roofs(Tiring())
+    for roofs, seconds in ((found.best, 1.0), (found.sustained, 2.0)):
+        # Bytes read and bytes written.
+        assert roofs.bytes_per_s == 2 * device_timing.COPY_BYTES / seconds
+        assert roofs.flops_per_s == dict.fromkeys(device_timing.MATMUL_SIZES, 2 * 32**3 / seconds)
+    assert len(rests) == 5
+    # A kernel copies, and memcpy does not.
+    assert "neg" in called
+    assert "copy_" not in called
 
 
 def test_replays_take_turns(monkeypatch):

@@ -127,7 +127,7 @@ def test_packed_equals_padded():
     ours, _ = pair()
     for mask in MASKS:
         inputs = batch(mask)
-        layout = tokens.layout_from_mask(inputs["attention_mask"], BATCH, SEQ_LEN, 3, torch.device("cpu"))
+        layout = tokens.layout_from_mask(inputs["attention_mask"], BATCH, SEQ_LEN, torch.device("cpu"))
         padded = layout.as_padded()
         hidden = torch.randn(BATCH, SEQ_LEN, 48) * MASKS[mask][..., None]
         packed_states = ours.encoder(layout.pack(hidden), layout).last_hidden_state

@@ -230,7 +230,7 @@ def _pooled(mode: str, hidden: tuple[Tensor, ...], kind: str, mask: Tensor) -> t
     ours, *others = hidden
     keep = mask.to(ours.device)
     # By the mask on the host: a device without kernels does not pack.
-    layout = layout_from_mask(None if kind == "full" else mask, *mask.shape, 1, ours.device)
+    layout = layout_from_mask(None if kind == "full" else mask, *mask.shape, ours.device)
     found = [ops.pool(ours.flatten(0, 1), layout.cu_seqlens, mode, normalize=True, indices=layout.indices)]
     for states in others:
         if mode == "mean":

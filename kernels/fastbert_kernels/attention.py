@@ -96,8 +96,6 @@ def _plan(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: float, wanted
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
     if not 0 < head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
-    if not scale > 0:
-        raise ValueError(f"attention: scale is {scale}, it must be positive")
     if not unit_strides(qkv, cu_seqlens):
         return None
     config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
@@ -130,7 +128,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     """qkv [T, 3, H, D], cu_seqlens int32 [N + 1] on the device -> context [T, H D].
 
     max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
-    Raises ValueError for a head size above 128 or a scale that is not positive, TypeError for dtypes.
+    Raises ValueError for a head size above 128, TypeError for dtypes.
     """
     plan = _plan(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
     if plan is None:

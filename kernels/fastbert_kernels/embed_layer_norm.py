@@ -6,6 +6,7 @@ buffer in pinned host memory, which `take_bad_ids` reads without waiting for the
 Limit: E of at most 16384.
 """
 
+import functools
 import threading
 from typing import NamedTuple
 
@@ -270,7 +271,7 @@ def embed_layer_norm(
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
     weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """LayerNorm of the summed embeddings of the kept tokens -> [T, E] in the word table's dtype.
+    """LayerNorm of the summed embeddings of the kept tokens -> [T, E] in the dtype that their sum has in torch.
 
     input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
     token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps every
@@ -286,7 +287,9 @@ def embed_layer_norm(
         copied = map(with_unit_stride, (*inputs[3:], *tables))
         return embed_layer_norm(*inputs[:3], *copied, eps, padding_idx, num_tokens)
     places = (input_ids if inputs[3] is None else inputs_embeds).shape[:2].numel()
-    out = word_table.new_empty(places if indices is None else indices.shape[0], word_table.shape[1])
+    summands = (word_table if inputs[3] is None else inputs_embeds, position_table, token_type_table)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in summands))
+    out = word_table.new_empty(places if indices is None else indices.shape[0], word_table.shape[1], dtype=dtype)
     plan.launch(*inputs, *tables, out, _notes_of(out.device).buffer, num_tokens)
     return out
 

@@ -1,0 +1,232 @@
+"""BERT's layers and the encoder that runs them (Devlin et al. 2019, Vaswani et al. 2017), on packed tokens.
+
+A layer runs in the ops, through its modules on packed tokens, or through them by transformers' own code in its own
+shapes. Letters of the shapes as in `fastbert.tokens`. Hidden states between the layers are [T, E], or [B, S, E] where
+the layout drops nothing (`TokenLayout.padded`).
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+
+from fastbert import ops
+from fastbert.configuration import ATTENTION_IMPLEMENTATIONS
+from fastbert.eager import is_tracing, padded_attention, varlen_attention
+from fastbert.fusion import (
+    FUSED_ACTIVATIONS,
+    FusableBlock,
+    LayerParts,
+    fused_activation,
+    fused_parts,
+    has_patched_forward,
+    is_number,
+    looks_along,
+    must_see_padding,
+    parameters_of,
+    why_no_block,
+)
+from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
+from fastbert.tokens import TokenLayout, as_layout
+
+CAUSAL = "its attention is causal"
+
+
+class BertSelfAttention(hf.BertSelfAttention):
+    applies_dropout = True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: TokenLayout | Tensor | None = None,
+        past_key_values: None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, E] of a packed layout, or [B, S, E] -> the same, and the attention weights [B, H, S, S] or None.
+
+        output_attentions computes the weights by whatever attention the configuration names.
+        """
+        named, weights_asked = self.config._attn_implementation, bool(kwargs.get("output_attentions"))
+        packed = isinstance(attention_mask, TokenLayout)
+        # Not on the layer's device yet where `device_map` spreads the layers over several.
+        mask = attention_mask.to(hidden_states.device) if attention_mask is not None else None
+        serves = named in ATTENTION_IMPLEMENTATIONS and (named == "eager" or not weights_asked)
+        if serves and not packed and hidden_states.numel():
+            return super().forward(hidden_states, mask, past_key_values, **kwargs)
+        size, dropout = self.attention_head_size, self.dropout.p if self.training else 0.0
+        projected = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        q, k, v = (x.view(*x.shape[:-1], x.shape[-1] // size, size) for x in projected)
+        if not packed:
+            return padded_attention(q, k, v, self.scaling, mask, dropout, "eager" if weights_asked else "sdpa")
+        bounds, layout = (mask.cu_seqlens, mask.max_seqlen), mask
+        context = varlen_attention(q, k, v, *bounds, self.scaling, dropout, layout.implementation, layout.num_tokens)
+        return context, None
+
+
+class BertLayer(hf.BertLayer, FusableBlock):
+    ops_used = (
+        "qkv_projection",
+        "attention",
+        "linear_residual_layer_norm",
+        "linear_activation",
+        "linear_residual_layer_norm",
+    )
+    made_of = (
+        hf.BertAttention, BertSelfAttention, nn.Linear, nn.Linear, nn.Linear, nn.Dropout,
+        hf.BertSelfOutput, nn.Linear, nn.LayerNorm, nn.Dropout,
+        hf.BertIntermediate, nn.Linear, None,
+        hf.BertOutput, nn.Linear, nn.LayerNorm, nn.Dropout,
+    )  # fmt: skip
+
+    def parts(self):
+        own = self._modules
+        attention, intermediate, output = own["attention"], own["intermediate"], own["output"]
+        self_attention, self_output = attention._modules["self"], attention._modules["output"]
+        a, s, i, o = self_attention._modules, self_output._modules, intermediate._modules, output._modules
+        return LayerParts(
+            self, attention, self_attention, a["query"], a["key"], a["value"], a["dropout"],
+            self_output, s["dense"], s["LayerNorm"], s["dropout"],
+            intermediate, i["dense"], i["intermediate_act_fn"],
+            output, o["dense"], o["LayerNorm"], o["dropout"],
+        )  # fmt: skip
+
+    def refusal(self, parts):
+        attention, q, k, v = parts[2:6]
+        widths = {x._parameters["weight"].shape[0] for x in (q, k, v)}
+        if len(widths) > 1 or widths.pop() % attention.attention_head_size:
+            return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}"
+        if fused_activation(parts.intermediate_activation) is None:
+            return f"its activation is not one of {', '.join(dict.fromkeys(FUSED_ACTIVATIONS.values()))}"
+        return None
+
+    def foreign(self, parts):
+        attention = parts.self_attention
+        if attention.is_causal:
+            return CAUSAL
+        if not is_number(attention.scaling):
+            return f"attention.self.scaling is {attention.scaling}, no number that the host knows"
+        if "feed_forward_chunk" in self.__dict__:
+            return "has a patched feed_forward_chunk"
+        return "its activation may look along a text" if looks_along(parts.intermediate_activation) else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: TokenLayout | Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        past_key_values: None = None,
+        fused: LayerParts | None = None,
+        attentions: list[Tensor | None] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """[T, E] or [B, S, E] -> the same: in the ops, if given the parts they serve, or through the modules.
+
+        The modules append the attention weights [B, H, S, S] to `attentions`, if given. With a mask as transformers'
+        layers take it, or None, everything is transformers'.
+        """
+        if fused is not None:
+            layout = attention_mask.to(hidden_states.device)
+            if layout.backend == ops.current_backend():
+                return self._forward_fused(hidden_states, layout, fused)
+            # Gradient checkpointing computes the layer again where the forward's choice ended, or on another thread.
+            with ops.backend(layout.backend):
+                return self._forward_fused(hidden_states, layout, fused)
+        packed = isinstance(attention_mask, TokenLayout)
+        if not packed and attentions is None:
+            given = (encoder_hidden_states, encoder_attention_mask, past_key_values)
+            refuse_decoder_arguments(*given, use_cache=None)
+            return super().forward(hidden_states, attention_mask, *given, **kwargs)
+        asked = {} if attentions is None else {"output_attentions": True}
+        hidden_states, weights = self.attention(hidden_states, attention_mask, **asked)
+        if attentions is not None:
+            attentions.append(weights)
+        return self.feed_forward_chunk(hidden_states)
+
+    def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
+        count, bounds = layout.num_tokens, (layout.cu_seqlens, layout.max_seqlen)
+        num_heads = p.query._parameters["weight"].shape[0] // p.self_attention.attention_head_size
+        activation = fused_activation(p.intermediate_activation)
+
+        def compute(x, mask, *weights):
+            qkv, (attended, norm1, up, down, norm2) = weights[:6], zip(weights[6::2], weights[7::2], strict=True)
+            # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
+            x = ops.linear_residual_layer_norm(
+                ops.attention(
+                    ops.qkv_projection(x, *qkv, num_heads, count),
+                    *bounds, float(p.self_attention.scaling), mask, layout.implementation, count,
+                ),
+                *attended, x, *norm1, p.self_output_norm.eps, count,
+            )  # fmt: skip
+            y = ops.linear_activation(x, *up, activation, count)  # [T, F]
+            return ops.linear_residual_layer_norm(y, *down, x, *norm2, p.output_norm.eps, count)
+
+        x = ops.in_one_node(
+            compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask,
+            *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
+            *parameters_of(p.self_output_dense), *parameters_of(p.self_output_norm),
+            *parameters_of(p.intermediate_dense), *parameters_of(p.output_dense), *parameters_of(p.output_norm),
+        )  # fmt: skip
+        return x.view(hidden_states.shape) if layout.padded else x
+
+
+class BertEncoder(hf.BertEncoder):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: TokenLayout | Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        past_key_values: None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | int | Collection[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """The layers, one after another; unpacks the last hidden state and those that are asked for to [B, S, E]."""
+        refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
+        layout = as_layout(attention_mask, hidden_states, head_counts(self))
+        selection = selected_hidden_states(output_hidden_states, len(self.layer) + 1)
+        states: list[Tensor | None] = []
+        attentions: list[Tensor] | None = [] if output_attentions else None
+        refused = "attention weights are asked for" if output_attentions else why_no_block()
+        for index, layer in enumerate(self.layer):
+            if index in selection:
+                states.append(layout.unpack(hidden_states))
+                # The model goes on from the state it returns, so that gradients can be read there; in a traced graph,
+                # one node, no output has a gradient in another.
+                if torch.is_grad_enabled() and not is_tracing():
+                    hidden_states = layout.pack(states[-1])
+            else:
+                states.append(None)
+            hidden_states = self._run(layer, hidden_states, layout, attentions, refused)
+        last_hidden_state = layout.unpack(hidden_states)
+        states.append(last_hidden_state if len(self.layer) in selection else None)
+        if attentions and layout.keep is not None:
+            attentions = [weights * layout.keep.to(weights.device)[:, None, :, None] for weights in attentions]
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=last_hidden_state,
+            hidden_states=tuple(states) if selection else None,
+            attentions=None if attentions is None else tuple(attentions),
+        )
+
+    def _run(
+        self, layer: nn.Module, hidden_states: Tensor, layout: TokenLayout, attentions: list | None, refused: str | None
+    ) -> Tensor:
+        """One layer: in the ops, through its modules, or through them in the shapes of transformers."""
+        parts, refused = (None, refused) if refused else fused_parts(layer, asked=True)
+        if parts is not None:
+            return layer(hidden_states, layout, fused=parts)
+        ops.fall_back("an encoder layer", refused, hidden_states.device)
+        if not layout.padded and not must_see_padding(layer):
+            return layer(layout.clear_past_tokens(hidden_states), layout)
+        padded = layout.as_padded()
+        mask = padded.attention_mask(hidden_states)
+        if refused is CAUSAL and padded.keep is not None and padded.keep.all():
+            mask = None  # as transformers leaves it out, and then goes by the module
+        returns_weights = attentions is not None and isinstance(layer, BertLayer) and not has_patched_forward(layer)
+        asked = {"attentions": attentions} if returns_weights else {}
+        hidden_states = hidden_states if layout.padded else layout.unpack(hidden_states)
+        return layout.pack(layer(hidden_states, mask, **asked))

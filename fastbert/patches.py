@@ -1,0 +1,98 @@
+"""Code of torch and transformers that the fused ops stand for, and whether somebody replaced it for every model.
+
+A method patched on a class, a class replaced in its module and an attention function registered anew change every model
+of the process. No module shows it, and the ops would go on computing what the code did before.
+"""
+
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+from transformers import activations
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert as hf
+
+BERT_CLASSES = (
+    "BertEmbeddings", "BertLayer", "BertAttention", "BertSelfAttention", "BertSelfOutput", "BertIntermediate",
+    "BertOutput", "BertPooler",
+)  # fmt: skip
+_ACTIVATIONS = ("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "LinearActivation")
+# Class, method, and the name that the class has where nobody replaced it.
+_METHODS = (
+    *(
+        (kind, "forward", kind.__name__)
+        for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ReLU, nn.Tanh)
+    ),
+    *((getattr(activations, name), "forward", name) for name in _ACTIVATIONS),
+    *((getattr(hf, name), "forward", name) for name in BERT_CLASSES),
+    (hf.BertLayer, "feed_forward_chunk", "BertLayer"),
+)
+# What no block stands for, but the model and its encoder.
+_MODEL_METHODS = (hf.BertModel, "forward", "BertModel"), (hf.BertEncoder, "forward", "BertEncoder")
+_MAKES_MASKS = hf.BertModel, "_create_attention_masks", "BertModel"
+
+
+def _is_original(kind: type, method: str, name: str) -> bool:
+    """Whether a class has its own name, and whether its method and the wrappers around it are its library's."""
+    function = getattr(kind, method)
+    plain = inspect.unwrap(function)
+    homes = [getattr(x, "__globals__", {}).get("__name__", "") for x in (plain, function)]
+    library = kind.__module__.partition(".")[0]
+    return (
+        kind.__qualname__ == name
+        and library in ("torch", "transformers")
+        and homes[0] == kind.__module__
+        and homes[1].partition(".")[0] == library
+        and plain.__qualname__ == f"{name}.{method}"
+    )
+
+
+def _seen(kind: type, method: str, name: str) -> Callable | None:
+    """A method as it is when this module is imported, None where it is no longer original."""
+    return getattr(kind, method) if _is_original(kind, method, name) else None
+
+
+_SEEN, _SEEN_MODEL = ([_seen(*method) for method in methods] for methods in (_METHODS, _MODEL_METHODS))
+_SEEN_MAKES_MASKS = _seen(*_MAKES_MASKS)
+_EAGER = hf.eager_attention_forward if hf.eager_attention_forward.__module__ == hf.__name__ else None
+
+
+def _replaced(methods: tuple, seen: list) -> str | None:
+    # Every call asks: two lists are compared by identities first.
+    if [kind.__dict__.get(method) for kind, method, _ in methods] != seen:
+        for (kind, method, name), before in zip(methods, seen, strict=True):
+            if kind.__dict__.get(method) is not before and not _is_original(kind, method, name):
+                return f"{name}.{method} is patched or replaced for every model"
+    return None
+
+
+def found() -> str | None:
+    """What was replaced of the code that the ops stand for; None if nothing was."""
+    if reason := _replaced(_METHODS, _SEEN):
+        return reason
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward or hf.eager_attention_forward is not _EAGER:
+        return "another function is registered for attention"
+    return None
+
+
+def found_in_models() -> str | None:
+    """What was replaced of the code that our model and encoder stand for; None if nothing was."""
+    return _replaced(_MODEL_METHODS, _SEEN_MODEL)
+
+
+def found_for_masks(model: hf.BertModel) -> str | None:
+    """What was replaced of the code by which transformers makes a model's masks; None if nothing was."""
+    if getattr(model._create_attention_masks, "__func__", None) is not _SEEN_MAKES_MASKS:
+        return "its _create_attention_masks is patched"
+    functions = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    if functions != (sdpa_mask, eager_mask) or hf.create_bidirectional_mask is not create_bidirectional_mask:
+        return "another function is registered for masks"
+    return None
+
+
+# A traced graph takes the answers as constants: what torch.compiler.assume_constant_result sets, without its import of
+# the whole of torch._dynamo.
+for _function in (found, found_in_models, found_for_masks):
+    _function._dynamo_marked_constant = True
