@@ -50,6 +50,15 @@ def clear_past(hidden, num_tokens):
     return hidden.masked_fill(past.view(-1, *[1] * (hidden.ndim - 1)), 0)
 
 
+def sequence_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """int64 [T]: the sequence that each token belongs to, N past the last one's end; cu_seqlens [N + 1].
+
+    All bounds are searched, not those from the second on: inductor of torch 2.11 ignores where a slice begins.
+    """
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+
+
 def packing_plan(mask):
     keep = (mask != 0).flatten()
     cu_seqlens = F.pad((mask != 0).sum(1).cumsum(0), (1, 0)).int()
@@ -140,8 +149,7 @@ def pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
     if mode == "first":
         pooled = hidden[starts.clamp(max=hidden.shape[0] - 1)].masked_fill(lengths == 0, 0)
     else:
-        tokens = torch.arange(hidden.shape[0], device=hidden.device)
-        sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+        sequence = sequence_of(cu_seqlens, hidden.shape[0])
         # Rows past the last sequence are added to one more, which is dropped.
         pooled = torch.zeros(len(starts) + 1, hidden.shape[1], dtype=wide, device=hidden.device)
         pooled = pooled.index_add_(0, sequence, hidden.to(wide))[:-1] / lengths.clamp(min=1)
@@ -184,9 +192,8 @@ def varlen_attention(
                 if length
             ]
             return torch.cat(context, 1)[0]
-        token = torch.arange(size, device=q.device)
-        sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
-        place = sequence * max_seqlen + token - cu_seqlens[sequence]
+        sequence = sequence_of(cu_seqlens, size)
+        place = sequence * max_seqlen + torch.arange(size, device=q.device) - cu_seqlens[sequence]
         lengths = cu_seqlens.diff()
         if num_tokens is not None:
             # Rows past the count share the first place of a sequence of their own.

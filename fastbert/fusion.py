@@ -198,6 +198,12 @@ def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
     return ops.why_eager(op, weight.device, weight.dtype, head_size)
 
 
+def runs_in_kernels(block: nn.Module) -> bool:
+    """Whether a block runs in the ops, and each of them in its kernel."""
+    parts, _ = fused_parts(block)
+    return parts is not None and not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook of this very module would fire."""
     return bool(

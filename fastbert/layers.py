@@ -206,8 +206,10 @@ class BertEncoder(hf.BertEncoder):
         for index, layer in enumerate(self.layer):
             if index in selection:
                 states.append(layout.unpack(hidden_states))
-                # The model goes on from the state it returns, so that gradients can be read there.
-                hidden_states = layout.pack(states[-1]) if torch.is_grad_enabled() else hidden_states
+                # The model goes on from the state it returns, so that gradients can be read there; in a traced graph,
+                # one node, no output has a gradient in another.
+                if torch.is_grad_enabled() and not is_tracing():
+                    hidden_states = layout.pack(states[-1])
             else:
                 states.append(None)
             hidden_states = self._run(layer, hidden_states, layout, attentions, refused)

@@ -1,8 +1,9 @@
 """The kernels as `torch.library` ops, "fastbert::<op>": what a traced graph holds, and autograd of a single op.
 
-A graph sees one opaque node an op, with its output's shape (the fake) and a backward that computes the op again by its
-eager twin. Where nothing traces and no gradient is asked for, `fastbert.ops` calls the kernels' launchers themselves:
-a custom op costs 7 to 14 microseconds a call. Letters as in `fastbert.tokens`.
+A graph sees one opaque node an op, with its output's shape (the fake), and one in the backward, which computes the op
+again by its eager twin: no compiler looks into the twin. Where nothing traces and no gradient is asked for,
+`fastbert.ops` calls the kernels' launchers themselves: a custom op costs 7 to 14 microseconds a call. Letters as in
+`fastbert.tokens`.
 """
 
 import functools
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert import eager
+
+_LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 
 SCHEMAS = {
     "packing_plan": "(Tensor mask) -> (Tensor, Tensor)",
@@ -100,6 +103,40 @@ def _twin(name: str) -> Callable[..., Tensor]:
     return _embed_within_bounds if name == "embed_layer_norm" else getattr(eager, name)
 
 
+def _define_backward(name: str, compute: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """The op of the gradients of `compute` for the inputs that are wanted: of the output's gradient, the inputs of the
+    op `name` and, for each of these, whether it is wanted."""
+    inputs, _ = SCHEMAS[name].removeprefix("(").split(") -> ")
+    _LIBRARY.define(f"{name}_backward(Tensor grad, {inputs}, bool[] wanted) -> Tensor[]")
+
+    def backward(grad, *arguments):
+        *inputs, wanted = arguments
+        # Autocast has had its part before the op, and below a mode that sees every op (it counts them, say) torch
+        # leaves autograd out.
+        keys = torch._C.DispatchKey
+        with (
+            torch.autocast(grad.device.type, enabled=False),
+            torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+            torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        ):
+            found = gradients(compute, inputs, wanted, grad)
+        # As the fake says: all of them, one after another in memory.
+        return [
+            x.new_zeros(x.shape) if gradient is None else gradient.contiguous()
+            for x, gradient, want in zip(inputs, found, wanted, strict=True)
+            if want
+        ]
+
+    def fake(grad, *arguments):
+        *inputs, wanted = arguments
+        return [x.new_empty(x.shape) for x, want in zip(inputs, wanted, strict=True) if want]
+
+    # Composite: it runs autograd itself, which the body of a `custom_op` cannot.
+    _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastbert::{name}_backward", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastbert, f"{name}_backward")
+
+
 def _define(name: str) -> None:
     def launch(*arguments):
         return getattr(import_module("fastbert_kernels"), name)(*arguments)
@@ -108,7 +145,7 @@ def _define(name: str) -> None:
     op.register_fake(FAKES[name])
     if name == "packing_plan":
         return
-    twin = _twin(name)
+    compute_gradients = _define_backward(name, _twin(name))
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
@@ -117,8 +154,10 @@ def _define(name: str) -> None:
     @once_differentiable
     def backward(ctx, grad):
         saved = iter(ctx.saved_tensors)
-        inputs = tuple(next(saved) if other is None else other[0] for other in ctx.others)
-        return tuple(gradients(twin, inputs, ctx.needs_input_grad, grad))
+        inputs = [next(saved) if other is None else other[0] for other in ctx.others]
+        wanted = ctx.needs_input_grad
+        found = iter(compute_gradients(grad, *inputs, wanted))
+        return tuple(next(found) if want else None for want in wanted)
 
     op.register_autograd(backward, setup_context=setup_context)
 

@@ -16,7 +16,7 @@ from transformers.processing_utils import Unpack
 from fastbert import ops, patches
 from fastbert.configuration import attention_implementation
 from fastbert.eager import is_tracing
-from fastbert.fusion import FusableBlock, fused_parts, has_hooks, must_see_padding, parameters_of
+from fastbert.fusion import FusableBlock, fused_parts, has_hooks, must_see_padding, parameters_of, runs_in_kernels
 from fastbert.inputs import (
     Batch,
     BertForwardKwargs,
@@ -114,7 +114,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         output_attentions = option("output_attentions", kwargs, self.config, False)
         layout = replace(batch.layout, implementation=attention_implementation(self.config))
         # What hooks the encoder, or wants attention weights, sees nothing dropped.
-        encoder_layout = layout.as_padded() if output_attentions or has_hooks(self.encoder) else layout
+        sees_padding = output_attentions or has_hooks(self.encoder) or self._packs_in_pytorch(layout)
+        encoder_layout = layout.as_padded() if sees_padding else layout
         if output_attentions:
             encoder_layout = replace(encoder_layout, implementation="eager")
         masks_of_its_own = self.config.is_decoder or patches.found_for_masks(self)
@@ -156,6 +157,13 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         others = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
         mask, _ = self._create_attention_masks(attention_mask=given, embedding_output=hidden_states, **others)
         return replace(layout, mask=mask)
+
+    def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
+        """Whether a traced graph would hold packing in plain PyTorch, beside a block that no kernels serve: its gathers
+        and scatters have gradients that are better not left to a compiler."""
+        if not is_tracing() or layout.indices is None or ops.current_backend() == "triton":
+            return False
+        return not all(map(runs_in_kernels, (self.embeddings, *self.encoder.layer)))
 
     def _embed(self, layout: TokenLayout, batch: Batch) -> Tensor:
         """The embeddings of the kept tokens, in the encoder's layout."""

@@ -231,9 +231,11 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     The outputs of such a text are NaN. Without `wait` kernels that still run are not waited for, so that the error
     comes with a later call. A traced graph has no place for it: there the next call that is not traced raises.
     """
+    if eager.is_tracing() or eager.is_transforming():
+        return
     # Not there before the first kernel, nor while another thread still imports it.
     take_bad_ids = getattr(sys.modules.get("fastbert_kernels"), "take_bad_ids", None)
-    if take_bad_ids is None or eager.is_tracing() or eager.is_transforming():
+    if take_bad_ids is None:
         return
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -272,6 +274,8 @@ def embed_layer_norm(
     gradient. An index out of range raises IndexError in eager on the CPU; in a kernel see `raise_bad_ids`.
     Devlin et al. 2019, section 3; LayerNorm: Ba et al. 2016.
     """
+    if input_ids is None:
+        word_table = word_table.detach()  # nothing is looked up in it: no gradient, rather than zeros
     inputs = input_ids, token_type_ids, position_ids, inputs_embeds, indices
     tables = word_table, position_table, token_type_table, weight, bias, eps
     kernel = _kernel("embed_layer_norm", word_table)

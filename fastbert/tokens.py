@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.eager import clear_past, finite, is_tracing
+from fastbert.eager import clear_past, finite, is_tracing, sequence_of
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
@@ -120,9 +120,8 @@ class TokenLayout:
 
     def restarting_positions(self) -> Tensor:
         """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""
-        tokens = torch.arange(self.seq_len, device=self.cu_seqlens.device)
-        sequence = torch.searchsorted(self.cu_seqlens[1:], tokens, right=True)
-        return (tokens - self.cu_seqlens[sequence])[None]
+        starts = self.cu_seqlens[sequence_of(self.cu_seqlens, self.seq_len)]
+        return (torch.arange(self.seq_len, device=starts.device) - starts)[None]
 
     def as_padded(self) -> "TokenLayout":
         """The same batch with nothing dropped, for modules that must see Hugging Face's [B, S, E]."""
@@ -130,9 +129,8 @@ class TokenLayout:
             return self
         keep, mask = None, None
         if self.indices is not None:
-            tokens = clear_past(torch.ones_like(self.indices, dtype=torch.bool), self.num_tokens)
-            keep = tokens.new_zeros(self.batch_size * self.seq_len).index_copy_(0, self.indices, tokens)
-            keep = keep.view(self.batch_size, self.seq_len)
+            tokens = torch.ones_like(self.indices, dtype=torch.float32)
+            keep = ops.unpack(tokens, self.indices, self.batch_size, self.seq_len, self.num_tokens) != 0
             mask = _key_mask(keep)
         elif self.cu_seqlens.numel() - 1 != self.batch_size:
             mask = _block_diagonal_mask(self.cu_seqlens, self.seq_len)
@@ -276,5 +274,5 @@ def _score_mask(mask: Tensor) -> Tensor:
 
 def _block_diagonal_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[N + 1] -> [1, 1, T, T]: tokens attend within their own sequence."""
-    sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(num_tokens, device=cu_seqlens.device), right=True)
+    sequence = sequence_of(cu_seqlens, num_tokens)
     return (sequence[:, None] == sequence)[None, None]

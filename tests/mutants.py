@@ -541,6 +541,13 @@ MUTANTS = [
         "test_layout.py::test_left_padding_pools_the_first_kept_token",
     ),
     Mutant(
+        "eager-bounds-searched-in-a-slice",
+        "fastbert/eager.py",
+        "torch.searchsorted(cu_seqlens, tokens, right=True) - 1",
+        "torch.searchsorted(cu_seqlens[1:], tokens, right=True)",
+        "test_library.py::test_bounds_are_searched_from_where_their_storage_begins",
+    ),
+    Mutant(
         "eager-bias-of-the-keys-for-the-values",
         "fastbert/eager.py",
         "F.linear(x, v_weight, v_bias, out=v)",
@@ -660,6 +667,13 @@ MUTANTS = [
         "test_library.py::test_gradients_of_an_op_are_its_twins",
     ),
     Mutant(
+        "library-gradients-in-the-dtype-of-autocast",
+        "fastbert/library.py",
+        "torch.autocast(grad.device.type, enabled=False)",
+        "torch.autocast(grad.device.type, enabled=torch.is_autocast_enabled(grad.device.type))",
+        "test_library.py::test_a_backward_has_no_autocast_of_its_own",
+    ),
+    Mutant(
         "model-embedding-norm-swapped",
         "fastbert/model.py",
         "weight=norm.weight, bias=norm.bias",
@@ -697,8 +711,8 @@ MUTANTS = [
     Mutant(
         "layers-goes-on-from-another-state",
         "fastbert/layers.py",
-        "hidden_states = layout.pack(states[-1]) if torch.is_grad_enabled() else hidden_states",
-        "pass",
+        "hidden_states = layout.pack(states[-1])\n",
+        "pass\n",
         "test_equality.py::test_last_hidden_state_is_the_last_state_and_its_gradient_can_be_retained",
     ),
     Mutant(
@@ -714,6 +728,27 @@ MUTANTS = [
         "mask, layout.implementation, count,",
         "None, layout.implementation, count,",
         "test_layout.py::test_score_masks",
+    ),
+    Mutant(
+        "layers-score-mask-does-not-learn",
+        "fastbert/layers.py",
+        "compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask,",
+        "compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask.detach(),",
+        "test_triton.py::test_a_mask_learns[heads-]",
+    ),
+    Mutant(
+        "layers-computed-again-by-another-choice",
+        "fastbert/layers.py",
+        "with ops.backend(layout.backend):",
+        "with ops.backend(ops.current_backend()):",
+        "test_triton.py::test_gradient_checkpointing_computes_a_layer_again_as_before[triton-eager-False]",
+    ),
+    Mutant(
+        "model-graphs-pack-in-pytorch",
+        "fastbert/model.py",
+        "has_hooks(self.encoder) or self._packs_in_pytorch(layout)",
+        "has_hooks(self.encoder)",
+        "test_library.py::test_a_compiler_sees_nothing_of_packing[dropout]",
     ),
     Mutant(
         "ops-the-last-gradient-is-lost",

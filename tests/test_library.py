@@ -1,8 +1,13 @@
 """The kernels as `torch.library` ops: their contracts, and the model in traced graphs, in the kernels."""
 
+from collections import Counter
+
 import pytest
 import torch
 from cases import MASKS, batch, inputs_for, pair
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.library import opcheck
 
 import fastbert
@@ -55,6 +60,26 @@ def examples():
 def test_opcheck(op):
     for arguments in examples()[op]:
         opcheck(getattr(torch.ops.fastbert, op).default, arguments)
+
+
+@pytest.mark.parametrize("op", [op for op in library.SCHEMAS if op != "packing_plan"])
+def test_opcheck_of_the_backward(op):
+    for arguments in examples()[op]:
+        grad = torch.randn_like(getattr(torch.ops.fastbert, op)(*arguments)).detach()
+        learning = [isinstance(x, torch.Tensor) and x.requires_grad for x in arguments]
+        arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        for wanted in (learning, [want and not any(learning[:i]) for i, want in enumerate(learning)]):
+            opcheck(getattr(torch.ops.fastbert, f"{op}_backward").default, (grad, *arguments, wanted))
+
+
+def test_a_backward_has_no_autocast_of_its_own():
+    inputs = parameter(9, E), parameter(F, E), parameter(F)
+    found = []
+    for enabled in (False, True):
+        output = torch.ops.fastbert.linear_activation(*inputs, "gelu", None)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled):
+            found.append(torch.autograd.grad(output.sum(), inputs))
+    assert all(torch.equal(*gradients) for gradients in zip(*found, strict=True))
 
 
 def test_every_op_of_the_seam_has_one():
@@ -120,6 +145,103 @@ def test_compiled_training():
             found.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs, forward and backward, that inductor would get; masks are packed on the device."""
+    monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
+    torch._dynamo.reset()
+    found = {"forward": [], "backward": []}
+
+    def keep(direction):
+        return lambda graph, _: found[direction].append(graph.graph) or make_boxed_func(graph.forward)
+
+    found["backend"] = aot_autograd(
+        fw_compiler=keep("forward"), bw_compiler=keep("backward"), decompositions=select_decomp_table()
+    )
+    return found
+
+
+def names(graph, namespace):
+    """Of the ops of a namespace that a graph calls, once a call."""
+    targets = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return [target._schema.name.removeprefix(f"{namespace}::") for target in targets if target.namespace == namespace]
+
+
+PACKING = {"index", "index_put", "index_copy", "index_select", "gather", "scatter", "scatter_add", "searchsorted"}
+
+
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}], ids=["", "states"])
+@pytest.mark.parametrize("mask", [None, "holes"])
+def test_a_compiler_sees_nothing_of_a_backward(mask, asked, graphs):
+    ours = pair()[0].to(DEVICE)
+    inputs = {name: x.to(DEVICE) for name, x in batch(mask).items()}
+    with fastbert.backend("triton"):
+        outputs = torch.compile(ours, fullgraph=True, backend=graphs["backend"])(**inputs, **asked)
+        sum(x.sin().sum() for x in (outputs.pooler_output, *(outputs.hidden_states or outputs[:1]))).backward()
+    (backward,) = graphs["backward"]
+    expected = Counter(
+        qkv_projection_backward=3, attention_backward=3, linear_activation_backward=4,
+        linear_residual_layer_norm_backward=6, embed_layer_norm_backward=1,
+    )  # fmt: skip
+    if mask is not None:
+        expected.update(unpack_backward=4 if asked else 1, pool_backward=1)
+    assert Counter(names(backward, "fastbert")) == expected
+    for graph in (*graphs["forward"], backward):
+        found = {*names(graph, "aten")}
+        assert not found & {*PACKING, "bmm", "_softmax", "_safe_softmax"}
+        assert not [name for name in found if "scaled_dot_product" in name]
+
+
+def dropout(model):
+    model.train()
+
+
+def hook(model):
+    model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+
+
+def hook_of_the_embeddings(model):
+    model.embeddings.register_forward_hook(lambda *_: None)
+
+
+LARGE_HEADS = {"hidden_size": 272, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("change", [dropout, hook, hook_of_the_embeddings, LARGE_HEADS])
+def test_a_compiler_sees_nothing_of_packing(change, graphs, monkeypatch):
+    """Where kernels do not serve all of a traced graph, nothing is dropped."""
+    monkeypatch.setattr(ops, "_wants_kernels", lambda device: True)
+    settings = change if change is LARGE_HEADS else {}
+    ours = pair(hidden_dropout_prob=1e-9, num_hidden_layers=2, **settings)[0].to(DEVICE)
+    if callable(change):
+        change(ours)
+    inputs, found = {name: x.to(DEVICE) for name, x in batch("holes").items()}, []
+    for model in (ours, torch.compile(ours, fullgraph=True, backend=graphs["backend"])):
+        outputs = model(**inputs).to_tuple()
+        gradients = torch.autograd.grad(sum(x.sin().sum() for x in outputs), [*ours.parameters()])
+        found.append((*outputs, *gradients))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+    for graph in (*graphs["forward"], *graphs["backward"]):
+        assert not {*names(graph, "aten")} & PACKING
+
+
+def test_bounds_are_searched_from_where_their_storage_begins(graphs):
+    """Inductor of torch 2.11 searches a slice, on a GPU, as if it began there."""
+    bounds, hidden = integers([0, 5, 8, 9, 12]).int(), torch.randn(12, E, device=DEVICE)
+    ours = pair(num_hidden_layers=1)[0].to(DEVICE)
+    packed = {"input_ids": batch()["input_ids"][:1].to(DEVICE), "cu_seq_lens_q": bounds, "max_length_q": 5}
+    compiled, pool = (torch.compile(x, fullgraph=True, backend=graphs["backend"]) for x in (ours, ops.pool))
+    with torch.no_grad(), fastbert.backend("eager"):
+        compiled(**packed)
+        compiled(**packed, output_attentions=True)
+        pool(hidden, bounds, "mean")
+    nodes = [node for graph in graphs["forward"] for node in graph.nodes]
+    searched = [node.args[0].meta["val"] for node in nodes if node.target is torch.ops.aten.searchsorted.Tensor]
+    # Of each packed batch the positions and where attention reaches, and what is pooled together.
+    assert [bounds.storage_offset() for bounds in searched] == [0] * 5
 
 
 def test_exported(monkeypatch):

@@ -1,5 +1,10 @@
 """torch.compile, torch.export and torch.jit.trace: one graph for every mask, equal to the untraced model."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import HEADS, MASKS, SEQ_LEN, VOCAB, batch, inputs_for, pair
@@ -94,6 +99,30 @@ def test_compile_ignores_what_stands_at_padding():
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     assert torch.equal(compiled(**inputs).last_hidden_state, expected)
     assert not expected[MASKS["left"] == 0].any()
+
+
+FIRST_THING = """
+import torch
+from cases import batch, pair
+from fastbert import model, tokens
+
+tokens.shapes_may_depend_on_data = lambda tensor: False  # as for a mask on a GPU
+ours, _ = pair(num_hidden_layers=1)
+compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+for mask in (None, "right"):
+    compiled(**batch(mask))
+for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(model.BertModel.forward):
+    print(entry.guard_manager)
+"""
+
+
+def test_compile_is_the_first_thing_a_process_does():
+    """Tracing imports the kernels: a graph that holds while they are not imported does not hold when it is there."""
+    environment = os.environ | {"FASTBERT_BACKEND": "triton", "TRITON_INTERPRET": "1", "PYTHONPATH": "tests"}
+    run = subprocess.run([sys.executable, "-c", FIRST_THING], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("RootGuardManager") == 2
+    assert not re.findall(r".*\b(?:sys|environ|fastbert_kernels)\b.*", run.stdout)
 
 
 def test_compile_honours_the_back_end(no_interpreter):
