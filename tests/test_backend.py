@@ -220,10 +220,9 @@ def test_explain_refuses_a_model_that_is_not_ours():
 
 def test_an_activation_the_ops_do_not_know_is_explained():
     ours, _ = pair(hidden_act="silu")
-    reasons = {row.reason for row in fastbert.explain(ours) if "layer" in row.block}
-    assert reasons == {
-        "intermediate_act_fn, a transformers.activations.SiLUActivation, computes none of gelu, gelu_tanh, relu, tanh, none"
-    }
+    (reason,) = {row.reason for row in fastbert.explain(ours) if "layer" in row.block}
+    name = "transformers.activations.SiLUActivation"
+    assert reason == f"intermediate_act_fn, a {name}, computes none of gelu, gelu_tanh, relu, tanh, none"
 
 
 def test_plain_layers_never_call_their_modules(monkeypatch):
