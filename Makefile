@@ -5,9 +5,11 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 # The oldest Triton that serves, and the newest; constraints.txt has the one between.
 TRITONS ?= 3.6.0 3.9.0
+# How long `make fuzz` goes on.
+SECONDS ?= 60
 KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py sanitizer.py compilation.py report.py)
 
-.PHONY: demo test test-all test-tritons mutants bench bench-gpu report lint format
+.PHONY: demo test test-all test-tritons fuzz mutants bench bench-gpu report lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +38,10 @@ test-tritons: $(TRITONS:%=.venv/triton-%/installed)
 	    $(BIN)/python -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$$version'"; \
 	    $(PYTEST) $(KERNEL_TESTS); \
 	done
+
+# Random models, what people do to them and random batches beside transformers, by seeds that nobody has run before.
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 # Planted bugs, each of which a test must fail for.
 mutants: .venv/installed
