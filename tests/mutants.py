@@ -1048,6 +1048,20 @@ MUTANTS = [
         "test_sentence_transformers.py::test_a_module_that_weighs_tokens_by_the_mask_keeps_the_pooling_after_it",
     ),
     Mutant(
+        "rule-three-tf32-products-are-exact",
+        "fastbert/commands/closeness.py",
+        "torch.finfo(dtype).eps + FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps",
+        "torch.finfo(dtype).eps",
+        "test_numerics.py::test_a_product_of_three_is_off_by_the_roundings_that_the_rule_allows",
+    ),
+    Mutant(
+        "rule-roundings-that-nothing-takes",
+        "fastbert/commands/closeness.py",
+        "FLOAT32_ROUNDINGS = 4",
+        "FLOAT32_ROUNDINGS = 5",
+        "test_numerics.py::test_a_product_of_three_is_off_by_the_roundings_that_the_rule_allows",
+    ),
+    Mutant(
         "encode-rows-in-the-order-of-their-lengths",
         "fastbert/commands/encode.py",
         "result[np.concatenate(order)] = sorted_vectors",
