@@ -155,7 +155,7 @@ def _memory_is_given_back():
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.no_grad()
 def test_attention(request, case, name):
-    """A provider is at most twice as wrong as sdpa, but for one rounding of the largest value, and is then timed."""
+    """A provider is at most twice as wrong as sdpa, but for a few roundings of the largest value; then it is timed."""
     if name == OURS and DEVICE.type == "cpu" and not fastbert_kernels.INTERPRETED:
         pytest.skip("kernels are timed on a GPU; without one, TRITON_INTERPRET=1 checks them at toy sizes")
     run(request, comparison, case, name)

@@ -102,8 +102,8 @@ def _error(embeddings: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_encode(benchmark, case, provider):
-    """The embeddings are at most three times as wrong as sentence-transformers' own, but for one rounding, and are then
-    timed."""
+    """The embeddings are at most three times as wrong as sentence-transformers' own, but for a few roundings; then they
+    are timed."""
     benchmark.group = f"encode {case}"
     record = about("encode", "encode", case, provider, BASELINE)
     with or_absent(record, benchmark.enabled):

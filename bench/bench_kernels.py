@@ -169,7 +169,7 @@ def _memory_is_given_back():
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.no_grad()
 def test_kernel(request, case, provider):
-    """A provider is at most twice as wrong as the twin, but for one rounding of the largest value; then it is timed."""
+    """A provider is at most twice as wrong as the twin, but for a few roundings of the largest value, then timed."""
     if DEVICE.type == "cpu" and not fastbert_kernels.INTERPRETED:
         pytest.skip("kernels are timed on a GPU; without one, TRITON_INTERPRET=1 checks them at toy sizes")
     run(request, comparison, case, provider)

@@ -47,10 +47,10 @@ class Comparison:
     def record(self, provider: str, timer: Timer | None) -> tuple[dict, list[float]]:
         """What is known of a provider, and with a timer the seconds of its call, round by round.
 
-        The record has "wrong" and no times where the error is more than twice the baseline's plus one rounding of the
-        largest value, and "absent", the reason, where the provider cannot run the case. Raises what our own kernel or
-        the baseline raises: those have to run. With a timer, what ours raises is recorded, in the place of an earlier
-        run's times.
+        The record has "wrong" and no times where the error is more than twice the baseline's plus a few roundings of
+        the largest value, and "absent", the reason, where the provider cannot run the case. Raises what our own kernel
+        or the baseline raises: those have to run. With a timer, what ours raises is recorded, in the place of an
+        earlier run's times.
         """
         told = {"suite": self.suite, "kind": self.kind, "case": self.case}
         told |= {"provider": provider, "baseline": self.baseline}

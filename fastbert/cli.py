@@ -109,8 +109,8 @@ def verify(
     real texts from one token to as many as the model takes, with padding on
     the right, on the left, in between and without, in float32, float16 and
     bfloat16. An error, against float64, may be three times transformers' own
-    and one rounding. The exit status is 1 if one is larger, or no number. A
-    dtype in which transformers itself gives no numbers is named.
+    and a few roundings. The exit status is 1 if one is larger, or no number.
+    A dtype in which transformers itself gives no numbers is named.
     """
     from fastbert.commands import verify as verifying
 

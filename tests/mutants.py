@@ -268,9 +268,23 @@ MUTANTS = [
     Mutant(
         "layer-norm-mean-in-low-precision",
         "kernels/fastbert_kernels/layer_norm.py",
-        "mean = tl.sum(rows, axis=1) / width",
-        "mean = (tl.sum(rows, axis=1) / width).to(tl.float16).to(tl.float32)",
+        "mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), axis=1) / width",
+        "mean = mean.to(tl.float16).to(tl.float32)",
         "test_kernels.py::test_statistics_are_float32",
+    ),
+    Mutant(
+        "layer-norm-mean-of-equal-elements",
+        "kernels/fastbert_kernels/layer_norm.py",
+        "mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), axis=1) / width",
+        "mean += 0.0",
+        "test_kernels.py::test_rows_without_variance_become_the_bias",
+    ),
+    Mutant(
+        "layer-norm-rest-past-the-width",
+        "kernels/fastbert_kernels/layer_norm.py",
+        "mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), axis=1) / width",
+        "mean += tl.sum(rows - mean[:, None], axis=1) / width",
+        "test_kernels.py::test_rows_without_variance_become_the_bias",
     ),
     Mutant(
         "layer-norm-columns-past-the-width",
@@ -357,10 +371,17 @@ MUTANTS = [
         "test_kernels.py::test_linear_residual_layer_norm",
     ),
     Mutant(
+        "residual-norm-mean-of-equal-elements",
+        "kernels/fastbert_kernels/linear_residual_layer_norm.py",
+        "mean += rest / width",
+        "mean += 0.0",
+        "test_kernels.py::test_rows_without_variance_become_the_bias",
+    ),
+    Mutant(
         "residual-norm-mean-in-low-precision",
         "kernels/fastbert_kernels/linear_residual_layer_norm.py",
-        "mean = total / width",
-        "mean = (total / width).to(out_ptr.dtype.element_ty).to(tl.float32)",
+        "mean += rest / width",
+        "mean = mean.to(out_ptr.dtype.element_ty).to(tl.float32)",
         "test_kernels.py::test_statistics_are_float32",
     ),
     Mutant(
@@ -1022,6 +1043,20 @@ MUTANTS = [
         'if kind == "Pooling" and _kind(after.get(module)) != "Transformer":',
         "if False:",
         "test_sentence_transformers.py::test_a_module_that_weighs_tokens_by_the_mask_keeps_the_pooling_after_it",
+    ),
+    Mutant(
+        "rule-three-tf32-products-are-exact",
+        "fastbert/commands/closeness.py",
+        "torch.finfo(dtype).eps + FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps",
+        "torch.finfo(dtype).eps",
+        "test_numerics.py::test_a_product_of_three_is_off_by_the_roundings_that_the_rule_allows",
+    ),
+    Mutant(
+        "rule-roundings-that-nothing-takes",
+        "fastbert/commands/closeness.py",
+        "FLOAT32_ROUNDINGS = 4",
+        "FLOAT32_ROUNDINGS = 5",
+        "test_numerics.py::test_a_product_of_three_is_off_by_the_roundings_that_the_rule_allows",
     ),
     Mutant(
         "encode-rows-in-the-order-of-their-lengths",

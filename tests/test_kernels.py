@@ -38,6 +38,7 @@ pytestmark = MARKS
 TOKENS = (1, 2, 63, 64, 65, 127, 128, 129, 512)
 LENGTHS = ((1,), (0, 0), (5, 1, 9, 0, 3), (0, 0, 65, 129, 0), (64,), (128, 127, 2), (512, 513), (16, 16, 16))
 HALVES = (torch.float16, torch.bfloat16)
+GEMM_AND_RESIDUAL = (*((dtype, dtype) for dtype in DTYPES), *((half, torch.float32) for half in HALVES))
 MASK_VALUES = (
     ("bool", True), ("int64", 1), ("int32", -(2**31)), ("uint8", 200), ("float32", 0.25), ("float16", float("nan"))
 )  # fmt: skip
@@ -151,7 +152,7 @@ def test_qkv_projection(tokens, heads, dtype, layouts):
 
 @pairwise(
     width=(48, 128, 200, 312, 384, 400, 768, 1024),
-    dtypes=(*((dtype, dtype) for dtype in DTYPES), *((half, torch.float32) for half in HALVES)),
+    dtypes=GEMM_AND_RESIDUAL,
     tokens=(1, 64, 65),
     layout=LAYOUTS,
 )
@@ -168,14 +169,32 @@ def test_linear_residual_layer_norm(width, dtypes, tokens, layout, launches):
         assert launches == (["_linear_residual_layer_norm_kernel"] if one else two)
 
 
+# Of most widths no float32 sum is the multiple of 0.1 or 333.1; a GPU's quotient is rounded for 1, too.
+ELEMENTS = (1, 0.1, 333.1)
+
+
+@pytest.mark.parametrize("dtypes", GEMM_AND_RESIDUAL, ids=str)
+@pytest.mark.parametrize("width", [48, 300, 400])
+def test_rows_without_variance_become_the_bias(width, dtypes):
+    arguments = linear_residual_arguments(5, width, *dtypes)
+    for name in ("x", "bias"):
+        arguments[name].zero_()
+    for element in ELEMENTS:
+        arguments["residual"].fill_(element)
+        out = fastbert_kernels.linear_residual_layer_norm(**arguments)
+        assert torch.equal(out, arguments["norm_bias"].expand(5, width)), element
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [48, 300, 400])
-def test_rows_without_variance_become_the_bias(width, dtype):
-    arguments = linear_residual_arguments(5, width, dtype, dtype)
-    for name, value in (("x", 0), ("bias", 0), ("residual", 1)):
-        arguments[name].fill_(value)
-    out = fastbert_kernels.linear_residual_layer_norm(**arguments)
-    assert torch.equal(out, arguments["norm_bias"].expand(5, width))
+def test_embeddings_without_variance_become_the_bias(width, dtype):
+    arguments = embed_arguments("int64", None, None, "contiguous", width, dtype) | {"indices": None}
+    for name in ("position_table", "token_type_table"):
+        arguments[name].fill_(1e-3)
+    for element in ELEMENTS:
+        arguments["word_table"].fill_(element)
+        out = fastbert_kernels.embed_layer_norm(**arguments)
+        assert torch.equal(out, arguments["bias"].expand(27, width)), element
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -361,7 +361,7 @@ def table(found: Sequence[Verified]) -> Table:
 
 def remarks(found: Sequence[Verified]) -> Iterator[Text]:
     """What has to be known beside the table, the sum of it last."""
-    yield Text("limit: three times transformers' own error and one rounding, in the maximum and in the rms")
+    yield Text("limit: three times transformers' own error and a few roundings, in the maximum and in the rms")
     yield Text(f"left out, for fastbert differs there on purpose: {LEFT_OUT}")
     lacking = dict.fromkeys(each.model_class for each in found if each.lacking)
     if lacking:

@@ -1,7 +1,8 @@
 """LayerNorm of whole rows (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias.
 
-Statistics are float32, the variance biased and computed in a second pass over the row, which stays in registers. Limit:
-rows of at most 16384 elements.
+Statistics are float32, the variance biased; the row stays in registers while it is passed over again for each. To the
+mean the mean of what it leaves is added: rounded sums and quotients of equal elements may miss the element, this hits
+it, and a row without variance becomes the bias to the bit, as in PyTorch. Limit: rows of at most 16384 elements.
 """
 
 import triton
@@ -22,6 +23,7 @@ def row_blocks(width: int) -> dict:
 def normalize_rows(rows, mask, width, weight, bias, eps):
     """rows float32 [R, E], zeros outside the mask (broadcasting to [R, E]); weight and bias [1, E] -> [R, E]."""
     mean = tl.sum(rows, axis=1) / width
+    mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), axis=1) / width
     centered = tl.where(mask, rows - mean[:, None], 0.0)
     variance = tl.sum(centered * centered, axis=1) / width
     return centered * tl.rsqrt(variance + eps)[:, None] * weight + bias

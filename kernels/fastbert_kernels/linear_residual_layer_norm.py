@@ -124,6 +124,12 @@ def _linear_residual_layer_norm_kernel(
             )
             total += tl.sum(third, axis=1)
         mean = total / width
+        rest = tl.sum(_centered(first, 0, mean, width, BLOCK_N), axis=1)
+        if TILES > 1:
+            rest += tl.sum(_centered(second, BLOCK_N, mean, width, BLOCK_N), axis=1)
+        if TILES > 2:
+            rest += tl.sum(_centered(third, 2 * BLOCK_N, mean, width, BLOCK_N), axis=1)
+        mean += rest / width  # as in layer_norm
         first = _centered(first, 0, mean, width, BLOCK_N)
         squares = tl.sum(first * first, axis=1)
         if TILES > 1:
