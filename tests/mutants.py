@@ -1045,6 +1045,13 @@ MUTANTS = [
         "test_sentence_transformers.py::test_a_module_that_weighs_tokens_by_the_mask_keeps_the_pooling_after_it",
     ),
     Mutant(
+        "warmup-pooler-of-the-texts-alone",
+        "fastbert/compilation.py",
+        "new_zeros(batch_size * seq_len, 1,",
+        "new_zeros(batch_size, 1,",
+        "test_compilation.py::test_sizes_that_vary_compile_nothing_new_and_nothing_spills[float16]",
+    ),
+    Mutant(
         "rule-three-tf32-products-are-exact",
         "fastbert/commands/closeness.py",
         "torch.finfo(dtype).eps + FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps",

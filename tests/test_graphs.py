@@ -460,7 +460,7 @@ def test_classes_from_elsewhere_are_not_captured(what, captures, caplog):
         layer = model.encoder.layer[0]
         layer.__class__ = type("OtherLayer", (type(layer),), {})
     elif what == "head":
-        model.classifier = nn.Sequential(nn.Linear(48, 3), nn.Softmax(1))
+        model.classifier = nn.Sequential(nn.Linear(48, 3), nn.Softmax(1)).to(DEVICE)
     else:
         model = fastbert.graphed(Subclass(tiny_config(**LAYERS)).eval().to(DEVICE))
     with fastbert.backend("auto"):
