@@ -16,7 +16,7 @@ from transformers.models.bert import modeling_bert as hf
 from fastbert import heads, model, patches, sentences
 from fastbert.configuration import attention_implementation, check_config
 from fastbert.explanation import module_of
-from fastbert.fusion import class_name, is_own_forward
+from fastbert.fusion import ORIGINAL, class_name, is_own_forward
 from fastbert.graphs import GraphedForward
 
 # The modules of an encoder by the pattern of their names; the pooler may be anything.
@@ -49,8 +49,6 @@ PLANNED = {
 }
 # What transformers' modules call beside forward.
 METHODS = ("feed_forward_chunk", "_create_attention_masks")
-# The attribute of a module that remembers what it was before.
-ORIGINAL = "_fastbert_original"
 
 
 @dataclass
@@ -97,6 +95,9 @@ def optimize(obj, dtype: torch.dtype | None = None):
     for encoder in encoders:
         _check_encoder(encoder)
     for module in outer:
+        replaced = patches.replaced_in_head(type(module))
+        if replaced and HEADS[type(module)].forward is not type(module).forward:
+            raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
         _check_forward(module, HEADS[type(module)], class_name(module))
     _remove_capturing_hooks(root)
     if dtype is not None:
@@ -158,7 +159,7 @@ def _check_encoder(encoder: hf.BertModel) -> None:
         )
     check_config(encoder.config)
     attention_implementation(encoder.config)
-    replaced = patches.found() or patches.found_in_models() or patches.found_for_masks(encoder)
+    replaced = patches.replaced() or patches.replaced_in_models() or patches.replaced_for_masks(encoder)
     if replaced:
         raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
     for name, module in encoder.named_modules():

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
 from fastbert import ops, patches
+from fastbert.eager import is_tracing
 
 # The class of an activation -> the name `ops.linear_activation` has for the same function.
 FUSED_ACTIVATIONS = {
@@ -30,6 +31,8 @@ FUSED_ACTIVATIONS = {
 }
 # The classes of transformers' activations, each of which looks at every number by itself.
 ACTIVATIONS = {made[0] if isinstance(made, tuple) else made for made in activations.ACT2CLS.values()}
+# The attribute of a module that remembers what it was before `optimize`.
+ORIGINAL = "_fastbert_original"
 # How many parameters a module has by its class.
 PARAMETERS = {nn.Linear: 2, nn.LayerNorm: 2, nn.Embedding: 1}
 
@@ -39,7 +42,7 @@ class FusableBlock:
 
     `parts` lists every module that takes part in the block's forward, the block first; `made_of` has the class of each
     but the block, None for an activation. `refusal` is what else the ops do not know of the parts that they would
-    serve; `foreign` is what no code knows but transformers', which needs its shapes, [B, S, E].
+    serve, and whether only transformers' own code does, which needs its shapes, [B, S, E].
     """
 
     ops_used: tuple[str, ...] = ()
@@ -53,11 +56,8 @@ class FusableBlock:
     def parts(self) -> tuple[nn.Module, ...]:
         raise NotImplementedError
 
-    def refusal(self, parts: tuple[nn.Module, ...]) -> str | None:
-        return None
-
-    def foreign(self, parts: tuple[nn.Module, ...]) -> str | None:
-        return None
+    def refusal(self, parts: tuple[nn.Module, ...]) -> tuple[str | None, bool]:
+        return None, False
 
 
 # The modules of a `BertLayer`, flat.
@@ -88,22 +88,17 @@ def fused_activation(activation: nn.Module) -> str | None:
     return FUSED_ACTIVATIONS.get(type(activation)) if own else None
 
 
-def looks_along(activation: nn.Module) -> bool:
-    """Whether an activation may look at more than one number at a time."""
-    known = type(activation) in ACTIVATIONS and "act" not in activation.__dict__
-    return not known and fused_activation(activation) is None
-
-
 def is_number(value: object) -> bool:
     """Whether a number can be read without waiting for a device, and has no gradient."""
     if isinstance(value, Tensor):
-        return value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad and type(value) is Tensor
+        plain = type(value) is Tensor and value.device.type == "cpu" and not value.requires_grad
+        return plain and value.numel() == 1 and not is_tracing()
     return isinstance(value, int | float)
 
 
 def why_no_block() -> str | None:
     """Why no block of any model is fused; None if blocks may be."""
-    return "a global module hook is registered" if _has_any_global_hook() else patches.found()
+    return "a global module hook is registered" if _has_any_global_hook() else patches.replaced()
 
 
 def fused_parts(block: nn.Module, asked: bool = False) -> tuple[tuple[nn.Module, ...] | None, str | None]:
@@ -138,7 +133,7 @@ def fused_parts(block: nn.Module, asked: bool = False) -> tuple[tuple[nn.Module,
                 return None, f"{_name(block, base or module)} {reason}"
             if base is not None:
                 parts = getattr(type(parts), "_make", tuple)([*parts[:index], base, *parts[index + 1 :]])
-    reason = block.foreign(parts) or block.refusal(parts)
+    reason, _ = block.refusal(parts)
     return (None, reason) if reason else (parts, None)
 
 
@@ -172,13 +167,13 @@ def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int
     return None
 
 
-def must_see_padding(block: nn.Module) -> bool:
+def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
     """Whether a block that is not fused may hold code that expects transformers' shapes, [B, S, E].
 
     Hooks, patched forwards and modules of a foreign class may look along the sequence. The block's own modules do not,
-    nor do PEFT's adapters, which change a layer feature by feature.
+    nor do PEFT's adapters, which change a layer feature by feature. asked: as for `fused_parts`.
     """
-    if not isinstance(block, FusableBlock) or why_no_block():
+    if not isinstance(block, FusableBlock) or (not asked and why_no_block()):
         return True
     if any(has_hooks(module) or has_patched_forward(module) for module in block.modules()):
         return True
@@ -189,7 +184,8 @@ def must_see_padding(block: nn.Module) -> bool:
     for module, (expected, _) in zip(parts, block.expected, strict=True):
         if type(module) is not expected and expected is not None and not type(module).__module__.startswith("peft."):
             return True
-    return block.foreign(parts) is not None
+    _, by_transformers = block.refusal(parts)
+    return by_transformers
 
 
 def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
@@ -204,11 +200,14 @@ def runs_in_kernels(block: nn.Module) -> bool:
     return parts is not None and not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
 
 
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The hooks of this very module, by kind."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook of this very module would fire."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
 def has_patched_forward(module: nn.Module) -> bool:

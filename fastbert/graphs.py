@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from fastbert import ops, patches
 from fastbert.eager import is_tracing, is_transforming
-from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
+from fastbert.fusion import FusableBlock, fused_parts, has_hooks, hooks_of, why_eager
 from fastbert.inputs import KEYWORDS, changed_defaults, num_positions
 from fastbert.layers import BertEncoder, BertLayer
 from fastbert.model import BertEmbeddings, BertPooler
@@ -56,8 +56,8 @@ def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
     of more than max_graphs buckets the least recently used is dropped. Graphs share the memory of what they compute,
     each keeps that of its outputs. While one is captured no other thread may call `torch.cuda.synchronize`.
 
-    New weights, `.to()`, other modules, hooks, adapters and modes are noticed in the next call (numbers that a module
-    has beside parameters, such as a norm's eps, are not); until then the weights of the last capture stay in memory.
+    New weights, `.to()`, other modules, hooks, adapters, modes and numbers that layers have beside parameters are
+    noticed in the next call; until then the weights of the last capture stay in memory.
     What graphs do not serve runs as without them, and the logger "fastbert" says why, each reason once: gradients,
     training, hidden states, attention weights, labels and other inputs, autocast, masks of scores, a CPU, blocks that
     run through their modules, modules and models of classes from elsewhere, outputs above 256 MiB, a failed capture.
@@ -122,15 +122,13 @@ class State:
         self.refusal = _refusal(model, others)
         self.device, self._config, self._base = model.device, model.config, weakref.ref(model.base_model)
         self._embeddings = getattr(model.base_model, "embeddings", nn.Module())
-        self.num_positions = num_positions(model.config, self._embeddings, changed_defaults(self._embeddings))
+        self.num_positions = num_positions(model.config, self._embeddings, None)
         self._children = [module._modules for module in modules if module._modules]
         self._tensors = [own for x in modules for own in (x._parameters, x._buffers) if own]
         self._attributes = [x.__dict__ for x in others]
+        self._layers = [] if self.refusal else model.base_model.encoder.layer
         # The model's own hooks fire around its forward, as always.
-        self._hooks = [
-            hooks for x in others
-            for hooks in (x._forward_hooks, x._forward_pre_hooks, x._backward_hooks, x._backward_pre_hooks)
-        ]  # fmt: skip
+        self._hooks = [hooks for x in others for hooks in hooks_of(x)]
         self._kept = [x if x is None else x.detach() for own in self._tensors for x in own.values()]
         self._seen_children = list(chain.from_iterable(map(dict.values, self._children)))
         self._seen_tables, self._seen = self._tables(), self._look()
@@ -141,9 +139,10 @@ class State:
             list(map(itemgetter("training"), self._attributes)),
             list(map(len, self._attributes)),
             any(self._hooks) or _has_any_global_hook(),
-            [x.is_inference() or x._version for x in self._embeddings._buffers.values()],
+            [x is None or x.is_inference() or x._version for x in self._embeddings._buffers.values()],
+            [layer.numbers() for layer in self._layers],
             (self._config.output_hidden_states, self._config.output_attentions, self._config.is_decoder),
-            patches.found() or patches.found_for_masks(self._base()),
+            patches.replaced() or patches.replaced_for_masks(self._base()),
             torch.backends.cuda.matmul.fp32_precision,
         )
 
@@ -159,7 +158,7 @@ class State:
     def is_current(self) -> bool:
         """Whether everything is. It costs as much as the launch of a graph, and so is asked while one runs."""
         children = chain.from_iterable(map(dict.values, self._children))
-        return self._look() == self._seen and all(map(is_, children, self._seen_children))
+        return all(map(is_, children, self._seen_children)) and self._look() == self._seen
 
 
 def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
@@ -171,10 +170,12 @@ def _refusal(model: nn.Module, others: list[nn.Module]) -> str | None:
         return f"the model is on {device.type!r} and CUDA graphs need a CUDA device"
     if model.config.output_hidden_states or model.config.output_attentions:
         return "the configuration asks for hidden states or attention weights"
-    if model.config.is_decoder or patches.found_for_masks(model.base_model):
+    if model.config.is_decoder or patches.replaced_for_masks(model.base_model):
         return "transformers makes its masks"
     if foreign := _foreign(model):
         return f"a {foreign.__module__}.{foreign.__qualname__} may look at a bucket's padding"
+    if any(x is not None for x in changed_defaults(model.base_model.embeddings)):
+        return "default positions or token types are other than transformers'"
     for module in others:
         if has_hooks(module) or "forward" in module.__dict__:
             return f"a {type(module).__name__} has hooks or a patched forward"

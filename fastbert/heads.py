@@ -12,6 +12,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops, patches
+from fastbert.fusion import ORIGINAL
 from fastbert.model import become_ours
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
@@ -25,7 +26,7 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = all(type(parameter) is nn.Parameter for parameter in (self.weight, self.bias))
-        if torch.is_grad_enabled() or not plain or patches.found():
+        if torch.is_grad_enabled() or not plain or patches.replaced():
             return super().forward(x)
         return ops.linear_activation(x.flatten(0, -2), self.weight, self.bias, "none").unflatten(0, x.shape[:-1])
 
@@ -48,6 +49,11 @@ class Head(BertPreTrainedModel):
         for linear in plain_linears(self):
             linear.__class__ = Projection
         super().post_init()
+
+    def refuse_patches(self, kind: type) -> None:
+        """Raise ValueError if an optimized head has a forward of ours in the place of one that was patched since."""
+        if ORIGINAL in self.__dict__ and (replaced := patches.replaced_in_head(kind)):
+            raise ValueError(f"{replaced}, and fastbert has its own: take that back, or fastbert.restore the model")
 
 
 class BertForPreTraining(Head, hf.BertForPreTraining):
@@ -88,6 +94,7 @@ class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
 
         Unlike transformers' this also takes tensors that are not contiguous and batches without a text or a token.
         """
+        self.refuse_patches(hf.BertForMultipleChoice)
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or given.ndim < 3:
             shape = None if given is None else list(given.shape)
@@ -133,6 +140,7 @@ class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
 
         start_positions, end_positions: integers [B]; past the sequence or at padding they count in no loss.
         """
+        self.refuse_patches(hf.BertForQuestionAnswering)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.bert(*inputs, return_dict=True, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)

@@ -96,22 +96,21 @@ def read_batch(
         layout = layout_from_cu_seqlens(cu_seqlens, max_seqlen, batch_size, seq_len, device)
         longest = layout.max_seqlen
         restarting = layout.restarting_positions() if position_ids is None else None
-    buffers = changed_defaults(model.embeddings)
-    limit = num_positions(model.config, model.embeddings, buffers)
+    default_positions, default_types = changed_defaults(model.embeddings)
+    limit = num_positions(model.config, model.embeddings, default_positions)
     if longest > limit:
         raise ValueError(
             f"a sequence of {longest} tokens is longer than max_position_embeddings={limit}: tokenize "
             f"with truncation=True, max_length={limit}, or split the text"
         )
-    if buffers is not None:
+    if position_ids is None:
+        position_ids = _positions(model.embeddings, default_positions, restarting, seq_len, device)
+    if token_type_ids is None and default_types is not None:
         # As transformers' embeddings look them up, but that a position without a type of its own has the last one's.
-        positions, types = (x.to(device) for x in buffers)
-        if position_ids is None:
-            position_ids = positions[:, :seq_len] if restarting is None else positions[0][restarting]
-        if token_type_ids is None:
-            token_type_ids = types[0][position_ids.clamp(0, types.shape[1] - 1)]
-    elif restarting is not None:
-        position_ids = restarting
+        places = torch.arange(seq_len, device=device)[None] if position_ids is None else position_ids
+        token_type_ids = default_types.to(device)[0][places.clamp(0, default_types.shape[1] - 1)]
+    elif token_type_ids is None and limit > num_columns(model.embeddings, "token_type_ids", limit):
+        token_type_ids = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
     return Batch(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
 
 
@@ -133,35 +132,62 @@ def num_rows(table: nn.Module | None, default: int) -> int:
     return getattr(table, "num_embeddings", default)
 
 
-def num_positions(config: BertConfig, embeddings: nn.Module, buffers: tuple[Tensor, Tensor] | None) -> int:
-    """How many tokens of a sequence have a position: by the table, or by the buffers that say which (or None)."""
+def num_columns(embeddings: nn.Module, buffer: str, default: int) -> int:
+    """How many positions a buffer of embeddings has a default for."""
+    values = embeddings._buffers.get(buffer)
+    return default if values is None else values.shape[1]
+
+
+def num_positions(config: BertConfig, embeddings: nn.Module, default: Tensor | None) -> int:
+    """How many tokens of a sequence have a position: by the table, or by the buffer that says which (or None)."""
     rows = num_rows(getattr(embeddings, "position_embeddings", None), config.max_position_embeddings)
-    return rows if buffers is None else buffers[0].shape[1]
+    if default is None:
+        return rows
+    # A traced graph does not know what the buffer holds: its own, or in a table that was lengthened, 0, 1, 2, ...
+    return max(rows, default.shape[1]) if is_tracing() else default.shape[1]
 
 
-# Embeddings -> the buffers that were looked at, their versions, and whether they hold the defaults.
+def _positions(
+    embeddings: nn.Module, default: Tensor | None, restarting: Tensor | None, seq_len: int, device: torch.device
+) -> Tensor | None:
+    """The positions [1, S] where they have to be given: None where they are 0, 1, 2, ... and embeddings know so."""
+    if default is not None and seq_len <= default.shape[1]:
+        default = default.to(device)
+        return default[:, :seq_len] if restarting is None else default[0][restarting]
+    if restarting is None and seq_len > num_columns(embeddings, "position_ids", seq_len):
+        return torch.arange(seq_len, device=device)[None]
+    return restarting
+
+
+# Embeddings -> the buffers that were looked at, their versions, and which of them hold other numbers than the defaults.
 _looked_at: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
-def changed_defaults(embeddings: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The buffers of default positions and token types [1, max positions] where they count: where they may hold other
-    numbers than 0, 1, 2, ... and zeros.
+def changed_defaults(embeddings: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The buffers of default positions and of default token types [1, max positions], each where it counts: where it
+    may hold other numbers than 0, 1, 2, ... or zeros; None where it does not, or is not there.
 
-    They are looked at once, which waits for the device, and again when they were replaced or written to. A traced graph
-    has them as they will be.
+    They are looked at once, which waits for the device, and again when they were replaced or written to (of writes
+    through `.data` torch keeps no count). A traced graph has them as they will be.
     """
     buffers = embeddings._buffers.get("position_ids"), embeddings._buffers.get("token_type_ids")
-    if any(x is None or x.is_meta for x in buffers):
-        return None
-    if is_tracing() or is_transforming() or any(type(x) is not Tensor or x.is_inference() for x in buffers):
+    there = [x for x in buffers if x is not None]
+    if not there or there[0].is_meta:
+        return None, None
+    # Replicas of `nn.DataParallel` are new in every call.
+    unknown = is_tracing() or is_transforming() or "_is_replica" in embeddings.__dict__
+    if unknown or any(type(x) is not Tensor or x.is_inference() for x in there):
         return buffers
+    versions = [x._version for x in there]
     seen = _looked_at.get(embeddings)
-    versions = [x._version for x in buffers]
     if seen is None or seen[0][0] is not buffers[0] or seen[0][1] is not buffers[1] or seen[1] != versions:
         positions, types = buffers
-        default = torch.equal(positions, torch.arange(positions.shape[-1], device=positions.device)[None])
-        seen = _looked_at[embeddings] = buffers, versions, default and not types.any()
-    return None if seen[2] else buffers
+        if positions is not None and (positions.diff() == 1).all() and not positions[:, :1].any():
+            positions = None
+        if types is not None and not types.any():
+            types = None
+        seen = _looked_at[embeddings] = buffers, versions, (positions, types)
+    return seen[2]
 
 
 def looks_up_with_options(table: nn.Embedding) -> bool:

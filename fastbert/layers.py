@@ -16,6 +16,7 @@ from fastbert import ops
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS
 from fastbert.eager import is_tracing, padded_attention, varlen_attention
 from fastbert.fusion import (
+    ACTIVATIONS,
     FUSED_ACTIVATIONS,
     FusableBlock,
     LayerParts,
@@ -24,7 +25,6 @@ from fastbert.fusion import (
     fused_parts,
     has_patched_forward,
     is_number,
-    looks_along,
     must_see_padding,
     parameters_of,
     why_no_block,
@@ -60,6 +60,8 @@ class BertSelfAttention(hf.BertSelfAttention):
         projected = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         q, k, v = (x.view(*x.shape[:-1], x.shape[-1] // size, size) for x in projected)
         if not packed:
+            if self.is_causal and not weights_asked and named not in ATTENTION_IMPLEMENTATIONS:
+                raise ValueError(f"{named} is not served for causal attention: model.set_attn_implementation('sdpa')")
             implementation = "eager" if weights_asked else "sdpa"
             return padded_attention(q, k, v, self.scaling, attention_mask, dropout, implementation)
         layout = attention_mask
@@ -99,25 +101,28 @@ class BertLayer(hf.BertLayer, FusableBlock):
 
     def refusal(self, parts):
         attention, q, k, v = parts[2:6]
+        if attention.is_causal:
+            return CAUSAL, True
+        if not is_number(attention.scaling):
+            return f"attention.self.scaling is {attention.scaling}, no number that the host knows", True
+        if "feed_forward_chunk" in self.__dict__:
+            return "has a patched feed_forward_chunk", True
         widths = {x._parameters["weight"].shape[0] for x in (q, k, v)}
         if len(widths) > 1 or widths.pop() % attention.attention_head_size:
-            return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}"
-        if fused_activation(parts.intermediate_activation) is None:
+            return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}", True
+        activation = parts.intermediate_activation
+        if fused_activation(activation) is None:
             known = ", ".join(dict.fromkeys(FUSED_ACTIVATIONS.values()))
-            return f"intermediate_act_fn, a {class_name(parts.intermediate_activation)}, computes none of {known}"
-        return None
+            # Others of transformers' look at every number by itself.
+            own = type(activation) in ACTIVATIONS and "act" not in activation.__dict__
+            return f"intermediate_act_fn, a {class_name(activation)}, computes none of {known}", not own
+        return None, False
 
-    def foreign(self, parts):
-        attention = parts.self_attention
-        if attention.is_causal:
-            return CAUSAL
-        if not is_number(attention.scaling):
-            return f"attention.self.scaling is {attention.scaling}, no number that the host knows"
-        if "feed_forward_chunk" in self.__dict__:
-            return "has a patched feed_forward_chunk"
-        if looks_along(activation := parts.intermediate_activation):
-            return f"intermediate_act_fn, a {class_name(activation)}, may look along a text"
-        return None
+    def numbers(self) -> tuple:
+        """What a fused layer has computed by, beside parameters."""
+        attention, activation = self.attention.self, self.intermediate.intermediate_act_fn
+        sizes = attention.attention_head_size, attention.scaling, attention.is_causal
+        return *sizes, self.attention.output.LayerNorm.eps, self.output.LayerNorm.eps, activation.__dict__.get("act")
 
     def forward(
         self,
@@ -227,15 +232,15 @@ class BertEncoder(hf.BertEncoder):
         self, layer: nn.Module, hidden_states: Tensor, layout: TokenLayout, attentions: list | None, refused: str | None
     ) -> Tensor:
         """One layer: in the ops, through its modules, or through them in the shapes of transformers."""
-        parts, refused = (None, refused) if refused else fused_parts(layer, asked=True)
+        parts, reason = (None, refused) if refused else fused_parts(layer, asked=True)
         if parts is not None:
             return layer(hidden_states, layout, fused=parts)
-        ops.fall_back("an encoder layer", refused, hidden_states.device)
-        if not layout.padded and not must_see_padding(layer):
+        ops.fall_back("an encoder layer", reason, hidden_states.device)
+        if not layout.padded and not refused and not must_see_padding(layer, asked=True):
             return layer(layout.clear_past_tokens(hidden_states), layout)
         padded = layout.as_padded()
         mask = padded.attention_mask(hidden_states)
-        if refused is CAUSAL and padded.keep is not None and not is_tracing() and padded.keep.all():
+        if reason == CAUSAL and padded.keep is not None and not is_tracing() and padded.keep.all():
             mask = None  # as transformers leaves it out, and then goes by the module
         returns_weights = attentions is not None and isinstance(layer, BertLayer) and not has_patched_forward(layer)
         asked = {"attentions": attentions} if returns_weights else {}

@@ -14,9 +14,17 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.processing_utils import Unpack
 
 from fastbert import ops, patches
-from fastbert.configuration import attention_implementation
+from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.eager import is_tracing
-from fastbert.fusion import FusableBlock, fused_parts, has_hooks, must_see_padding, parameters_of, runs_in_kernels
+from fastbert.fusion import (
+    ORIGINAL,
+    FusableBlock,
+    fused_parts,
+    has_hooks,
+    must_see_padding,
+    parameters_of,
+    runs_in_kernels,
+)
 from fastbert.inputs import (
     Batch,
     BertForwardKwargs,
@@ -49,10 +57,10 @@ class BertEmbeddings(hf.BertEmbeddings, FusableBlock):
     def refusal(self, parts):
         _, words, positions, types, _, _ = parts
         if any(map(looks_up_with_options, (words, positions, types))):
-            return "an embedding has max_norm, sparse or scale_grad_by_freq set"
+            return "an embedding has max_norm, sparse or scale_grad_by_freq set", False
         if positions.padding_idx is not None or types.padding_idx is not None:
-            return "an embedding of positions or token types has a padding_idx"
-        return None
+            return "an embedding of positions or token types has a padding_idx", False
+        return None, False
 
 
 class BertPooler(hf.BertPooler, FusableBlock):
@@ -99,7 +107,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         pooler_output [B, E] (of each text's first kept token), and hidden_states and attentions where asked for.
         Raises IndexError for an id, token type or position out of range, ValueError or TypeError for other bad input.
         """
-        if replaced := patches.found_in_models():
+        if ORIGINAL in self.__dict__ and (replaced := patches.replaced_in_models()):
             raise ValueError(f"{replaced}, and fastbert has its own: take that back, or fastbert.restore the model")
         if use_cache is None and self.config.is_decoder:
             use_cache = self.config.use_cache
@@ -118,7 +126,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         encoder_layout = layout.as_padded() if sees_padding else layout
         if output_attentions:
             encoder_layout = replace(encoder_layout, implementation="eager")
-        masks_of_its_own = self.config.is_decoder or patches.found_for_masks(self)
+        masks_of_its_own = self.config.is_decoder or patches.replaced_for_masks(self)
         if masks_of_its_own:
             # Which may let tokens attend to padding, so that what stands there counts.
             encoder_layout = replace(encoder_layout.as_padded(), keep=None)
@@ -149,6 +157,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         self, layout: TokenLayout, attention_mask: Tensor | None, hidden_states: Tensor
     ) -> TokenLayout:
         """A layout that drops nothing with the mask that the model's own `_create_attention_masks` makes."""
+        if self.config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            named = self.config._attn_implementation
+            raise ValueError(f"{named} is not served with masks of one's own: model.set_attn_implementation('sdpa')")
         if attention_mask is None and layout.mask is not None:
             raise ValueError("texts packed by cu_seq_lens_q have the mask that keeps them apart, and no other")
         # As transformers takes it: [B, S], or the layout's own of four dimensions.

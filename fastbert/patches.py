@@ -7,6 +7,7 @@ of the process. No module shows it, and the ops would go on computing what the c
 import inspect
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import nn
 from transformers import activations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -49,42 +50,53 @@ def _is_original(kind: type, method: str, name: str) -> bool:
     )
 
 
-def _seen(kind: type, method: str, name: str) -> Callable | None:
+def _original(kind: type, method: str, name: str) -> Callable | None:
     """A method as it is when this module is imported, None where it is no longer original."""
     return getattr(kind, method) if _is_original(kind, method, name) else None
 
 
-_SEEN, _SEEN_MODEL = ([_seen(*method) for method in methods] for methods in (_METHODS, _MODEL_METHODS))
-_SEEN_MAKES_MASKS = _seen(*_MAKES_MASKS)
+_ORIGINALS, _ORIGINAL_MODELS = ([_original(*method) for method in methods] for methods in (_METHODS, _MODEL_METHODS))
+_ORIGINAL_MASKS = _original(*_MAKES_MASKS)
+_FUNCTIONS = F.scaled_dot_product_attention, F.linear, F.layer_norm, F.embedding, F.gelu
 _EAGER = hf.eager_attention_forward if hf.eager_attention_forward.__module__ == hf.__name__ else None
 
 
-def _replaced(methods: tuple, seen: list) -> str | None:
+def _first_replaced(methods: tuple, originals: list) -> str | None:
     # Every call asks: two lists are compared by identities first.
-    if [kind.__dict__.get(method) for kind, method, _ in methods] != seen:
-        for (kind, method, name), before in zip(methods, seen, strict=True):
+    if [kind.__dict__.get(method) for kind, method, _ in methods] != originals:
+        for (kind, method, name), before in zip(methods, originals, strict=True):
             if kind.__dict__.get(method) is not before and not _is_original(kind, method, name):
                 return f"{name}.{method} is patched or replaced for every model"
     return None
 
 
-def found() -> str | None:
+def replaced() -> str | None:
     """What was replaced of the code that the ops stand for; None if nothing was."""
-    if reason := _replaced(_METHODS, _SEEN):
+    if reason := _first_replaced(_METHODS, _ORIGINALS):
         return reason
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward or hf.eager_attention_forward is not _EAGER:
+    if (F.scaled_dot_product_attention, F.linear, F.layer_norm, F.embedding, F.gelu) != _FUNCTIONS:
+        return "a function of torch.nn.functional is replaced"
+    sdpa, eager = (ALL_ATTENTION_FUNCTIONS.get(name, hf.eager_attention_forward) for name in ("sdpa", "eager"))
+    if sdpa is not sdpa_attention_forward or eager is not _EAGER or hf.eager_attention_forward is not _EAGER:
         return "another function is registered for attention"
     return None
 
 
-def found_in_models() -> str | None:
+def replaced_in_models() -> str | None:
     """What was replaced of the code that our model and encoder stand for; None if nothing was."""
-    return _replaced(_MODEL_METHODS, _SEEN_MODEL)
+    return _first_replaced(_MODEL_METHODS, _ORIGINAL_MODELS)
 
 
-def found_for_masks(model: hf.BertModel) -> str | None:
+def replaced_in_head(kind: type) -> str | None:
+    """What was replaced of the code that a head with a forward of ours stands for, by transformers' class of the head;
+    None if nothing was."""
+    name = kind.__name__
+    return None if _is_original(kind, "forward", name) else f"{name}.forward is patched for every model"
+
+
+def replaced_for_masks(model: hf.BertModel) -> str | None:
     """What was replaced of the code by which transformers makes a model's masks; None if nothing was."""
-    if getattr(model._create_attention_masks, "__func__", None) is not _SEEN_MAKES_MASKS:
+    if getattr(model._create_attention_masks, "__func__", None) is not _ORIGINAL_MASKS:
         return "its _create_attention_masks is patched"
     functions = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["eager"]
     if functions != (sdpa_mask, eager_mask) or hf.create_bidirectional_mask is not create_bidirectional_mask:
@@ -94,5 +106,5 @@ def found_for_masks(model: hf.BertModel) -> str | None:
 
 # A traced graph takes the answers as constants: what torch.compiler.assume_constant_result sets, without its import of
 # the whole of torch._dynamo.
-for _function in (found, found_in_models, found_for_masks):
+for _function in (replaced, replaced_in_models, replaced_in_head, replaced_for_masks):
     _function._dynamo_marked_constant = True

@@ -28,7 +28,7 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
     _supports_attention_backend = False
     # Hidden states and attentions are collected by the encoder: transformers' hooks would record packed tensors.
     _can_record_outputs = {}
-    # Once a buffer that checkpoints carried; the positions here are made when they are needed.
+    # Once a buffer that checkpoints carried.
     _keys_to_ignore_on_load_unexpected = [r"position_ids$"]
     # The losses are means over the batch, so Trainer has to divide them by its accumulation steps.
     accepts_loss_kwargs = False

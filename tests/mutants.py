@@ -858,7 +858,7 @@ MUTANTS = [
     Mutant(
         "graphs-replaced-modules-unseen",
         "fastbert/graphs.py",
-        " and all(map(is_, children, self._seen_children))",
+        "all(map(is_, children, self._seen_children)) and ",
         "",
         "test_graphs.py::test_a_block_that_changes_its_way_is_noticed[adapter]",
     ),
@@ -1089,7 +1089,7 @@ MUTANTS = [
     Mutant(
         "conversion-patches-of-every-model-pass",
         "fastbert/conversion.py",
-        "replaced = patches.found() or patches.found_in_models() or patches.found_for_masks(encoder)",
+        "replaced = patches.replaced() or patches.replaced_in_models() or patches.replaced_for_masks(encoder)",
         "replaced = None",
         "test_live_modules.py::test_what_is_patched_for_every_model_counts_or_is_refused[eager-an activation]",
     ),
@@ -1110,8 +1110,8 @@ MUTANTS = [
     Mutant(
         "inputs-buffers-hold-the-defaults",
         "fastbert/inputs.py",
-        "return None if seen[2] else buffers",
-        "return None",
+        "return seen[2]",
+        "return None, None",
         "test_live_modules.py::test_outputs_are_transformers[eager-types_of_the_second_kind-before]",
     ),
     Mutant(
@@ -1159,7 +1159,7 @@ MUTANTS = [
     Mutant(
         "model-masks-of-its-own-are-ignored",
         "fastbert/model.py",
-        "masks_of_its_own = self.config.is_decoder or patches.found_for_masks(self)",
+        "masks_of_its_own = self.config.is_decoder or patches.replaced_for_masks(self)",
         "masks_of_its_own = False",
         "test_live_modules.py::test_outputs_are_transformers[eager-mask_by_hand-after]",
     ),

@@ -354,6 +354,14 @@ def fewer_layers(model):
     del model.encoder.layer[1]
 
 
+def change_the_scale(model):
+    model.encoder.layer[0].attention.self.scaling = 0.9
+
+
+def change_eps(model):
+    model.encoder.layer[0].output.LayerNorm.eps = 0.5
+
+
 CHANGES = {
     double_a_weight: 0,
     load_other_weights: 0,
@@ -364,6 +372,8 @@ CHANGES = {
     change_dtype_and_back: 1,
     more_words: 1,
     fewer_layers: 1,
+    change_the_scale: 1,
+    change_eps: 1,
 }
 
 
@@ -403,10 +413,14 @@ def test_a_hook_is_noticed_and_its_end_too(captures, caplog):
     assert captures == [(2, 16)] * 2
 
 
-@pytest.mark.parametrize("what", ["dropout", "adapter", "configuration", "patched"])
-def test_a_block_that_changes_its_way_is_noticed(what, captures, caplog):
+WAYS = ["dropout", "adapter", "configuration", "patched", "types", "positions", "causal", "activation", "everywhere"]
+
+
+@pytest.mark.parametrize("what", WAYS)
+def test_a_block_that_changes_its_way_is_noticed(what, captures, caplog, monkeypatch):
     model, _ = models()
     batch = texts(2, 16)
+    del batch["token_type_ids"]
     model(**batch)
     layer = model.encoder.layer[0]
     if what == "dropout":
@@ -416,6 +430,17 @@ def test_a_block_that_changes_its_way_is_noticed(what, captures, caplog):
         layer.output.dense = nn.Sequential(layer.output.dense, nn.Tanh())
     elif what == "configuration":
         model.config.output_hidden_states = True
+    elif what == "types":
+        model.embeddings.token_type_ids.fill_(1)
+    elif what == "positions":
+        model.embeddings.position_ids = model.embeddings.position_ids.flip(1)
+    elif what == "causal":
+        layer.attention.self.is_causal = True
+    elif what == "activation":
+        layer.intermediate.intermediate_act_fn.act = torch.relu
+    elif what == "everywhere":
+        linear = nn.Linear.forward
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: linear(self, x) * 2)
     else:
         layer.forward = type(layer).forward.__get__(layer)
     with fastbert.backend("auto"):

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from cases import MASKS, VOCAB, batch, pair, tiny_config, with_random_weights
+from cases import MASKS, VOCAB, batch, inputs_for, pair, tiny_config, with_random_weights
 from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -258,6 +258,32 @@ def test_a_table_of_more_positions_serves_longer_texts(back_end):
             ours(torch.ones(1, 49, dtype=torch.long))
 
 
+@pytest.mark.parametrize("way", ["plain", "training", "hooked", "compiled"])
+def test_a_table_may_be_longer_than_the_buffers(way):
+    ours, longer = fastbert.BertModel(tiny_config()).eval(), nn.Embedding(48, 48)
+    ours.embeddings.position_embeddings = longer
+    ids, model = torch.randint(VOCAB, (2, 40)), ours
+    with torch.no_grad():
+        expected = ours(ids, position_ids=torch.arange(40)[None]).last_hidden_state
+        if way == "training":
+            ours.train()
+        elif way == "hooked":
+            ours.embeddings.register_forward_hook(lambda *_: None)
+        elif way == "compiled":
+            model = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_buffer_may_be_missing():
+    ours, theirs = fastbert.optimize(tiny()), tiny()
+    for model in (ours, theirs):
+        del model.embeddings.token_type_ids
+        positions_from_the_second(model)
+    ids = batch(None)["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids)[0], theirs(ids)[0], atol=1e-5, rtol=1e-5)
+
+
 def test_a_table_of_fewer_positions_is_the_limit():
     ours = tiny()
     cut_the_positions(ours)
@@ -297,11 +323,12 @@ def test_packed_texts_have_the_positions_of_the_buffer():
 def test_traced_graphs_have_the_buffers_as_they_are():
     ours = fastbert.optimize(tiny())
     ids = batch(None)["input_ids"]
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled, theirs = torch.compile(ours, fullgraph=True, backend="aot_eager"), tiny()
     with torch.no_grad():
         for change in (lambda model: None, types_by_position, positions_from_the_second):
             change(ours)
-            torch.testing.assert_close(compiled(ids)[0], ours(ids)[0], atol=1e-5, rtol=1e-5)
+            change(theirs)
+            torch.testing.assert_close(compiled(ids)[0], theirs(ids)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_attention_that_is_another_function_is_refused_by_name():
@@ -309,6 +336,15 @@ def test_attention_that_is_another_function_is_refused_by_name():
     ours.config._attn_implementation = "twice"
     with pytest.raises(ValueError, match="attn_implementation='twice' is unknown here"):
         ours(**batch(None))
+
+
+@pytest.mark.parametrize("change", [attend_causally, become_a_decoder])
+def test_causal_attention_by_another_name_is_refused(change):
+    ours = fastbert.optimize(tiny())
+    change(ours)
+    ours.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2 is not served"):
+        ours(**batch("right"))
 
 
 def test_a_cache_is_refused_by_name():
@@ -390,6 +426,15 @@ def registered(interface, function):
         interface.register("sdpa", original)
 
 
+@contextmanager
+def registered_as_eager():
+    AttentionInterface.register("eager", twice(hf.eager_attention_forward))
+    try:
+        yield
+    finally:
+        del AttentionInterface._global_mapping["eager"]
+
+
 def halved(function):
     return lambda *args, **kwargs: function(*args, **kwargs) * 0.5
 
@@ -416,6 +461,10 @@ EVERY_MODEL = {
     "an activation": lambda: patched(transformers.activations.GELUActivation, "forward", halved),
     "registered attention": lambda: registered(AttentionInterface, twice),
     "eager attention": lambda: patched(hf, "eager_attention_forward", twice),
+    "registered eager attention": registered_as_eager,
+    "a function of torch": lambda: patched(
+        torch.nn.functional, "scaled_dot_product_attention", lambda original: halved(original)
+    ),
     "the masks' method": lambda: patched(
         hf.BertModel, "_create_attention_masks", lambda _: lambda self, **inputs: (torch.eye(12)[None, None] * 9, None)
     ),
@@ -427,7 +476,7 @@ EVERY_MODEL = {
 def test_what_is_patched_for_every_model_counts_or_is_refused(name, back_end):
     """`optimize` refuses it; afterwards it counts, and no more once it is taken back."""
     theirs, ours = tiny(), tiny()
-    if name == "eager attention":
+    if "eager" in name:
         theirs.set_attn_implementation("eager")
         ours.set_attn_implementation("eager")
     inputs = batch("right")
@@ -456,6 +505,20 @@ def test_a_patched_forward_of_every_model_or_encoder_is_refused(kind):
         with pytest.raises(ValueError, match=f"{kind.__name__}.forward is patched or replaced for every model"):
             fastbert.optimize(tiny())
     assert ours(**batch(None)).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("head", ["BertForQuestionAnswering", "BertForMultipleChoice"])
+def test_a_patched_head_whose_forward_is_not_transformers_is_refused(head):
+    ours, theirs = pair(head)
+    fastbert.optimize(theirs)
+    inputs = inputs_for(head)
+    with patched(getattr(hf, head), "forward", halved):
+        with pytest.raises(ValueError, match=f"{head}.forward is patched for every model"):
+            theirs(**inputs)
+        with pytest.raises(ValueError, match=f"{head}.forward is patched for every model"):
+            fastbert.optimize(getattr(transformers, head)(tiny_config()))
+        expected = ours(**inputs)[0]  # a class of our own has its own forward
+    assert torch.equal(theirs(**inputs)[0], expected)
 
 
 def test_a_wrapped_method_is_a_patched_one():
@@ -506,10 +569,6 @@ except ValueError as error:
     equal, refused = run.stdout.splitlines()
     assert equal == "True"
     assert refused.startswith("BertSelfAttention.forward is patched or replaced for every model")
-
-
-def test_attention_is_looked_up_where_transformers_looks():
-    assert ALL_ATTENTION_FUNCTIONS is hf.ALL_ATTENTION_FUNCTIONS
 
 
 def test_hidden_states_end_with_what_a_hook_of_the_encoder_makes_of_the_last():
