@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 
 # The mutation of a seed; without one, models are compared as they are built.
 TURNS = (None, None, None, None, *MUTATIONS)
-# Tables that count their rows, and masks of one's own that may let tokens attend to padding.
-READ_PADDING = {"scale_grad_by_freq", "_create_attention_masks", "decoder"}
+# Tables that count or scale the rows looked up, and masks of one's own that may let tokens attend to padding.
+READ_PADDING = {"max_norm", "scale_grad_by_freq", "_create_attention_masks", "decoder"}
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.bool)
 MASKS = (None, "full", "right", "right", "left", "holes", "one row", "3-D", "4-D", "additive")
 

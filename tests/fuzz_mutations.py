@@ -173,7 +173,7 @@ def token_type_buffer(model, bert, r):
 
 def layers(model, bert, r):
     old = list(bert.encoder.layer)
-    new = r.choice((old[1:], old[::-1], old + old, old[:1] * 3, [*old, deepcopy(old[0])]))
+    new = r.choice((old[1:] or old, old[::-1], old + old, old[:1] * 3, [*old, deepcopy(old[0])]))
     bert.encoder.layer = nn.ModuleList(new)
 
 
@@ -252,7 +252,9 @@ def forward_hook(model, bert, r):
 
 
 def pre_hook(model, bert, r):
-    _some(nn.Module)(model, bert, r).register_forward_pre_hook(lambda module, args: changed(args) if args else None)
+    # transformers takes what the first layer gets from such a hook for the embeddings' output.
+    module = r.choice([module for module in model.modules() if module is not bert.encoder.layer[0]])
+    module.register_forward_pre_hook(lambda module, args: changed(args) if args else None)
 
 
 def backward_hook(model, bert, r):
