@@ -76,8 +76,7 @@ def run(case: Case) -> str:
     with warnings.catch_warnings(), serving(case.backend):
         warnings.simplefilter("ignore")
         try:
-            with patched(case, "before"), patched(case, "after"):
-                expected = expect(case)
+            expected = expect(case)
         except Exception as error:
             return f"transformers: {type(error).__name__}: {error}"
         with patched(case, "before"):
@@ -146,7 +145,15 @@ def made_ours(model: nn.Module, case: Case) -> nn.Module:
 
 
 def expect(case: Case) -> Expected:
-    theirs, truth = (mutate(mutate(build(case), case, "before"), case, "after") for _ in range(2))
+    """What transformers gives after everything that a case does, in its order."""
+    with patched(case, "before"):
+        theirs, truth = (mutate(build(case), case, "before") for _ in range(2))
+        with patched(case, "after"):
+            return compute(mutate(theirs, case, "after"), mutate(truth, case, "after"), case)
+
+
+def compute(theirs: nn.Module, truth: nn.Module, case: Case) -> Expected:
+    """What two of transformers' models of a case give, the second of which is made float64."""
     if case.casts:
         theirs, truth = theirs.to(case.dtype), truth.to(case.dtype)
     for module in truth.double().modules():
