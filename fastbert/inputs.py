@@ -198,7 +198,11 @@ def looks_up_with_options(table: nn.Embedding) -> bool:
 def without_padding(inputs: dict[str, Tensor | None], layout: TokenLayout, embeddings: nn.Module) -> dict:
     """What embeddings take [B, S, ...], with zeros at the padding of a layout that drops nothing: what stands there
     must not matter. Ids that a table counts stay, if it has them."""
-    tables = {"input_ids": "word_embeddings", "token_type_ids": "token_type_embeddings"}
+    tables = {
+        "input_ids": "word_embeddings",
+        "token_type_ids": "token_type_embeddings",
+        "position_ids": "position_embeddings",
+    }
     cleared = {name: layout.clear(values) for name, values in inputs.items()}
     for name, table in tables.items():
         table, ids = getattr(embeddings, table, None), inputs[name]

@@ -32,8 +32,6 @@ from fastbert.fusion import (
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
 from fastbert.tokens import TokenLayout, layout_from_scores
 
-CAUSAL = "its attention is causal"
-
 
 class BertSelfAttention(hf.BertSelfAttention):
     applies_dropout = True
@@ -102,13 +100,15 @@ class BertLayer(hf.BertLayer, FusableBlock):
     def refusal(self, parts):
         attention, q, k, v = parts[2:6]
         if attention.is_causal:
-            return CAUSAL, True
+            return "its attention is causal", True
         if not is_number(attention.scaling):
             return f"attention.self.scaling is {attention.scaling}, no number that the host knows", True
         if "feed_forward_chunk" in self.__dict__:
             return "has a patched feed_forward_chunk", True
-        widths = {x._parameters["weight"].shape[0] for x in (q, k, v)}
-        if len(widths) > 1 or widths.pop() % attention.attention_head_size:
+        # A weight that is no parameter is the modules' affair.
+        weights = [x._parameters.get("weight") for x in (q, k, v)]
+        widths = {x.shape[0] for x in weights if x is not None}
+        if len(widths) > 1 or any(width % attention.attention_head_size for width in widths):
             return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}", True
         activation = parts.intermediate_activation
         if fused_activation(activation) is None:
@@ -185,6 +185,12 @@ class BertLayer(hf.BertLayer, FusableBlock):
         return x.view(hidden_states.shape) if layout.padded else x
 
 
+def is_causal(layer: nn.Module) -> bool:
+    """Whether the attention of a layer, which may be of any class, is causal where it has no mask."""
+    attention = getattr(getattr(layer, "attention", None), "self", None)
+    return bool(getattr(attention, "is_causal", False))
+
+
 class BertEncoder(hf.BertEncoder):
     def forward(
         self,
@@ -240,7 +246,7 @@ class BertEncoder(hf.BertEncoder):
             return layer(layout.clear_past_tokens(hidden_states), layout)
         padded = layout.as_padded()
         mask = padded.attention_mask(hidden_states)
-        if reason == CAUSAL and padded.keep is not None and not is_tracing() and padded.keep.all():
+        if is_causal(layer) and padded.keep is not None and not is_tracing() and padded.keep.all():
             mask = None  # as transformers leaves it out, and then goes by the module
         returns_weights = attentions is not None and isinstance(layer, BertLayer) and not has_patched_forward(layer)
         asked = {"attentions": attentions} if returns_weights else {}

@@ -67,6 +67,11 @@ def change_inside_the_activation(model):
     first(model).intermediate.intermediate_act_fn.act = torch.relu
 
 
+def attend_causally_below_a_hook(model):
+    attend_causally(model)
+    first(model).register_forward_hook(lambda *_: None)
+
+
 def activate_along_the_text(model):
     first(model).intermediate.intermediate_act_fn.act = lambda x: x.softmax(1)
 
@@ -141,6 +146,7 @@ CHANGES = {
     change_inside_the_activation: False,
     activate_along_the_text: False,
     attend_causally: False,
+    attend_causally_below_a_hook: False,
     become_a_decoder: True,
     halve_the_words: True,
     halve_the_positions: True,
