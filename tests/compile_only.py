@@ -21,7 +21,7 @@ from fastbert_kernels.ahead_of_time import CHIPS, compiling_for
 
 def main(dtype: str) -> None:
     fastbert_kernels.INTERPRETED = True  # so that CPU tensors are served
-    config = transformers.BertConfig(vocab_size=100, num_hidden_layers=1, hidden_size=384, intermediate_size=512)
+    config = transformers.BertConfig(vocab_size=100, num_hidden_layers=1, hidden_size=128, num_attention_heads=4)
     model = fastbert.BertModel(config).eval().to(getattr(torch, dtype))
     # Of the masks, all on the CPU, those of int32 stand for masks on the host.
     tokens.shapes_may_depend_on_data = lambda tensor: tensor.dtype == torch.int32

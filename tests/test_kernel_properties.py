@@ -67,7 +67,7 @@ def test_rows_do_not_depend_on_other_rows(op, dtype):
     """Alone, at any place of a tile, and in a buffer so large that another configuration serves it."""
     launcher, arguments, rows = projection(op, dtype, 1100)
     expected = launcher(**arguments)
-    for start, stop in ((0, 1), (62, 67), (64, 128), (500, 1100), (1099, 1100)):
+    for start, stop in ((0, 1), (62, 67), (64, 128), (800, 1100), (1099, 1100)):
         part = launcher(**arguments | {name: arguments[name][start:stop] for name in rows})
         assert torch.equal(part, expected[start:stop]), (start, stop)
 
@@ -180,12 +180,14 @@ def tensors_of(op: str) -> list[str]:
 
 
 OPERANDS = [(op, name) for op in OPS for name in tensors_of(op)]
-# Places and bounds that are all alike are none.
+# Places and bounds that are all alike are none; of one dimension there is nothing to transpose.
 LAID_OUT = [
-    (*operand, layout)
-    for operand in OPERANDS
+    (op, name, layout)
+    for op, name in OPERANDS
     for layout in LAYOUTS
-    if layout != "contiguous" and not (layout == "expanded" and operand[1] in ("indices", "cu_seqlens"))
+    if layout != "contiguous"
+    and not (layout == "expanded" and name in ("indices", "cu_seqlens"))
+    and not (layout == "transposed" and example(op, torch.float32)[1][name].ndim == 1)
 ]
 
 
