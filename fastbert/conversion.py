@@ -95,7 +95,7 @@ def optimize(obj, dtype: torch.dtype | None = None):
     for encoder in encoders:
         _check_encoder(encoder)
     for module in outer:
-        replaced = patches.replaced_in_head(type(module))
+        replaced = patches.replaced_forward(type(module))
         if replaced and HEADS[type(module)].forward is not type(module).forward:
             raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
         _check_forward(module, HEADS[type(module)], class_name(module))

@@ -52,7 +52,7 @@ class Head(BertPreTrainedModel):
 
     def refuse_patches(self, kind: type) -> None:
         """Raise ValueError if an optimized head has a forward of ours in the place of one that was patched since."""
-        if ORIGINAL in self.__dict__ and (replaced := patches.replaced_in_head(kind)):
+        if ORIGINAL in self.__dict__ and (replaced := patches.replaced_forward(kind)):
             raise ValueError(f"{replaced}, and fastbert has its own: take that back, or fastbert.restore the model")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert import ops
+from fastbert import ops, patches
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS
 from fastbert.eager import is_tracing, padded_attention, varlen_attention
 from fastbert.fusion import (
@@ -248,7 +248,15 @@ class BertEncoder(hf.BertEncoder):
         mask = padded.attention_mask(hidden_states)
         if is_causal(layer) and padded.keep is not None and not is_tracing() and padded.keep.all():
             mask = None  # as transformers leaves it out, and then goes by the module
-        returns_weights = attentions is not None and isinstance(layer, BertLayer) and not has_patched_forward(layer)
-        asked = {"attentions": attentions} if returns_weights else {}
+        asked = {}
+        if attentions is not None:
+            own = isinstance(layer, BertLayer) and not has_patched_forward(layer)
+            if own and not patches.replaced_forward(hf.BertLayer):
+                asked = {"attentions": attentions}
+            elif any(isinstance(module, hf.BertSelfAttention) for module in layer.modules()):
+                raise ValueError(
+                    f"output_attentions is not served for a {class_name(layer)} whose forward is patched or wrapped: "
+                    "take that back, or ask for no weights"
+                )
         hidden_states = hidden_states if layout.padded else layout.unpack(hidden_states)
         return layout.pack(layer(hidden_states, mask, **asked))

@@ -87,9 +87,8 @@ def replaced_in_models() -> str | None:
     return _first_replaced(_MODEL_METHODS, _ORIGINAL_MODELS)
 
 
-def replaced_in_head(kind: type) -> str | None:
-    """What was replaced of the code that a head with a forward of ours stands for, by transformers' class of the head;
-    None if nothing was."""
+def replaced_forward(kind: type) -> str | None:
+    """Whether the forward of a class of transformers' was replaced, as a reason; None if it was not."""
     name = kind.__name__
     return None if _is_original(kind, "forward", name) else f"{name}.forward is patched for every model"
 
@@ -106,5 +105,5 @@ def replaced_for_masks(model: hf.BertModel) -> str | None:
 
 # A traced graph takes the answers as constants: what torch.compiler.assume_constant_result sets, without its import of
 # the whole of torch._dynamo.
-for _function in (replaced, replaced_in_models, replaced_in_head, replaced_for_masks):
+for _function in (replaced, replaced_in_models, replaced_forward, replaced_for_masks):
     _function._dynamo_marked_constant = True

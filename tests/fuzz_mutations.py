@@ -20,6 +20,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils import ModelOutput
 
 PATCHED_CLASS = "is patched or replaced for every model"
+NO_WEIGHTS = "output_attentions is not served for"
 
 
 @dataclass(frozen=True)
@@ -377,17 +378,17 @@ MUTATIONS = {
     "weight_norm": Mutation(weight_norm),
     "sequential": Mutation(sequential),
     "identity": Mutation(identity),
-    "wrapper": Mutation(wrapper, "is a fuzz_mutations._Wrapper, not transformers'"),
+    "wrapper": Mutation(wrapper, f"is a fuzz_mutations._Wrapper, not transformers'|{NO_WEIGHTS}"),
     "hook": Mutation(forward_hook),
     "hook that watches": Mutation(_calls(_some(nn.Module), "register_forward_hook", lambda *_: None)),
     "hook before": Mutation(pre_hook),
     "hook of the backward": Mutation(backward_hook),
     "hook of a gradient": Mutation(gradient_hook),
-    "forward": Mutation(patched_forward, "has a patched forward"),
+    "forward": Mutation(patched_forward, f"has a patched forward|{NO_WEIGHTS}"),
     "feed_forward_chunk": Mutation(patched_chunk, "has a patched feed_forward_chunk"),
     "_create_attention_masks": Mutation(patched_masks, "its _create_attention_masks is patched"),
     # Patches of the process
-    "class's forward": Mutation(class_forward, PATCHED_CLASS, of_process=True),
+    "class's forward": Mutation(class_forward, f"{PATCHED_CLASS}|{NO_WEIGHTS}", of_process=True),
     "torch's forward": Mutation(torch_forward, PATCHED_CLASS, of_process=True),
     "class's chunk": Mutation(class_chunk, PATCHED_CLASS, of_process=True),
     "registered attention": Mutation(registered_attention, "function is registered for attention", of_process=True),

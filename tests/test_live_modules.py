@@ -356,6 +356,33 @@ def test_causal_attention_by_another_name_is_refused(change):
         ours(**batch("right"))
 
 
+class Wrapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "patched", "patched for every model"])
+def test_attention_weights_of_a_layer_with_another_forward_are_refused(way, monkeypatch):
+    """They would be missing, or the patch."""
+    ours = fastbert.optimize(tiny())
+    layer = first(ours)
+    if way == "wrapped":
+        ours.encoder.layer[0] = Wrapped(layer)
+    elif way == "patched":
+        monkeypatch.setattr(layer, "forward", halved(layer.forward))
+    else:
+        monkeypatch.setattr(hf.BertLayer, "forward", halved(hf.BertLayer.forward))
+    with pytest.raises(
+        ValueError, match="output_attentions is not served for a .* whose forward is patched or wrapped"
+    ):
+        ours(**batch("right"), output_attentions=True)
+    assert ours(**batch("right")).last_hidden_state.isfinite().all()
+
+
 def test_a_cache_is_refused_by_name():
     ours = fastbert.optimize(tiny())
     ours.config.is_decoder = True

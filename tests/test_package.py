@@ -47,7 +47,7 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "fusion": {"eager", "ops", "patches"},
         "inputs": {"configuration", "eager", "tokens"},
         "pretrained": {"configuration"},
-        "layers": {"configuration", "eager", "fusion", "inputs", "ops", "tokens"},
+        "layers": {"configuration", "eager", "fusion", "inputs", "ops", "patches", "tokens"},
         "model": {"configuration", "eager", "fusion", "inputs", "layers", "ops", "patches", "pretrained", "tokens"},
         "heads": {"fusion", "model", "ops", "patches", "pretrained", "tokens"},
         "compilation": {"model"},
