@@ -96,7 +96,7 @@ def optimize(obj, dtype: torch.dtype | None = None):
         _check_encoder(encoder)
     for module in outer:
         replaced = patches.replaced_forward(type(module))
-        if replaced and HEADS[type(module)].forward is not type(module).forward:
+        if replaced and HEADS[type(module)].differs:
             raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
         _check_forward(module, HEADS[type(module)], class_name(module))
     _remove_capturing_hooks(root)
@@ -105,9 +105,9 @@ def optimize(obj, dtype: torch.dtype | None = None):
     for module in [module for encoder in encoders for module in encoder.modules() if type(module) in model.OURS]:
         _become(module, model.OURS[type(module)])
     for module in outer:
+        for part in [part for part in module.modules() if type(part) in heads.PARTS]:
+            _become(part, heads.PARTS[type(part)])
         _become(module, HEADS[type(module)])
-        for linear in heads.plain_linears(module):
-            _become(linear, heads.Projection)
     sentences.patch(root)
     return obj
 
@@ -180,7 +180,8 @@ def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
     # accelerate's wrapper calls `_old_forward`, which `_set_class` renews.
     forward = vars(module).get("_old_forward", vars(module).get("forward"))
     patched = forward is not None and not is_own_forward(module, forward) and not isinstance(forward, GraphedForward)
-    if patched and type(module).forward is not module_class.forward:
+    differs = all(getattr(kind, "differs", True) for kind in (type(module), module_class))
+    if patched and differs and type(module).forward is not module_class.forward:
         raise ValueError(
             f"{name} has a patched forward, which would go on calling {type(module).__name__}'s from before: take the "
             "patch away, and put it back afterwards"

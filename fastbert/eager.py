@@ -87,7 +87,8 @@ def embed_layer_norm(
     elif indices is not None:
         hidden = hidden + F.embedding(indices % seq_len, position_table)
     else:
-        hidden = (hidden.unflatten(0, (-1, seq_len)) + position_table[:seq_len]).flatten(0, 1) if seq_len else hidden
+        width = hidden.shape[1]
+        hidden = (hidden.view(-1, seq_len, width) + position_table[:seq_len]).view(-1, width) if seq_len else hidden
     return clear_past(torch.layer_norm(hidden, weight.shape, weight, bias, eps), num_tokens)
 
 
@@ -131,7 +132,8 @@ def unpack(hidden, indices, batch_size, seq_len, num_tokens=None):
     if indices is not None:
         hidden = clear_past(hidden, num_tokens)
         hidden = hidden.new_zeros(batch_size * seq_len, *hidden.shape[1:]).index_copy_(0, indices, hidden)
-    return hidden.unflatten(0, (batch_size, seq_len))
+    # Not `unflatten`: a trace holds it with the sizes of the example.
+    return hidden.view(batch_size, seq_len, *hidden.shape[1:])
 
 
 def pool(hidden, cu_seqlens, mode, normalize=False, indices=None):

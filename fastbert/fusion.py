@@ -147,6 +147,16 @@ def _merged_base(module: nn.Module) -> nn.Module | None:
     return module.base_layer if merged else None
 
 
+def _chosen_copy(module: nn.Module) -> nn.Module:
+    """The module that PEFT's wrapper of a module and its trained copies calls; any other module as it is."""
+    copies = module._modules.get("modules_to_save")
+    if copies is None or not type(module).__module__.startswith("peft.") or has_hooks(module):
+        return module
+    active = module.active_adapters
+    trained = active and not module.disable_adapters and all(name in copies for name in active)
+    return copies[active[0]] if trained else module.original_module
+
+
 def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int) -> str | None:
     """What keeps a module from being what belongs there; None for one that is merely in training mode."""
     if type(module) is not expected and expected is not None:
@@ -165,6 +175,16 @@ def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int
     if module.training and type(dropout) is nn.Dropout and dropout.p > 0:
         return f"applies dropout (p={dropout.p})"
     return None
+
+
+def fused_linear(module: nn.Module) -> tuple[nn.Linear | None, str | None]:
+    """The linear layer for which `ops.linear_activation` stands where a module that is no part of a block is called,
+    and None; or None, and why there is none."""
+    if reason := why_no_block():
+        return None, reason
+    linear = _merged_base(_chosen_copy(module)) or _chosen_copy(module)
+    reason = _why_not_plain(linear, nn.Linear, PARAMETERS[nn.Linear])
+    return (None, f"it {reason}") if reason else (linear, None)
 
 
 def must_see_padding(block: nn.Module, asked: bool = False) -> bool:

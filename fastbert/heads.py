@@ -1,53 +1,107 @@
 """The BertFor* classes: transformers' heads and losses on this package's encoder.
 
-Each class derives from transformers' of the same name and takes its forward, its loss and its head modules from there;
-only what differs on purpose is written here.
+Each class derives from transformers' of the same name and takes its modules from there, and where nothing else is
+written its forward and its loss, too. What makes the logits are plain `nn.Linear`s, for whoever goes by that type.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers.modeling_outputs import MultipleChoiceModelOutput, QuestionAnsweringModelOutput
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from transformers.modeling_outputs import (
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops, patches
-from fastbert.fusion import ORIGINAL
-from fastbert.model import become_ours
+from fastbert.fusion import ORIGINAL, fused_linear, parameters_of
+from fastbert.model import OURS, become_ours
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
 
 
-class Projection(nn.Linear):
-    """A head's linear layer in the op of the encoder's, so that logits do not depend on the batch either.
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """What a head's linear layer makes of x [..., E], in the op of the encoder's, so that logits do not depend on the
+    batch either.
 
-    With gradients it is nn.Linear's own forward, whose backward has nothing to compute again.
+    With gradients the module itself is called, whose backward has nothing to compute again; but a trace must not depend
+    on whether they are recorded.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = all(type(parameter) is nn.Parameter for parameter in (self.weight, self.bias))
-        if torch.is_grad_enabled() or not plain or patches.replaced():
-            return super().forward(x)
-        return ops.linear_activation(x.flatten(0, -2), self.weight, self.bias, "none").unflatten(0, x.shape[:-1])
-
-
-# Where the heads keep what makes logits of hidden states.
-LOGITS = ("cls", "classifier", "qa_outputs")
+    if torch.is_grad_enabled() and not torch._C._is_tracing():
+        return linear(x)
+    fused, refused = fused_linear(linear)
+    if fused is None:
+        ops.fall_back("a head's linear layer", refused, x.device)
+        return linear(x)
+    logits = ops.linear_activation(x.reshape(-1, x.shape[-1]), *parameters_of(fused), "none")
+    return logits.view(*x.shape[:-1], logits.shape[-1])
 
 
-def plain_linears(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that make a model's logits and are not `Projection`s."""
-    parts = (getattr(model, name, None) for name in LOGITS)
-    return [x for part in parts if part is not None for x in part.modules() if type(x) is nn.Linear]
+class Projects:
+    """A module that calls `project` for some of its linear layers: those of these names."""
+
+    projections: tuple[str, ...] = ()
+    # Whether forward computes something else than transformers' does, so that it cannot stand for one that was patched.
+    differs = False
 
 
-class Head(BertPreTrainedModel):
-    """What the heads have in common: the linear layers that make their logits are `Projection`s."""
+class BertPredictionHeadTransform(hf.BertPredictionHeadTransform, Projects):
+    projections = ("dense",)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., E] -> [..., E]"""
+        if patches.replaced_forward(hf.BertPredictionHeadTransform):
+            return super().forward(hidden_states)
+        return self.LayerNorm(self.transform_act_fn(project(self.dense, hidden_states)))
+
+
+class BertLMPredictionHead(hf.BertLMPredictionHead, Projects):
+    projections = ("decoder",)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., E] -> [..., V]"""
+        if patches.replaced_forward(hf.BertLMPredictionHead):
+            return super().forward(hidden_states)
+        return project(self.decoder, self.transform(hidden_states))
+
+
+class BertOnlyNSPHead(hf.BertOnlyNSPHead, Projects):
+    projections = ("seq_relationship",)
+
+    def forward(self, pooled_output: Tensor) -> Tensor:
+        """[..., E] -> [..., 2]"""
+        if patches.replaced_forward(hf.BertOnlyNSPHead):
+            return super().forward(pooled_output)
+        return project(self.seq_relationship, pooled_output)
+
+
+class BertPreTrainingHeads(hf.BertPreTrainingHeads, Projects):
+    projections = ("seq_relationship",)
+
+    def forward(self, sequence_output: Tensor, pooled_output: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., E] and [..., E] -> [..., V] and [..., 2]"""
+        if patches.replaced_forward(hf.BertPreTrainingHeads):
+            return super().forward(sequence_output, pooled_output)
+        return self.predictions(sequence_output), project(self.seq_relationship, pooled_output)
+
+
+# transformers' class of a part of a head -> ours.
+PARTS = {
+    hf.BertPredictionHeadTransform: BertPredictionHeadTransform,
+    hf.BertLMPredictionHead: BertLMPredictionHead,
+    hf.BertOnlyNSPHead: BertOnlyNSPHead,
+    hf.BertPreTrainingHeads: BertPreTrainingHeads,
+}
+
+
+class Head(BertPreTrainedModel, Projects):
+    """What the heads have in common."""
 
     def post_init(self):
-        become_ours(self)
-        for linear in plain_linears(self):
-            linear.__class__ = Projection
+        become_ours(self, {**OURS, **PARTS})
         super().post_init()
 
     def refuse_patches(self, kind: type) -> None:
@@ -68,16 +122,86 @@ class BertForNextSentencePrediction(Head, hf.BertForNextSentencePrediction):
     """Whether the second sentence follows the first: logits [B, 2]."""
 
 
+def _loss_of_texts(model: hf.BertForSequenceClassification, logits: Tensor, labels: Tensor) -> Tensor:
+    """transformers' loss of the logits [B, num_labels], by config.problem_type or what the labels say it is."""
+    kind, num_labels = model.config.problem_type, model.num_labels
+    if kind is None:
+        classes = labels.dtype in (torch.long, torch.int)
+        several = "single_label_classification" if classes else "multi_label_classification"
+        kind = model.config.problem_type = "regression" if num_labels == 1 else several
+    if kind == "regression":
+        return mse_loss(logits.squeeze(), labels.squeeze()) if num_labels == 1 else mse_loss(logits, labels)
+    if kind == "single_label_classification":
+        return cross_entropy(logits.view(-1, num_labels), labels.view(-1))
+    return binary_cross_entropy_with_logits(logits, labels)
+
+
 class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
     """Classification or regression of texts: logits [B, num_labels]."""
+
+    projections = ("classifier",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """labels: classes as integers [B], or floats, [B] to regress to or [B, num_labels] of 0 and 1; which of them
+        is config.problem_type, set by the first labels where it is None."""
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if patches.replaced_forward(hf.BertForSequenceClassification):
+            return hf.BertForSequenceClassification.forward(self, *inputs, labels, **kwargs)
+        outputs = self.bert(*inputs, return_dict=True, **kwargs)
+        logits = project(self.classifier, self.dropout(outputs[1]))
+        return SequenceClassifierOutput(
+            loss=None if labels is None else _loss_of_texts(self, logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class BertForTokenClassification(Head, hf.BertForTokenClassification):
     """Classification of tokens: logits [B, S, num_labels]."""
 
+    projections = ("classifier",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput | tuple[Tensor, ...]:
+        """labels: classes as integers [B, S]; -100 counts in no loss."""
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if patches.replaced_forward(hf.BertForTokenClassification):
+            return hf.BertForTokenClassification.forward(self, *inputs, labels, **kwargs)
+        outputs = self.bert(*inputs, return_dict=True, **kwargs)
+        logits = project(self.classifier, self.dropout(outputs[0]))
+        return TokenClassifierOutput(
+            loss=None if labels is None else cross_entropy(logits.view(-1, self.num_labels), labels.view(-1)),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
 
 class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
     """A choice between texts: logits [B, choices]."""
+
+    projections = ("classifier",)
+    differs = True
 
     @can_return_tuple
     def forward(
@@ -102,7 +226,7 @@ class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         flat = (x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim > 2 else x for x in inputs)
         outputs = self.bert(*flat, return_dict=True, **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(given.shape[:2])
+        logits = project(self.classifier, self.dropout(outputs.pooler_output)).view(given.shape[:2])
         return MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
@@ -124,6 +248,9 @@ def _position_loss(logits: Tensor, positions: Tensor, padding: Tensor | None) ->
 class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
     """The start and the end of an answer: two logits [B, S]."""
 
+    projections = ("qa_outputs",)
+    differs = True
+
     @can_return_tuple
     def forward(
         self,
@@ -143,7 +270,7 @@ class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
         self.refuse_patches(hf.BertForQuestionAnswering)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.bert(*inputs, return_dict=True, **kwargs)
-        logits = self.qa_outputs(outputs.last_hidden_state)
+        logits = project(self.qa_outputs, outputs.last_hidden_state)
         padding = None
         if attention_mask is not None and attention_mask.ndim == 2:
             padding = (copied_to(logits.device, attention_mask) == 0).expand(logits.shape[:2])

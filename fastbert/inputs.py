@@ -53,9 +53,13 @@ def refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past
         raise ValueError(f"{names}: only encoders are served, use transformers.BertLMHeadModel or BertModel")
 
 
+def _asks(value: object) -> bool:
+    return bool(value) if isinstance(value, int | float) else value is not None
+
+
 def refuse_unknown_arguments(forward: Callable, kwargs: dict) -> None:
-    """None asks for nothing: heads written for older releases of transformers pass a head_mask on that nobody gave."""
-    unknown = {name for name, value in kwargs.items() if value is not None} - set(KEYWORDS)
+    """None, False and 0 ask for nothing: heads written for older releases pass on what nobody gave, as a head_mask."""
+    unknown = {name for name, value in kwargs.items() if _asks(value)} - set(KEYWORDS)
     if unknown:
         known = [name for name in inspect.signature(forward).parameters if name not in ("self", "kwargs")]
         known += KEYWORDS
@@ -235,12 +239,13 @@ def _check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int,
 
 
 def _check_integers(name: str, values: Tensor | None, batch_size: int, seq_len: int) -> Tensor | None:
-    """Token types or positions as [B or 1, S]."""
+    """Token types or positions as [B or 1, S], of whatever shape broadcasts to [B, S]."""
     if values is None or values.shape in ((batch_size, seq_len), (1, seq_len)):
         return values
-    if values.shape == (seq_len,):
-        return values[None]
-    raise ValueError(f"{name} must be [{batch_size}, {seq_len}] like the batch, got {list(values.shape)}")
+    rows, columns = (1, 1, *values.shape)[-2:]
+    if values.ndim > 2 or rows not in (1, batch_size) or columns not in (1, seq_len):
+        raise ValueError(f"{name} must be [{batch_size}, {seq_len}] like the batch, got {list(values.shape)}")
+    return values.expand(rows, seq_len)
 
 
 def _check_packed(cu_seqlens: Tensor, cu_seqlens_of_keys: Tensor | None, attention_mask: Tensor | None) -> None:

@@ -195,8 +195,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     word_table=words.weight, position_table=positions.weight, token_type_table=types.weight,
                     weight=norm.weight, bias=norm.bias, eps=norm.eps, padding_idx=words.padding_idx,
                 )  # fmt: skip
-                shape = layout.batch_size, layout.seq_len
-                return hidden_states.unflatten(0, shape) if layout.padded else hidden_states
+                shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
+                return hidden_states.view(shape) if layout.padded else hidden_states
             ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
             return layout.pack(embeddings(**without_padding(inputs, layout.as_padded(), embeddings)))
         except (IndexError, RuntimeError):
@@ -226,7 +226,7 @@ OURS = {
 }
 
 
-def become_ours(root: nn.Module) -> None:
-    """Give transformers' modules, as they are built, the classes of this file."""
+def become_ours(root: nn.Module, ours: dict[type, type] = OURS) -> None:
+    """Give transformers' modules, as they are built, our classes."""
     for module in root.modules():
-        module.__class__ = OURS.get(type(module), type(module))
+        module.__class__ = ours.get(type(module), type(module))

@@ -353,7 +353,7 @@ def unpack(
     indices int64 [T], no two alike: the place of each row; None if nothing was dropped, then the result is a view.
     """
     if indices is None:
-        return hidden.unflatten(0, (batch_size, seq_len))
+        return hidden.view(batch_size, seq_len, *hidden.shape[1:])
     kernel = _kernel("unpack", hidden)
     if kernel is None:
         return eager.unpack(hidden, indices, batch_size, seq_len, num_tokens)

@@ -229,7 +229,7 @@ def check_mask(mask: Tensor, batch_size: int, seq_len: int, heads: Collection[in
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"attention_mask must be a tensor of bool, integers or floats, got {kind}")
     allowed = {
-        2: ((1, batch_size), (seq_len,)),
+        2: ((1, batch_size), (1, seq_len)),
         3: ((1, batch_size), (1, seq_len), (seq_len,)),
         4: ((1, batch_size), (1, *heads), (1, seq_len), (seq_len,)),
     }.get(mask.ndim)
