@@ -44,6 +44,6 @@ def check_config(config: BertConfig) -> None:
         raise ValueError(f"config.hidden_act={config.hidden_act!r} is unknown; choose one of {known}")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"config.hidden_size={config.hidden_size} is not a multiple of "
-            f"config.num_attention_heads={config.num_attention_heads}, so it cannot be cut into heads"
+            f"The hidden size ({config.hidden_size}) is not a multiple of the number of attention heads "
+            f"({config.num_attention_heads}), so it cannot be cut into heads"
         )

@@ -29,6 +29,11 @@ def is_tracing() -> bool:
     return is_compiling() or torch._C._is_tracing()
 
 
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace`, or an exporter by it, records."""
+    return not is_compiling() and torch._C._is_tracing()
+
+
 def is_transforming() -> bool:
     """Whether functorch's transforms or forward-mode derivatives look into the ops."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

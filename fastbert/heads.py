@@ -17,6 +17,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops, patches
+from fastbert.eager import is_jit_tracing
 from fastbert.fusion import ORIGINAL, fused_linear, parameters_of
 from fastbert.model import OURS, become_ours
 from fastbert.pretrained import BertPreTrainedModel
@@ -30,7 +31,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     With gradients the module itself is called, whose backward has nothing to compute again; but a trace must not depend
     on whether they are recorded.
     """
-    if torch.is_grad_enabled() and not torch._C._is_tracing():
+    if torch.is_grad_enabled() and not is_jit_tracing():
         return linear(x)
     fused, refused = fused_linear(linear)
     if fused is None:

@@ -220,7 +220,7 @@ def _check_inputs(input_ids, inputs_embeds, hidden_size: int) -> tuple[int, int,
     """B, S and the device of a batch of either ids [B, S] or embeddings [B, S, E]."""
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
-        raise ValueError(f"pass input_ids or inputs_embeds, exactly one of them; got {given}")
+        raise ValueError(f"You must specify exactly one of input_ids or inputs_embeds, got {given}")
     name, values = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
     if not isinstance(values, Tensor):
         raise TypeError(
@@ -274,7 +274,9 @@ def raise_out_of_range(config: BertConfig, embeddings: nn.Module, layout: TokenL
         values = layout.pack_cleared(values)
         bad = values[(values < 0) | (values >= limit)]
         if len(bad):
-            raise IndexError(f"{name} holds {bad[0].item()}, allowed are 0 to {limit - 1}: {way_out}") from None
+            raise IndexError(
+                f"index out of range in self: {name} holds {bad[0].item()}, allowed are 0 to {limit - 1}: {way_out}"
+            ) from None
 
 
 def selected_hidden_states(selection: bool | int | Collection[int] | None, count: int) -> Collection[int]:

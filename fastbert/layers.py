@@ -5,7 +5,8 @@ shapes. Letters of the shapes as in `fastbert.tokens`. Hidden states between the
 the layout drops nothing (`TokenLayout.padded`).
 """
 
-from collections.abc import Collection
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops, patches
-from fastbert.configuration import ATTENTION_IMPLEMENTATIONS
+from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.eager import is_tracing, padded_attention, varlen_attention
 from fastbert.fusion import (
     ACTIVATIONS,
@@ -23,6 +24,7 @@ from fastbert.fusion import (
     class_name,
     fused_activation,
     fused_parts,
+    has_hooks,
     has_patched_forward,
     is_number,
     must_see_padding,
@@ -152,8 +154,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
             given = (encoder_hidden_states, encoder_attention_mask, past_key_values)
             refuse_decoder_arguments(*given, use_cache=None)
             return super().forward(hidden_states, attention_mask, *given, **kwargs)
-        asked = {} if attentions is None else {"output_attentions": True}
-        hidden_states, weights = self.attention(hidden_states, attention_mask, **asked)
+        hidden_states, weights = self.attention(hidden_states, attention_mask, past_key_values=None, **kwargs)
         if attentions is not None:
             attentions.append(weights)
         return self.feed_forward_chunk(hidden_states)
@@ -191,6 +192,19 @@ def is_causal(layer: nn.Module) -> bool:
     return bool(getattr(attention, "is_causal", False))
 
 
+def mask_for(layers: Iterable[nn.Module], layout: TokenLayout, hidden_states: Tensor) -> Tensor | None:
+    """The mask of a layout that drops nothing as transformers' layers take it."""
+    if layout.keep is not None and any(map(is_causal, layers)) and not is_tracing() and layout.keep.all():
+        return None  # as transformers leaves it out, and then goes by the module
+    return layout.attention_mask(hidden_states)
+
+
+def runs_packed(encoder: nn.Module) -> bool:
+    """Whether nobody but our own encoder sees what it is given."""
+    seen = has_hooks(encoder) or has_patched_forward(encoder) or why_no_block()
+    return type(encoder) is BertEncoder and not seen
+
+
 class BertEncoder(hf.BertEncoder):
     def forward(
         self,
@@ -200,17 +214,23 @@ class BertEncoder(hf.BertEncoder):
         encoder_attention_mask: None = None,
         past_key_values: None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | int | Collection[int] | None = None,
-        output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """The layers, one after another; unpacks the last hidden state and those that are asked for to [B, S, E]."""
+        """The layers, one after another; unpacks the last hidden state and those that are asked for to [B, S, E].
+
+        attention_mask may also be what transformers' encoder takes: a mask of scores, or None. output_hidden_states and
+        output_attentions are those of the model; all keywords go on to layers that run by transformers' own code.
+        """
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
         layout = attention_mask
         if not isinstance(layout, TokenLayout):
             layout = layout_from_scores(attention_mask, hidden_states, head_counts(self, self.config))
+            layout = replace(layout, implementation=attention_implementation(self.config))
         layout = layout.to(hidden_states.device)
-        selection = selected_hidden_states(output_hidden_states, len(self.layer) + 1)
+        selection = selected_hidden_states(kwargs.get("output_hidden_states"), len(self.layer) + 1)
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions:
+            layout = replace(layout, implementation="eager")
         states: list[Tensor | None] = []
         attentions: list[Tensor] | None = [] if output_attentions else None
         refused = "attention weights are asked for" if output_attentions else why_no_block()
@@ -223,11 +243,9 @@ class BertEncoder(hf.BertEncoder):
                     hidden_states = layout.pack(states[-1])
             else:
                 states.append(None)
-            hidden_states = self._run(layer, hidden_states, layout, attentions, refused)
+            hidden_states = self._run(layer, hidden_states, layout, attentions, refused, kwargs)
         last_hidden_state = layout.unpack(hidden_states)
         states.append(last_hidden_state if len(self.layer) in selection else None)
-        if attentions and layout.keep is not None:
-            attentions = [weights * layout.keep.to(weights.device)[:, None, :, None] for weights in attentions]
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=last_hidden_state,
             hidden_states=tuple(states) if selection else None,
@@ -235,19 +253,17 @@ class BertEncoder(hf.BertEncoder):
         )
 
     def _run(
-        self, layer: nn.Module, hidden_states: Tensor, layout: TokenLayout, attentions: list | None, refused: str | None
-    ) -> Tensor:
-        """One layer: in the ops, through its modules, or through them in the shapes of transformers."""
+        self, layer: nn.Module, hidden_states: Tensor, layout: TokenLayout, attentions: list | None,
+        refused: str | None, given: dict,
+    ) -> Tensor:  # fmt: skip
+        """One layer: in the ops, through its modules, or by transformers' own code, in its shapes, as it calls them."""
         parts, reason = (None, refused) if refused else fused_parts(layer, asked=True)
         if parts is not None:
             return layer(hidden_states, layout, fused=parts)
         ops.fall_back("an encoder layer", reason, hidden_states.device)
         if not layout.padded and not refused and not must_see_padding(layer, asked=True):
             return layer(layout.clear_past_tokens(hidden_states), layout)
-        padded = layout.as_padded()
-        mask = padded.attention_mask(hidden_states)
-        if is_causal(layer) and padded.keep is not None and not is_tracing() and padded.keep.all():
-            mask = None  # as transformers leaves it out, and then goes by the module
+        mask = mask_for([layer], layout.as_padded(), hidden_states)
         asked = {}
         if attentions is not None:
             own = isinstance(layer, BertLayer) and not has_patched_forward(layer)
@@ -259,4 +275,5 @@ class BertEncoder(hf.BertEncoder):
                     "take that back, or ask for no weights"
                 )
         hidden_states = hidden_states if layout.padded else layout.unpack(hidden_states)
-        return layout.pack(layer(hidden_states, mask, **asked))
+        nothing = dict.fromkeys(("encoder_attention_mask", "past_key_values"))
+        return layout.pack(layer(hidden_states, mask, None, **nothing, **given, **asked))

@@ -12,7 +12,6 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert import eager
 
@@ -71,15 +70,22 @@ FAKES = {
 def gradients(compute: Callable[..., Tensor], inputs: tuple, wanted: tuple[bool, ...], grad: Tensor) -> list:
     """The gradients of compute(*inputs) for the inputs that are wanted, None for the others.
 
-    compute runs again, recorded, on detached inputs: memory for speed, as in gradient checkpointing.
+    compute runs again, recorded, on detached inputs: memory for speed, as in gradient checkpointing. Where gradients
+    are recorded (`create_graph=True`) the inputs keep their history, so that what is found has gradients of its own.
     """
-    inputs = [
-        x.detach().requires_grad_(want) if isinstance(x, Tensor) else x for x, want in zip(inputs, wanted, strict=True)
-    ]
+    again = torch.is_grad_enabled()
+
+    def source(x, want):
+        if not isinstance(x, Tensor):
+            return x
+        # An alias, since one input may have been computed from another.
+        return x.view_as(x) if again else x.detach().requires_grad_(want)
+
+    inputs = list(map(source, inputs, wanted))
     with torch.enable_grad():
         output = compute(*inputs)
     sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(output, sources, grad, allow_unused=True))
+    found = iter(torch.autograd.grad(output, sources, grad, create_graph=again, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 
@@ -145,17 +151,18 @@ def _define(name: str) -> None:
     op.register_fake(FAKES[name])
     if name == "packing_plan":
         return
-    compute_gradients = _define_backward(name, _twin(name))
+    compute_gradients, twin = _define_backward(name, _twin(name)), _twin(name)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
 
-    @once_differentiable
     def backward(ctx, grad):
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if other is None else other[0] for other in ctx.others]
         wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not eager.is_tracing():
+            return tuple(gradients(twin, inputs, wanted, grad))
         found = iter(compute_gradients(grad, *inputs, wanted))
         return tuple(next(found) if want else None for want in wanted)
 

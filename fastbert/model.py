@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 from transformers.processing_utils import Unpack
 
@@ -19,8 +19,8 @@ from fastbert.eager import is_tracing
 from fastbert.fusion import (
     ORIGINAL,
     FusableBlock,
+    class_name,
     fused_parts,
-    has_hooks,
     must_see_padding,
     parameters_of,
     runs_in_kernels,
@@ -36,7 +36,7 @@ from fastbert.inputs import (
     refuse_unknown_arguments,
     without_padding,
 )
-from fastbert.layers import BertEncoder, BertLayer, BertSelfAttention
+from fastbert.layers import BertEncoder, BertLayer, BertSelfAttention, mask_for, runs_packed
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import TokenLayout
 
@@ -119,30 +119,22 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q"),
         )  # fmt: skip
         ops.raise_bad_ids(batch.layout.cu_seqlens.device)
-        output_attentions = option("output_attentions", kwargs, self.config, False)
         layout = replace(batch.layout, implementation=attention_implementation(self.config))
-        # What hooks the encoder, or wants attention weights, sees nothing dropped.
-        sees_padding = output_attentions or has_hooks(self.encoder) or self._packs_in_pytorch(layout)
-        encoder_layout = layout.as_padded() if sees_padding else layout
-        if output_attentions:
-            encoder_layout = replace(encoder_layout, implementation="eager")
+        return_dict = option("return_dict", kwargs, self.config, True)
+        # What transformers' encoder hands on to its layers, and what the configuration asks for.
+        given = {name: value for name, value in kwargs.items() if name != "return_dict"}
+        given["position_ids"] = position_ids if position_ids is None else batch.position_ids
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None and getattr(self.config, name, False):
+                given[name] = getattr(self.config, name)
         masks_of_its_own = self.config.is_decoder or patches.replaced_for_masks(self)
-        if masks_of_its_own:
-            # Which may let tokens attend to padding, so that what stands there counts.
-            encoder_layout = replace(encoder_layout.as_padded(), keep=None)
-        hidden_states = self._embed(encoder_layout, batch)
-        if masks_of_its_own:
-            encoder_layout = self._masked_as_by_transformers(encoder_layout, attention_mask, hidden_states)
-        encoded = self.encoder(
-            hidden_states,
-            encoder_layout,
-            output_hidden_states=option("output_hidden_states", kwargs, self.config, False),
-            output_attentions=output_attentions,
-        )
+        if masks_of_its_own or not runs_packed(self.encoder):
+            encoded = self._encode_as_transformers(layout, batch, attention_mask, given, masks_of_its_own)
+        else:
+            whole = given.get("output_attentions") or self._packs_in_pytorch(layout)
+            encoder_layout = layout.as_padded() if whole else layout
+            encoded = self.encoder(self._embed(encoder_layout, batch), encoder_layout, **given)
         sequence_output, hidden_states = encoded.last_hidden_state, encoded.hidden_states
-        if masks_of_its_own:
-            sequence_output = layout.as_padded().clear(sequence_output)
-            hidden_states = hidden_states and tuple(map(layout.as_padded().clear, hidden_states))
         if hidden_states and hidden_states[-1] is not None:
             hidden_states = (*hidden_states[:-1], sequence_output)  # which a hook of the encoder may have changed
         output = BaseModelOutputWithPoolingAndCrossAttentions(
@@ -151,12 +143,37 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             hidden_states=hidden_states,
             attentions=encoded.attentions,
         )
-        return output if option("return_dict", kwargs, self.config, True) else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
-    def _masked_as_by_transformers(
+    def _encode_as_transformers(
+        self, layout: TokenLayout, batch: Batch, attention_mask: Tensor | None, given: dict, masks_of_its_own: bool
+    ) -> BaseModelOutput:
+        """What the encoder, which hooks see or somebody replaced, makes of hidden states [B, S, E] and a mask; cleared.
+
+        Masks of the model's own may let tokens attend to padding, so that what stands there counts.
+        """
+        layout = layout.as_padded()
+        hidden_states = self._embed(replace(layout, keep=None) if masks_of_its_own else layout, batch)
+        if masks_of_its_own:
+            mask = self._mask_of_its_own(layout, attention_mask, hidden_states)
+        else:
+            mask = mask_for(getattr(self.encoder, "layer", ()), layout, hidden_states)
+        nothing = dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask", "past_key_values"))
+        encoded = self.encoder(hidden_states, attention_mask=mask, **nothing, use_cache=False, **given)
+        states, attentions = getattr(encoded, "hidden_states", None), getattr(encoded, "attentions", None)
+        for name, found in ("output_hidden_states", states), ("output_attentions", attentions):
+            if given.get(name) and found is None:
+                raise ValueError(f"{name} is not served for a {class_name(self.encoder)}, which returns none")
+        return BaseModelOutput(
+            last_hidden_state=layout.clear(encoded.last_hidden_state),
+            hidden_states=states and tuple(map(layout.clear, states)),
+            attentions=attentions,
+        )
+
+    def _mask_of_its_own(
         self, layout: TokenLayout, attention_mask: Tensor | None, hidden_states: Tensor
-    ) -> TokenLayout:
-        """A layout that drops nothing with the mask that the model's own `_create_attention_masks` makes."""
+    ) -> Tensor | None:
+        """The mask that the model's own `_create_attention_masks` makes for a layout that drops nothing."""
         if self.config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             named = self.config._attn_implementation
             raise ValueError(f"{named} is not served with masks of one's own: model.set_attn_implementation('sdpa')")
@@ -167,7 +184,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         given = layout.expand(attention_mask) if padding else layout.mask
         others = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
         mask, _ = self._create_attention_masks(attention_mask=given, embedding_output=hidden_states, **others)
-        return replace(layout, mask=mask)
+        return mask
 
     def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
         """Whether a traced graph would hold packing in plain PyTorch, beside a block that no kernels serve: its gathers
@@ -198,7 +215,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
                 return hidden_states.view(shape) if layout.padded else hidden_states
             ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
-            return layout.pack(embeddings(**without_padding(inputs, layout.as_padded(), embeddings)))
+            inputs = without_padding(inputs, layout.as_padded(), embeddings)
+            return layout.pack(embeddings(**inputs, past_key_values_length=0))
         except (IndexError, RuntimeError):
             if not is_tracing() and layout.cu_seqlens.device.type == "cpu":
                 raise_out_of_range(self.config, embeddings, layout, batch)

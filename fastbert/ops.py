@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert import eager, library
 
@@ -202,7 +201,6 @@ class _Recomputed(torch.autograd.Function):
         return compute(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         enabled, dtype = ctx.autocast
         tensors = ctx.saved_tensors  # outside of the block: gradient checkpointing runs the forward again to find them

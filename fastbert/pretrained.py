@@ -61,7 +61,7 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
             raise ValueError(
-                f"attn_implementation={attn_implementation!r} is not served; choose one of "
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: choose one of '
                 f"{', '.join(ATTENTION_IMPLEMENTATIONS)} for the eager path (on a GPU fastbert's own kernels attend)"
             )
         return attn_implementation or "sdpa"

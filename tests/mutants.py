@@ -655,8 +655,8 @@ MUTANTS = [
     Mutant(
         "heads-projection-loses-its-bias",
         "fastbert/heads.py",
-        'ops.linear_activation(x.flatten(0, -2), self.weight, self.bias, "none")',
-        'ops.linear_activation(x.flatten(0, -2), self.weight, self.bias * 0, "none")',
+        '*parameters_of(fused), "none")',
+        'fused.weight, fused.bias * 0, "none")',
         "test_equality.py::test_activations",
     ),
     Mutant(
@@ -767,8 +767,8 @@ MUTANTS = [
     Mutant(
         "model-graphs-pack-in-pytorch",
         "fastbert/model.py",
-        "has_hooks(self.encoder) or self._packs_in_pytorch(layout)",
-        "has_hooks(self.encoder)",
+        'whole = given.get("output_attentions") or self._packs_in_pytorch(layout)',
+        'whole = given.get("output_attentions")',
         "test_library.py::test_a_compiler_sees_nothing_of_packing[dropout]",
     ),
     Mutant(
@@ -1152,8 +1152,8 @@ MUTANTS = [
     Mutant(
         "layers-as-many-states-as-configured",
         "fastbert/layers.py",
-        "selected_hidden_states(output_hidden_states, len(self.layer) + 1)",
-        "selected_hidden_states(output_hidden_states, self.config.num_hidden_layers + 1)",
+        'kwargs.get("output_hidden_states"), len(self.layer) + 1)',
+        'kwargs.get("output_hidden_states"), self.config.num_hidden_layers + 1)',
         "test_live_modules.py::test_outputs_are_transformers[another_layer-after-eager]",
     ),
     Mutant(
@@ -1162,6 +1162,48 @@ MUTANTS = [
         "masks_of_its_own = self.config.is_decoder or patches.replaced_for_masks(self)",
         "masks_of_its_own = False",
         "test_live_modules.py::test_outputs_are_transformers[mask_by_hand-after-eager]",
+    ),
+    Mutant(
+        "layers-a-hooked-encoder-is-given-a-layout",
+        "fastbert/layers.py",
+        "return type(encoder) is BertEncoder and not seen",
+        "return type(encoder) is BertEncoder",
+        "test_parts.py::test_hooks_are_shown_transformers_arguments",
+    ),
+    Mutant(
+        "layers-own-layers-get-no-keywords",
+        "fastbert/layers.py",
+        "layer(hidden_states, mask, None, **nothing, **given, **asked)",
+        "layer(hidden_states, mask, **asked)",
+        "test_parts.py::test_hooks_are_shown_transformers_arguments",
+    ),
+    Mutant(
+        "library-a-second-derivative-forgets-its-inputs",
+        "fastbert/library.py",
+        "return x.view_as(x) if again else",
+        "return x.detach().requires_grad_(want) if again else",
+        "test_triton.py::test_a_second_derivative",
+    ),
+    Mutant(
+        "library-a-second-derivative-of-an-op",
+        "fastbert/library.py",
+        "if torch.is_grad_enabled() and not eager.is_tracing():",
+        "if False:",
+        "test_triton.py::test_a_second_derivative",
+    ),
+    Mutant(
+        "heads-a-trace-depends-on-gradients",
+        "fastbert/heads.py",
+        "if torch.is_grad_enabled() and not is_jit_tracing():",
+        "if torch.is_grad_enabled():",
+        "test_onnx.py::test_a_trace_of_a_head_with_gradients_on",
+    ),
+    Mutant(
+        "model-a-trace-holds-the-examples-sizes",
+        "fastbert/model.py",
+        "return hidden_states.view(shape) if",
+        "return hidden_states.unflatten(0, shape[:2]) if",
+        "test_onnx.py::test_exported_models_take_other_sizes",
     ),
     Mutant(
         "patches-a-wrapper-passes",

@@ -103,8 +103,6 @@ def test_attentions(mask):
     for a, b, c in zip(weights, expected, truth, strict=True):
         queries = (x.transpose(1, 2) for x in (a, b, c))
         check_close("attentions", *(at_kept_tokens(x, None if mask is None else MASKS[mask]) for x in queries))
-        if mask is not None:
-            assert not a.transpose(1, 2)[MASKS[mask] == 0].any()
 
 
 def test_states_and_attentions_come_through_a_head_and_from_the_config():

@@ -49,7 +49,7 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "pretrained": {"configuration"},
         "layers": {"configuration", "eager", "fusion", "inputs", "ops", "patches", "tokens"},
         "model": {"configuration", "eager", "fusion", "inputs", "layers", "ops", "patches", "pretrained", "tokens"},
-        "heads": {"fusion", "model", "ops", "patches", "pretrained", "tokens"},
+        "heads": {"eager", "fusion", "model", "ops", "patches", "pretrained", "tokens"},
         "compilation": {"model"},
         "sentences": {"eager", "inputs", "ops", "tokens"},
         "explanation": {"fusion", "heads", "ops", "sentences"},

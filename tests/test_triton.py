@@ -167,6 +167,33 @@ def test_gradients(head, packed_on):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mask", [None, "right"])
+@pytest.mark.parametrize("head", ["BertModel", "BertForSequenceClassification"])
+def test_a_second_derivative(head, mask, packed_on):
+    """A penalty on the gradients of the embeddings, where one layer's output is the next one's input, twice over."""
+    found = []
+    for model in models(head, attention="eager"):
+        layers = (model.bert if head != "BertModel" else model).encoder.layer
+        layers[1] = layers[0]
+        inputs = on_device(batch(mask))
+        inputs = for_ours(inputs, packed_on) if not found else inputs
+        words = model.get_input_embeddings().weight
+        x = words[inputs.pop("input_ids")].detach().requires_grad_()
+        outputs = model(inputs_embeds=x, **inputs)
+        output = outputs[0] if mask is None or head != "BertModel" else outputs[0][MASKS[mask].bool()]
+        (gradient,) = torch.autograd.grad(output.pow(3).sum(), x, create_graph=True)
+        kept = gradient if mask is None else gradient[MASKS[mask].bool()]
+        (kept.square().sum() / 1000).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"x": x.grad})
+    if mask is not None:
+        for gradients in found:
+            gradients["x"] = gradients["x"][MASKS[mask].bool()]
+    assert found[0].keys() == found[1].keys()
+    for name, truth in found[2].items():
+        if not name.endswith("key.bias"):  # zero but for rounding: softmax does not see it
+            check_close(name, *(gradients[name] for gradients in found[:2]), truth)
+
+
 def test_a_layer_is_one_node_of_autograd():
     """It keeps its input and its parameters for the backward, and nothing that it computes on the way."""
     ours, _, _ = models()

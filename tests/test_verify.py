@@ -184,14 +184,14 @@ def test_a_loss_that_errs_is_found(saved, monkeypatch):
 
 @pytest.mark.parametrize("head", CLASSES[1:])
 def test_a_projection_that_errs_with_many_rows_is_found(head, saved, monkeypatch):
-    exact = heads.Projection.forward
+    exact = heads.project
 
-    def wrong_past_row_24(self, x):
-        y = exact(self, x)
+    def wrong_past_row_24(linear, x):
+        y = exact(linear, x)
         y.flatten(0, -2)[24:] *= 1.01
         return y
 
-    monkeypatch.setattr(heads.Projection, "forward", wrong_past_row_24)
+    monkeypatch.setattr(heads, "project", wrong_past_row_24)
     (found,) = verified(saved(head), head)
     assert not found.holds
 

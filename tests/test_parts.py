@@ -1,0 +1,391 @@
+"""Parts of the model called alone, hooked and replaced: each takes, and is shown, what transformers' would be."""
+
+import inspect
+import itertools
+import re
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from cases import MASKS, SEQ_LEN, batch, pair
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils.output_capturing import capture_outputs
+
+import fastbert
+
+ATTENTIONS = ("sdpa", "eager")
+HIDDEN = torch.randn(4, SEQ_LEN, 48, generator=torch.Generator().manual_seed(1))
+IDS = batch()["input_ids"]
+
+
+def scores(attention: str, mask: str = "right") -> Tensor:
+    """The mask [B, 1, S, S] that transformers' layers are given."""
+    keep = MASKS[mask].bool()[:, None, None].expand(-1, 1, SEQ_LEN, -1)
+    return keep if attention == "sdpa" else torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+
+
+def flat(value) -> list[Tensor | None]:
+    """The tensors of an output, which may be one, in a tuple or in an output class."""
+    values = value.to_tuple() if hasattr(value, "to_tuple") else value
+    return list(values) if isinstance(values, tuple) else [values]
+
+
+def check_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+NOTHING = {"encoder_hidden_states": None, "encoder_attention_mask": None, "past_key_values": None}
+# What asks for nothing, by the parts that take it.
+KEYWORDS = [
+    {},
+    {"output_attentions": False},
+    {"use_cache": False, "output_hidden_states": False, "return_dict": True},
+    {"position_ids": None, "cache_position": None, "head_mask": None},
+    {"position_ids": torch.arange(SEQ_LEN)[None]},
+]
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", ["encoder", "encoder.layer.1", "encoder.layer.1.attention"])
+def test_layers_take_what_transformers_take(name, attention, masked, record):
+    ours, theirs = (model.get_submodule(name) for model in pair(attention=attention))
+    mask = scores(attention) if masked else None
+    calls = [((HIDDEN, mask), keywords) for keywords in (*KEYWORDS, NOTHING)]
+    calls += [((HIDDEN, mask, None, None, None), {}), ((HIDDEN,), {"attention_mask": mask, **NOTHING})]
+    calls += [((), {"hidden_states": HIDDEN, "attention_mask": mask})]
+    with torch.set_grad_enabled(record):
+        for args, kwargs in calls:
+            check_same(flat(ours(*args, **kwargs)), flat(theirs(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_self_attention_takes_what_transformers_takes(attention):
+    ours, theirs = (model.encoder.layer[0].attention.self for model in pair(attention=attention))
+    mask = scores(attention)
+    keywords = ({}, {"past_key_values": None}, {"encoder_hidden_states": None, "output_attentions": False})
+    for args, kwargs in itertools.product(((HIDDEN,), (HIDDEN, mask)), keywords):
+        check_same(flat(ours(*args, **kwargs)), flat(theirs(*args, **kwargs)))
+
+
+def test_embeddings_take_what_transformers_take():
+    ours, theirs = (model.embeddings for model in pair())
+    types, place = torch.ones(4, 1, dtype=torch.long), torch.tensor([[3]])
+    for args, kwargs in (
+        ((IDS,), {}),
+        ((IDS, types), {}),
+        ((IDS, None, place), {}),
+        ((IDS, types[:1], place.expand(4, 1)), {}),
+        ((IDS,), {"past_key_values_length": 5}),
+        ((), {"inputs_embeds": HIDDEN, "past_key_values_length": 0}),
+    ):
+        torch.testing.assert_close(ours(*args, **kwargs), theirs(*args, **kwargs))
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 5, 48), (2, 3, 5, 48), (0, 5, 48)], ids=str)
+@pytest.mark.parametrize("head", [name for name in dir(fastbert) if name.startswith("BertFor")])
+def test_heads_take_inputs_of_any_rank(head, shape, record):
+    ours, theirs = pair(head)
+    hidden = torch.randn(shape)
+    calls = {
+        "cls": lambda m: m.cls(hidden, hidden * 2) if head == "BertForPreTraining" else m.cls(hidden),
+        "cls.predictions": lambda m: m.cls.predictions(hidden),
+        "cls.predictions.transform": lambda m: m.cls.predictions.transform(hidden),
+        "classifier": lambda m: m.classifier(hidden),
+        "qa_outputs": lambda m: m.qa_outputs(hidden),
+    }
+    called = 0
+    with torch.set_grad_enabled(record):
+        for name, call in calls.items():
+            if name in dict(theirs.named_modules()):
+                check_same(flat(call(ours)), flat(call(theirs)))
+                called += 1
+    assert called
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"token_type_ids": torch.tensor([[0], [1], [1], [0]])},
+        {"token_type_ids": torch.tensor([[1]])},
+        {"token_type_ids": torch.tensor([1])},
+        {"token_type_ids": torch.tensor(1)},
+        {"position_ids": torch.tensor([[7]])},
+        {"position_ids": torch.tensor([[7], [0], [1], [3]])},
+        {"position_ids": torch.arange(SEQ_LEN).flip(0)[None]},
+        {"attention_mask": torch.ones(4, 1)},
+        {"attention_mask": torch.ones(1, 1, dtype=torch.long)},
+        {"attention_mask": MASKS["right"].bool()[:, None, None, :]},
+        {"attention_mask": MASKS["right"].bool()[:1, None, None, :]},
+        {"past_key_values": None, "use_cache": False, "head_mask": None, "return_dict": True},
+        {"output_router_logits": False, "past_key_values_length": 0},
+    ],
+    ids=lambda given: " ".join(f"{k}{list(v.shape) if isinstance(v, Tensor) else v}" for k, v in given.items()),
+)
+def test_what_broadcasts_and_what_asks_for_nothing(given, record):
+    ours, theirs = pair("BertForPreTraining")
+    with torch.set_grad_enabled(record):
+        check_same(flat(ours(IDS, **given)), flat(theirs(IDS, **given)))
+
+
+def test_a_mask_of_a_column_drops_whole_texts():
+    ours, _ = pair()
+    column = torch.tensor([[1], [0], [1], [0]])
+    outputs, expected = ours(IDS, column), ours(IDS, column.expand(4, SEQ_LEN))
+    assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
+    assert not outputs.last_hidden_state[1].any()
+
+
+EVERY_MODULE = [
+    "embeddings", "embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.LayerNorm", "encoder",
+    "encoder.layer.1", "encoder.layer.1.attention", "encoder.layer.1.attention.self",
+    "encoder.layer.1.attention.self.key", "encoder.layer.1.attention.output", "encoder.layer.1.intermediate",
+    "encoder.layer.1.output.dropout", "pooler", "pooler.dense",
+]  # fmt: skip
+
+
+def described(value):
+    """What a hook can see of an argument, but for the numbers in it."""
+    return (value.dtype, value.shape) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}, {"position_ids": torch.arange(SEQ_LEN)[None]}])
+@pytest.mark.parametrize("mask", [None, "right"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", EVERY_MODULE)
+def test_hooks_are_shown_transformers_arguments(name, attention, mask, asked):
+    models = pair(attention=attention)
+    seen = []
+    for model in models:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+    for model in models:
+        model(**batch(mask), **asked)
+    (args, kwargs), (their_args, their_kwargs) = seen
+    assert [described(x) for x in args] == [described(x) for x in their_args]
+    assert {k: described(x) for k, x in kwargs.items()} == {k: described(x) for k, x in their_kwargs.items()}
+    masks = [[x for x in (*a, *k.values()) if isinstance(x, Tensor) and x.ndim == 4] for a, k in seen]
+    assert all(torch.equal(x, y) for x, y in zip(*masks, strict=True))
+
+
+class OwnLayer(nn.Module):
+    """The mean over the tokens that count, added to each: it needs the mask and transformers' shapes."""
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, position_ids=None, **kwargs):
+        assert hidden_states.shape == (4, SEQ_LEN, 48)
+        assert encoder_hidden_states is None
+        assert attention_mask is None or attention_mask.shape == (4, 1, SEQ_LEN, SEQ_LEN)
+        keep = torch.ones(4, SEQ_LEN) if attention_mask is None else (attention_mask[:, 0, -1] >= 0).float()
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            keep = attention_mask[:, 0, -1].float()
+        return hidden_states + ((hidden_states * keep[..., None]).sum(1) / keep.sum(1, keepdim=True))[:, None]
+
+
+class OwnEncoder(nn.Module):
+    """Another encoder, which transformers' model would call as it does its own."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.blocks = layers
+
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+        for block in self.blocks:
+            hidden_states = block(hidden_states, attention_mask)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+def with_own_layer(model):
+    model.encoder.layer[1] = OwnLayer()
+
+
+def with_layer_of_transformers(model):
+    torch.manual_seed(3)
+    model.encoder.layer.append(hf.BertLayer(model.config).eval())
+
+
+def with_own_encoder(model):
+    model.encoder = OwnEncoder(model.encoder.layer)
+
+
+def with_patched_encoder(model):
+    forward = model.encoder.forward
+    model.encoder.forward = lambda hidden_states, attention_mask=None, **kwargs: forward(
+        hidden_states * 0.5, attention_mask, **kwargs
+    )
+
+
+def with_hooked_encoder(model):
+    def halved(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        assert mask is None or mask.shape == (4, 1, SEQ_LEN, SEQ_LEN)
+        return (args[0] * 0.5,), kwargs
+
+    model.encoder.register_forward_pre_hook(halved, with_kwargs=True)
+
+
+CHANGES = (with_own_layer, with_layer_of_transformers, with_own_encoder, with_patched_encoder, with_hooked_encoder)
+
+
+@pytest.mark.parametrize("whose", ["our class", "optimized"])
+@pytest.mark.parametrize("mask", [None, "right", "left"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_came_after_optimize_is_given_what_transformers_gives(change, attention, mask, whose):
+    ours, theirs = pair(attention=attention)
+    if whose == "optimized":
+        ours = fastbert.optimize(deepcopy(theirs))
+    grads = []
+    for model in (ours, theirs):
+        change(model)
+        output = model(**batch(mask)).last_hidden_state
+        kept = output if mask is None else output[MASKS[mask].bool()]
+        kept.square().sum().backward()
+        grads.append((kept, model.embeddings.word_embeddings.weight.grad))
+    check_same(*grads)
+    if mask is not None:
+        assert not ours(**batch(mask)).last_hidden_state[MASKS[mask] == 0].any()
+
+
+def test_an_encoder_that_returns_no_states_is_named():
+    ours, _ = pair()
+    with_own_encoder(ours)
+    with pytest.raises(ValueError, match=r"^output_hidden_states is not served for a .*OwnEncoder"):
+        ours(IDS, output_hidden_states=True)
+    with pytest.raises(ValueError, match=r"^output_attentions is not served for a .*OwnEncoder"):
+        ours(IDS, output_attentions=True)
+
+
+@pytest.mark.parametrize("mask", [None, "right"])
+def test_hidden_states_come_through_a_hooked_encoder(mask):
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model.encoder.register_forward_hook(lambda *_: None)
+    outputs, expected = (m(**batch(mask), output_hidden_states=True) for m in (ours, theirs))
+    kept = ... if mask is None else MASKS[mask].bool()
+    check_same([x[kept] for x in outputs.hidden_states], [x[kept] for x in expected.hidden_states])
+    assert outputs.hidden_states[-1] is outputs.last_hidden_state
+
+
+class Around(transformers.PreTrainedModel):
+    """A model of somebody's own that has transformers collect states: of BERT's layers, and not of a BertModel's."""
+
+    config_class = transformers.BertConfig
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": hf.BertLayer, "attentions": hf.BertSelfAttention}
+
+    def __init__(self, bert: hf.BertModel, whole: bool):
+        super().__init__(bert.config)
+        self.part = bert if whole else nn.ModuleList([bert.embeddings, bert.encoder])
+
+    @capture_outputs
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        if isinstance(self.part, hf.BertModel):
+            return BaseModelOutput(last_hidden_state=self.part(input_ids, attention_mask).last_hidden_state)
+        embeddings, encoder = self.part
+        keep = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        return BaseModelOutput(last_hidden_state=encoder(embeddings(input_ids), keep).last_hidden_state)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_transformers_collects_no_packed_states(whole):
+    ours, theirs = (Around(bert, whole).eval() for bert in pair())
+    for asked in ({"output_hidden_states": True}, {"output_hidden_states": True, "output_attentions": True}):
+        outputs, expected = (model(IDS, MASKS["right"], **asked) for model in (ours, theirs))
+        assert list(outputs) == list(expected)
+        kept = MASKS["right"].bool()
+        check_same([x[kept] for x in outputs.hidden_states], [x[kept] for x in expected.hidden_states])
+        assert len(outputs.hidden_states) == (0 if whole else 4)
+
+
+class OfOnesOwn(hf.BertLayer):
+    """A layer as people derive them, with a constructor of its own."""
+
+    def __init__(self, config):
+        hf.GradientCheckpointingLayer.__init__(self)
+        vars(self).update({name: x for name, x in vars(hf.BertLayer(config)).items() if name != "training"})
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        return super().forward(hidden_states, attention_mask) * 2
+
+
+def test_layers_that_derive_from_transformers_run_as_they_do_there():
+    ours, theirs = pair()
+    torch.manual_seed(5)
+    own = OfOnesOwn(ours.config).eval()
+    for model in (ours, theirs):
+        model.encoder.layer[2] = own
+    kept = MASKS["right"].bool()
+    check_same(*([model(**batch()).last_hidden_state[kept]] for model in (ours, theirs)))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("mask", [None, "right"])
+def test_gradients_of_attention_weights_can_be_retained(mask, attention):
+    ours, theirs = pair(attention=attention)
+    theirs.set_attn_implementation("eager")
+    grads = []
+    for model in (ours, theirs):
+        outputs = model(**batch(mask), output_attentions=True)
+        for weights in outputs.attentions:
+            weights.retain_grad()
+        kept = outputs.last_hidden_state[... if mask is None else MASKS[mask].bool()]
+        kept.square().sum().backward()
+        # What padding holds is nobody's affair, as a query and as a key.
+        tokens = torch.ones(4, SEQ_LEN) if mask is None else MASKS[mask]
+        pairs = (tokens[:, :, None] * tokens[:, None]).bool()
+        grads.append([weights.grad.transpose(0, 1)[:, pairs] for weights in outputs.attentions])
+    assert all(grad.any() for grad in grads[0])
+    check_same(*grads)
+
+
+def test_explain_notes_code_of_ones_own_around_the_model():
+    ours, _ = pair()
+    assert "own" not in str(fastbert.explain(ours))
+    own = nn.Module()
+    own.bert = ours
+    assert fastbert.explain(own).notes == []  # a plain container computes nothing
+    own = type("ColBERT", (nn.Module,), {})()
+    own.bert = ours
+    (note,) = fastbert.explain(own).notes
+    assert re.match(r"ColBERT, a .*ColBERT, calls BertModel: hidden states at padding are zeros", note)
+    assert "attention_mask[:, None, None].bool()" in str(fastbert.explain(own))
+
+
+@pytest.mark.parametrize("whose", ["our class", "optimized"])
+def test_colberts_queries_by_a_mask_of_scores(whose):
+    """Places that no token attends to, whose hidden states count."""
+    ours, theirs = pair()
+    if whose == "optimized":
+        ours = fastbert.optimize(deepcopy(theirs))
+    inputs = batch()
+    expected = theirs(**inputs).last_hidden_state
+    inputs["attention_mask"] = inputs["attention_mask"][:, None, None].bool()
+    torch.testing.assert_close(ours(**inputs).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_signatures_begin_as_transformers_do():
+    for kind in ("BertEmbeddings", "BertLayer", "BertSelfAttention", "BertEncoder", "BertPooler"):
+        ours = getattr(fastbert.model, kind)
+        names, theirs = (
+            [name for name, x in inspect.signature(c.forward).parameters.items() if x.kind is x.POSITIONAL_OR_KEYWORD]
+            for c in (ours, getattr(hf, kind))
+        )
+        assert names[: len(theirs)] == theirs
+
+
+def test_a_pooler_or_encoder_of_any_class_may_return_less():
+    ours, _ = pair()
+    ours.pooler = None
+    ours.encoder = OwnEncoder(nn.ModuleList())
+    ours.encoder.forward = lambda hidden, **kwargs: SimpleNamespace(last_hidden_state=hidden)
+    assert ours(IDS).pooler_output is None
