@@ -109,7 +109,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
             return "has a patched feed_forward_chunk", True
         # A weight that is no parameter is the modules' affair.
         weights = [x._parameters.get("weight") for x in (q, k, v)]
-        widths = {x.shape[0] for x in weights if x is not None}
+        widths = {int(x.shape[0]) for x in weights if x is not None}  # in a trace, tensors
         if len(widths) > 1 or any(width % attention.attention_head_size for width in widths):
             return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}", True
         activation = parts.intermediate_activation
@@ -161,7 +161,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
 
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
         count, bounds = layout.num_tokens, (layout.cu_seqlens, layout.max_seqlen)
-        num_heads = p.query._parameters["weight"].shape[0] // p.self_attention.attention_head_size
+        num_heads = int(p.query._parameters["weight"].shape[0]) // p.self_attention.attention_head_size
         activation = fused_activation(p.intermediate_activation)
 
         def compute(x, mask, *weights):

@@ -94,7 +94,7 @@ def fall_back(what: str, reason: str, device: torch.device) -> None:
     """
     if _choice.name == "triton":
         raise RuntimeError(f"backend 'triton' cannot serve {what}: {reason}; 'auto' falls back to eager PyTorch")
-    if not eager.is_tracing():
+    if not eager.is_tracing() or eager.is_jit_tracing():
         level = logging.INFO if device.type == "cpu" else logging.WARNING
         say_once(level, f"{what} runs in eager PyTorch: {reason}")
 
@@ -150,10 +150,17 @@ def _wants_kernels(device: torch.device) -> bool:
     return current_backend() == "triton"
 
 
+def _why_not_exported() -> str | None:
+    """Why what is traced right now holds none of our kernels; None if it may."""
+    leaves = eager.is_jit_tracing() or torch.onnx.is_in_onnx_export()
+    return "what torch.jit.trace and torch.onnx record runs without fastbert" if leaves else None
+
+
 def why_eager(op: str, device: torch.device, dtype: torch.dtype, head_size: int = 0) -> str | None:
     """Why the eager twin serves a call of `op` on such tensors; None if a kernel does."""
     if _wants_kernels(device):
-        return why_not_triton(op, device, dtype) or why_not_head_size(head_size)
+        exported = _why_not_exported() if eager.is_tracing() else None
+        return exported or why_not_triton(op, device, dtype) or why_not_head_size(head_size)
     chosen = current_backend()
     return "backend 'eager' is chosen" if chosen == "eager" else f"the tensors are on 'cpu' and {NEED_CUDA}"
 
@@ -168,7 +175,9 @@ def _kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | N
     somebody traces or records it, None for the eager twin. `refused` says what only eager can do."""
     if not _wants_kernels(tensor.device):
         return None
-    if not eager.is_tracing() and eager.is_transforming():
+    if eager.is_tracing():
+        refused = _why_not_exported() or refused
+    elif eager.is_transforming():
         refused = "a function transform or a forward-mode derivative is active"
     reason = refused or why_not_triton(op, tensor.device, tensor.dtype)
     if reason is not None:

@@ -1138,7 +1138,7 @@ MUTANTS = [
     Mutant(
         "layers-heads-of-the-configuration",
         "fastbert/layers.py",
-        'num_heads = p.query._parameters["weight"].shape[0] // p.self_attention.attention_head_size',
+        'num_heads = int(p.query._parameters["weight"].shape[0]) // p.self_attention.attention_head_size',
         "num_heads = p.self_attention.config.num_attention_heads",
         "test_live_modules.py::test_outputs_are_transformers[prune_heads-after-eager]",
     ),

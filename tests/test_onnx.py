@@ -1,5 +1,7 @@
 """Traces by torch.jit and exports to ONNX by both of torch's exporters: nothing in them has the example's sizes."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fastbert
+from fastbert import ops
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings(
@@ -49,6 +52,21 @@ class Embeddings(nn.Module):
         return self.model(dict(zip(NAMES, inputs, strict=True)))["sentence_embedding"]
 
 
+@pytest.fixture(params=["on the CPU", "as on a GPU"])
+def kernels_are_wanted(request, monkeypatch):
+    """A context in which the back end is chosen as it is on a GPU, where kernels come first."""
+
+    @contextmanager
+    def wanted():
+        with monkeypatch.context() as patch:
+            if request.param == "as on a GPU":
+                patch.setattr(ops, "_wants_kernels", lambda device: True)
+                patch.setattr(ops, "why_not_triton", lambda *_: None)
+            yield
+
+    return wanted
+
+
 def exported(model: nn.Module, inputs: tuple[Tensor, ...], dynamo: bool, path) -> onnxruntime.InferenceSession:
     """The model in onnxruntime, exported with sizes that may vary in every dimension."""
     if dynamo:
@@ -76,10 +94,11 @@ def check_other_sizes(session, model: nn.Module, *shapes: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "dynamo"])
 @pytest.mark.parametrize(("head", "attention"), [*((head, "sdpa") for head in HEADS), ("BertModel", "eager")])
-def test_exported_models_take_other_sizes(head, attention, dynamo, tmp_path):
+def test_exported_models_take_other_sizes(head, attention, dynamo, kernels_are_wanted, tmp_path):
     ours, _ = pair(head, attention, num_hidden_layers=1)
     choices = (2,) if head == "BertForMultipleChoice" else ()
-    session = exported(Outputs(ours), texts(3, *choices, 9), dynamo, tmp_path / "model.onnx")
+    with kernels_are_wanted():
+        session = exported(Outputs(ours), texts(3, *choices, 9), dynamo, tmp_path / "model.onnx")
     check_other_sizes(session, Outputs(ours), (2, *choices, 14), (5, *choices, 4), (3, *choices, 9))
 
 
@@ -92,16 +111,26 @@ def test_an_exported_sentence_transformer_takes_other_sizes(dynamo, minilm_path,
 
 @pytest.mark.parametrize("whose", ["our class", "optimized"])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_trace_of_a_head_with_gradients_on(head, whose):
+def test_a_trace_of_a_head_with_gradients_on(head, whose, kernels_are_wanted):
     ours, theirs = pair(head, num_hidden_layers=1, return_dict=False)
     if whose == "optimized":
         ours = fastbert.optimize(theirs)
     choices = (2,) if head == "BertForMultipleChoice" else ()
-    traced = torch.jit.trace(ours, texts(2, *choices, 8)[:2], strict=False)
+    with kernels_are_wanted():
+        traced = torch.jit.trace(ours, texts(2, *choices, 8)[:2], strict=False)
     for shape in ((2, *choices, 8), (3, *choices, 5)):
         inputs = texts(*shape)[:2]
         for a, b in zip(traced(*inputs), ours(*inputs), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_trace_that_asks_for_kernels_is_refused():
+    ours, _ = pair(return_dict=False)
+    with (
+        fastbert.backend("triton"),
+        pytest.raises(RuntimeError, match="what torch.jit.trace and torch.onnx record runs without fastbert"),
+    ):
+        torch.jit.trace(ours, texts(2, 8)[:2], strict=False)
 
 
 def test_dynamic_quantization_finds_every_linear():
