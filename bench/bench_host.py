@@ -7,7 +7,8 @@ what a layer takes. Of a graph's call everything counts but what a device's driv
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -70,16 +71,22 @@ class LeftOut(graphs.CudaGraphs):
         pass
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch):
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
     """CPU tensors are served by kernels and graphs, and their values are not read by the host."""
+    with pytest.MonkeyPatch.context() as patch, fastbert.backend("triton"), torch.inference_mode():
+        patch.setattr(fastbert_kernels, "INTERPRETED", True)
+        patch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
+        patch.setattr(graphs, "DEVICE_TYPE", "cpu")
+        patch.setattr(graphs, "CudaGraphs", LeftOut)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu():
     if fastbert_kernels.INTERPRETED:
         pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    monkeypatch.setattr(fastbert_kernels, "INTERPRETED", True)
-    monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
-    monkeypatch.setattr(graphs, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(graphs, "CudaGraphs", LeftOut)
-    with fastbert.backend("triton"), torch.inference_mode():
+    with as_on_a_gpu():
         yield
 
 
@@ -96,7 +103,7 @@ def test_launches(benchmark, case):
     benchmark.group = f"launches of {case}"
     launched = []
     with launching_into(TARGET, lambda name, grid, arguments: launched.append((name, grid))):
-        forward = _forward(case, DEPTHS[0])
+        forward = forward_of(case, DEPTHS[0])
         forward()  # plans, and compiles
         directly = _made(launched, forward)
         assert directly
@@ -105,7 +112,7 @@ def test_launches(benchmark, case):
             benchmark.pedantic(forward)
             return
     with launching_into(TARGET, lambda name, grid, arguments: None):
-        shallow, deep = (_timed(_forward(case, depth)) for depth in DEPTHS)
+        shallow, deep = (_timed(forward_of(case, depth)) for depth in DEPTHS)
     layers = DEPTHS[1] - DEPTHS[0]
     layer_s, baseline_layer_s = (
         (deep.fields()[name] - shallow.fields()[name]) / layers for name in ("median_s", "baseline_median_s")
@@ -125,7 +132,7 @@ def test_replay(benchmark, case):
     benchmark.group = f"replay of {case}"
     seen = []
     with launching_into(TARGET, lambda name, grid, arguments: seen.append(name)):
-        launched, replayed = _forward(case, DEPTHS[1]), _forward(case, DEPTHS[1], graphed=True)
+        launched, replayed = forward_of(case, DEPTHS[1]), forward_of(case, DEPTHS[1], graphed=True)
         shapes = [{name: x.shape for name, x in forward().items()} for forward in (launched, replayed)]
         assert shapes[0] == shapes[1]
         assert not _made(seen, replayed)
@@ -143,7 +150,7 @@ def test_replay(benchmark, case):
     )
 
 
-def _forward(case: HostCase, depth: int, graphed: bool = False) -> Callable:
+def forward_of(case: HostCase, depth: int, graphed: bool = False) -> Callable:
     config = transformers.BertConfig(**SIZES[case.model] | {"vocab_size": 1000, "num_hidden_layers": depth})
     with torch.inference_mode(False):
         model = fastbert.BertModel(config).eval().to(getattr(torch, case.dtype))

@@ -71,16 +71,16 @@ def _commit() -> str:
 def _head() -> str | None:
     try:
         # A copy without its history may lie in somebody else's repository.
-        if Path(_git("rev-parse", "--show-toplevel")) != ROOT:
+        if Path(git("rev-parse", "--show-toplevel")) != ROOT:
             return None
-        head = _git("rev-parse", "--short", "HEAD")
-        changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
+        head = git("rev-parse", "--short", "HEAD")
+        changes = git("status", "--porcelain", "--", ".", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if changes else head
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     command = ["git", "--no-optional-locks", *arguments]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 

@@ -1,0 +1,155 @@
+"""Whether this checkout takes more of the host's time than another commit, by more than noise.
+
+    python bench/compare.py COMMIT [--workload NAMES] [--pairs N] [--threshold PERCENT]
+
+No GPU is needed. This checkout's bench/host_workloads.py measures both packages on one thread, in pairs of processes
+that take turns, A B B A, so that what else the machine does hits both. Of the same code one process is faster than
+another, by where its memory lies: it takes many pairs to tell. The status is 1 if a workload is slower by more than
+noise and the threshold, or runs at COMMIT alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import records
+import torch
+from host_workloads import WORKLOADS
+from tqdm import tqdm
+
+from fastbert.commands.machine import describe, machine
+
+WORKER = Path(__file__).with_name("host_workloads.py")
+PACKAGES = ("fastbert", "kernels/fastbert_kernels")
+PAIRS, ROUNDS, THRESHOLD_PERCENT = 14, 20, 3.0
+# Of an interval, and the fewest pairs that can give it.
+CONFIDENCE, LEAST_PAIRS = 0.995, 9
+
+
+class Measured(NamedTuple):
+    """Seconds of a call here and there, and here / there with its interval; all are medians."""
+
+    here_s: float
+    there_s: float
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        return "slower" if self.low > 1 else "faster" if self.high < 1 else "same within noise"
+
+
+def measured(pairs: list[list[tuple[float, float]]]) -> Measured:
+    """What the rounds of each pair of processes tell, a round being seconds here and there.
+
+    The interval is of the median of the pairs' ratios, which may have any distribution: as many of them lie below that
+    median as a coin gives heads.
+    """
+    ratios = sorted(statistics.median(here / there for here, there in rounds) for rounds in pairs)
+    chances = [2 * sum(math.comb(len(ratios), heads) for heads in range(cut + 1)) for cut in range(len(ratios) // 2)]
+    cut = sum(chance <= (1 - CONFIDENCE) * 2 ** len(ratios) for chance in chances) - 1
+    here_s, there_s = map(statistics.median, zip(*(turns for rounds in pairs for turns in rounds), strict=True))
+    return Measured(here_s, there_s, statistics.median(ratios), ratios[cut], ratios[-1 - cut])
+
+
+@contextmanager
+def packages_of(commit: str) -> Iterator[tuple[Path, Path]]:
+    """Folders with this checkout's packages, as they are now, and a commit's; of paths of one length."""
+    with tempfile.TemporaryDirectory(prefix="fastbert-compare-") as folder:
+        here, there, tree = (Path(folder, name) for name in ("here", "else", "tree"))
+        records.git("worktree", "add", "--detach", str(tree), commit)
+        try:
+            for source, copy in ((records.ROOT, here), (tree, there)):
+                for package in map(Path, PACKAGES):
+                    shutil.copytree(source / package, copy / package.name, ignore=lambda *_: ["__pycache__"])
+            yield here, there
+        finally:
+            records.git("worktree", "remove", "--force", str(tree))
+
+
+@contextmanager
+def process(packages: Path) -> Iterator[Callable[[str], dict]]:
+    """A function that has a workload timed in a process of its own, which imports these packages."""
+    paths = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # which compiles nothing
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    def ask(name: str) -> dict:
+        with suppress(BrokenPipeError):  # of one that has ended: its status says more
+            print(name, file=worker.stdin, flush=True)
+        answer = worker.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that imports {packages} ended in {name} with status {worker.wait()}")
+        return json.loads(answer)
+
+    # Ctrl-C is this process's affair: in a session of its own the worker does not see it.
+    worker = subprocess.Popen([sys.executable, WORKER], env=environment, start_new_session=True, **pipes)
+    try:
+        yield ask
+    finally:
+        worker.kill()
+        worker.communicate()  # closes the pipes and waits
+
+
+def measure(folders: tuple[Path, Path], names: list[str], pairs: int) -> tuple[dict[str, Measured], dict[str, tuple]]:
+    """Of each workload what was measured, or the reasons why it did not run here and there, None where it did."""
+    timed, absent = {name: [] for name in names}, {}
+    for number in tqdm(range(pairs), desc="pairs of processes", disable=None):
+        with process(folders[0]) as here, process(folders[1]) as there:
+            for name in [name for name in names if name not in absent]:
+                rounds = []
+                for turn in range(number, number + 1 + ROUNDS):
+                    order = (here, there) if turn % 2 else (there, here)
+                    answers = {each: each(name) for each in order}
+                    if any("absent" in answer for answer in answers.values()):
+                        absent[name] = tuple(answers[each].get("absent") for each in (here, there))
+                        break
+                    rounds.append((answers[here]["seconds"], answers[there]["seconds"]))
+                timed[name].append(rounds[1:])  # the first warms up
+    return {name: measured(timed[name]) for name in names if name not in absent}, absent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("commit", metavar="COMMIT")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="which of them (all)")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of processes, 9 or more (%(default)s)")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD_PERCENT, help="in percent (%(default)s)")
+    given = parser.parse_args(arguments)
+    if given.pairs < LEAST_PAIRS:
+        parser.error(f"--pairs {given.pairs}: fewer than {LEAST_PAIRS} give no interval of {CONFIDENCE:.1%}")
+    try:
+        other = records.git("rev-parse", "--short", "--verify", f"{given.commit}^{{commit}}")
+    except subprocess.CalledProcessError as problem:
+        parser.error(problem.stderr.strip())
+    before = records.provenance()
+    print(f"here {before['commit']}, there {other}; {describe(machine(torch.device('cpu')) | {'threads': 1})}")
+    with packages_of(other) as folders:
+        found, absent = measure(folders, given.workload, given.pairs)
+    load = records.provenance()["load"]
+    print(f"load a core {before['load']} before, {load} after; medians of a call's times, ratio here / there")
+    print(f"{'':12}{'here':>10}{'there':>11}{'ratio':>8}{f'{CONFIDENCE:.1%} interval':>18}")
+    for name, each in found.items():
+        times = f"{1e3 * each.here_s:7.3f} ms {1e3 * each.there_s:7.3f} ms"
+        print(f"{name:12}{times} {each.ratio:7.3f}    {each.low:.3f} to {each.high:.3f}  {each.verdict}")
+    for name, reasons in absent.items():
+        for place, reason in zip(("here", "there"), reasons, strict=True):
+            print(f"{name:12}absent {place}: {reason}" if reason else f"{name:12}runs {place}")
+    slower = [each for each in found.values() if each.verdict == "slower" and each.ratio > 1 + given.threshold / 100]
+    return int(bool(slower) or any(here and not there for here, there in absent.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Calls in which Python takes most of the time, and the process in which bench/compare.py has them timed.
+
+The model is tiny, so that its arithmetic takes no time. Only what fastbert exports is used; the host suite, which needs
+more, is imported where a commit that lacks it lacks no other workload.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+
+import torch
+import transformers
+
+import fastbert
+
+SHAPE, NUM_LAYERS = (1, 16), 6
+SIZES = {"vocab_size": 1000, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+CONFIG = transformers.BertConfig(num_hidden_layers=NUM_LAYERS, **SIZES)
+BLOCK_SECONDS = 0.02
+
+
+@contextmanager
+def _in_kernels(graphed: bool = False) -> Iterator[Callable]:
+    """A forward as the host suite times it: without what a GPU and its driver would do."""
+    import bench_host as host
+
+    case = host.HostCase("tiny", *SHAPE, "bfloat16")
+    with host.as_on_a_gpu(), host.launching_into(host.TARGET, lambda name, grid, arguments: None):
+        yield host.forward_of(case, NUM_LAYERS, graphed)
+
+
+@contextmanager
+def _on_the_cpu(model) -> Iterator[Callable]:
+    """A forward in plain PyTorch."""
+    ids, model = torch.ones(SHAPE, dtype=torch.long), model.eval()
+    with torch.no_grad():
+        yield lambda: model(input_ids=ids, attention_mask=ids, token_type_ids=torch.zeros_like(ids))
+
+
+@contextmanager
+def _training(model) -> Iterator[Callable]:
+    """Forward and backward in plain PyTorch."""
+    ids, labels, model = torch.ones(SHAPE, dtype=torch.long), torch.zeros(SHAPE[0], dtype=torch.long), model.train()
+
+    def step():
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=ids, labels=labels).loss.backward()
+
+    yield step
+
+
+# Name -> what makes a context that gives the call.
+WORKLOADS = {
+    "launches": _in_kernels,
+    "replay": lambda: _in_kernels(graphed=True),
+    "forward": lambda: _on_the_cpu(fastbert.BertModel(CONFIG)),
+    "classifier": lambda: _on_the_cpu(fastbert.BertForSequenceClassification(CONFIG)),
+    "optimized": lambda: _on_the_cpu(fastbert.optimize(transformers.BertModel(CONFIG))),
+    "training": lambda: _training(fastbert.BertForSequenceClassification(CONFIG)),
+}
+
+
+def _seconds(call: Callable) -> float:
+    """The median of a call's seconds, in calls one after another for BLOCK_SECONDS."""
+    seconds, begin = [], time.perf_counter()
+    while not seconds or time.perf_counter() - begin < BLOCK_SECONDS:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def serve() -> None:
+    """Answer each line of stdin, a workload's name, by a line of JSON: "seconds" of its call, or "absent", the reason
+    why it cannot be prepared. A workload stays prepared until another is asked for."""
+    # An editable installation would lend a commit the modules that it lacks.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "fastbert" not in repr(finder)]
+    # Both processes of a pair on one core: what else keeps it busy hits both.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    answers, prepared = sys.stdout, None
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        for name in map(str.strip, sys.stdin):
+            try:
+                if name != prepared:
+                    stack.close()
+                    call = stack.enter_context(WORKLOADS[name]())
+                    call()  # plans and compiles
+                    prepared = name
+                answer = {"seconds": _seconds(call)}
+            except Exception as problem:
+                answer, prepared = {"absent": " ".join(f"{type(problem).__name__}: {problem}".split())}, None
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

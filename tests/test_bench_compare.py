@@ -1,0 +1,192 @@
+"""bench/compare.py on made up times, on fake packages in a git repository, and its workloads, each run once."""
+
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import compare
+import pytest
+import records
+from compare import measured
+
+NOISE = random.Random(0)
+# In place of bench/host_workloads.py; it leaves out the time of other processes.
+WORKER = """
+import json, sys, time
+import fastbert
+
+for name in map(str.strip, sys.stdin):
+    start = time.process_time()
+    try:
+        getattr(fastbert, name)()
+        answer = {"seconds": time.process_time() - start}
+    except AttributeError as problem:
+        answer = {"absent": str(problem)}
+    print(json.dumps(answer), flush=True)
+"""
+PACKAGE = """
+import time
+
+def busy():
+    end = time.process_time() + {milliseconds} / 1e3
+    while time.process_time() < end:
+        pass
+"""
+
+
+def pairs(factor: float, number: int, between: float = 0.02) -> list[list[tuple[float, float]]]:
+    """Rounds of a workload that takes `factor` times as long here as there; the machine's speed drifts by half, two
+    processes of one code differ by `between`, and in one pair in ten by 10 times that."""
+
+    def rounds():
+        here = factor * (1 + NOISE.gauss(0, between * NOISE.choice([1] * 9 + [10])))
+        speeds = [NOISE.uniform(1, 1.5) for _ in range(5)]
+        return [(here * speed * NOISE.uniform(0.99, 1.01), speed * NOISE.uniform(0.99, 1.01)) for speed in speeds]
+
+    return [rounds() for _ in range(number)]
+
+
+def test_verdicts_of_made_up_times():
+    """Nothing but noise is hardly ever taken for more; 10 % is seen through noise of 2 %."""
+    verdicts = [measured(pairs(1.0, compare.PAIRS)).verdict for _ in range(400)]
+    assert verdicts.count("same within noise") >= 392
+    for factor, verdict in ((1.1, "slower"), (0.9, "faster")):
+        found = [measured(pairs(factor, compare.PAIRS)) for _ in range(20)]
+        assert {each.verdict for each in found} == {verdict}
+        assert all(each.ratio == pytest.approx(factor, rel=0.05) for each in found)
+
+
+def test_the_interval_is_of_order_statistics():
+    def of(ratios: list[float]) -> tuple[float, float]:
+        found = measured([[(ratio, 1.0)] * 3 for ratio in ratios])
+        assert found.there_s == 1
+        assert found.here_s == found.ratio
+        return found.low, found.high
+
+    assert 2 / 2**compare.LEAST_PAIRS <= 1 - compare.CONFIDENCE < 2 / 2 ** (compare.LEAST_PAIRS - 1)
+    assert of([9, 8, 7, 6, 5, 4, 3, 2, 1]) == (1, 9)
+    # Two of 12 below or above the median: 2 * 13 / 2**12 is more than 0.005; of 13 pairs 2 * 14 / 2**13 is less.
+    assert of(list(range(1, 13))) == (1, 12)
+    assert of(list(range(1, 14))) == (2, 12)
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A project that is busy for 2 ms at HEAD, the root of what is compared, with a worker of its own."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    root, worker = tmp_path / "project", tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    for package in compare.PACKAGES:
+        (root / package).mkdir(parents=True)
+        (root / package / "__init__.py").write_text(PACKAGE.format(milliseconds=2))
+    git(root, "init", "--quiet")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "--message", "all")
+    monkeypatch.setattr(records, "ROOT", root)
+    monkeypatch.setattr(compare, "WORKER", worker)
+    monkeypatch.setattr(compare, "WORKLOADS", {"busy": None, "gone": None, "new": None})
+    monkeypatch.setattr(compare, "ROUNDS", 6)
+    monkeypatch.setattr(compare.tempfile, "tempdir", str(tmp_path))
+    records._head.cache_clear()
+    yield root
+    records._head.cache_clear()
+    assert git(root, "worktree", "list").count("\n") == 1
+    assert not list(tmp_path.glob("fastbert-compare-*"))
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "threshold", "verdict", "status"),
+    [(2, 3, "same within noise", 0), (2.2, 3, "slower", 1), (2.2, 30, "slower", 0), (1.8, 3, "faster", 0)],
+)
+def test_a_planted_difference_is_found(milliseconds, threshold, verdict, status, repository, capsys):
+    (repository / "fastbert/__init__.py").write_text(PACKAGE.format(milliseconds=milliseconds) + "\n\nnew = busy\n")
+    arguments = ["HEAD", "--pairs", "9", "--threshold", str(threshold), "--workload", "busy", "new"]
+    assert compare.main(arguments) == status
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.splitlines() if line.startswith("busy "))
+    name = git(repository, "rev-parse", "--short", "HEAD").strip()
+    if milliseconds != 2:  # in which a few microseconds might tell
+        assert line.endswith(verdict)
+    assert f"here {name}-dirty, there {name}; " in printed
+    assert "new         runs here" in printed
+    assert "new         absent there: module 'fastbert' has no attribute 'new'" in printed
+
+
+def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
+    """Of a clean tree, too, beside an older commit."""
+    (repository / "fastbert/__init__.py").write_text("")
+    git(repository, "commit", "--quiet", "--all", "--message", "nothing")
+    assert compare.main(["HEAD~1", "--workload", "busy", "gone"]) == 1
+    printed = capsys.readouterr().out
+    assert "-dirty" not in printed
+    assert "busy        absent here: module 'fastbert' has no attribute 'busy'" in printed
+    assert "busy        runs there" in printed
+    assert printed.count("gone        absent") == 2
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_left_after_an_interruption(problem, repository, monkeypatch):
+    workers = []
+
+    def interrupted(pairs):
+        raise problem
+
+    started = subprocess.Popen
+
+    def noted(command, **options):
+        workers.append(started(command, **options))
+        return workers[-1]
+
+    monkeypatch.setattr(compare.subprocess, "Popen", noted)
+    monkeypatch.setattr(compare.json, "loads", interrupted)
+    with pytest.raises(problem):
+        compare.main(["HEAD"])
+    assert workers
+    assert all(worker.poll() is not None for worker in workers)
+
+
+def test_a_worker_that_ends_is_told(repository):
+    compare.WORKER.write_text("import sys; sys.exit(7)")
+    with pytest.raises(RuntimeError, match="the process that imports .*/else ended in busy with status 7"):
+        compare.main(["HEAD"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["nowhere"], "Needed a single revision"),
+        (["HEAD", "--pairs", "8"], "--pairs 8: fewer than 9 give no interval of 99.5%"),
+        (["HEAD", "--workload", "speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments, reason, repository, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(arguments)
+    assert reason in capsys.readouterr().err
+
+
+def test_every_workload_runs_here(tmp_path):
+    for package in compare.PACKAGES:
+        (tmp_path / Path(package).name).symlink_to(records.ROOT / package)
+    with compare.process(tmp_path) as ask:
+        answers = {name: ask(name) for name in compare.WORKLOADS}
+        assert ask("speed") == {"absent": "KeyError: 'speed'"}
+        assert "seconds" in ask("forward")
+    assert all(answer.get("seconds", 0) > 0 for answer in answers.values()), json.dumps(answers)
+    assert answers["replay"]["seconds"] < answers["launches"]["seconds"]
+
+
+def test_a_commit_is_lent_no_module_of_this_checkout(tmp_path):
+    """Of one without the command line the host suite does not run, but forwards do."""
+    shutil.copytree(records.ROOT / "fastbert", tmp_path / "fastbert", ignore=lambda *_: ["commands"])
+    with compare.process(tmp_path) as ask:
+        assert ask("launches") == {"absent": "ModuleNotFoundError: No module named 'fastbert.commands'"}
+        assert "seconds" in ask("forward")
