@@ -39,6 +39,11 @@ def is_transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """Whether a mode sees every op: it counts them, say, or runs them without numbers."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def may_overwrite() -> bool:
     """Whether results may be written over tensors made here: nobody records, traces, transforms or autocasts them.
 

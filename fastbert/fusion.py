@@ -190,12 +190,15 @@ def fused_linear(module: nn.Module) -> tuple[nn.Linear | None, str | None]:
 def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
     """Whether a block that is not fused may hold code that expects transformers' shapes, [B, S, E].
 
-    Hooks, patched forwards and modules of a foreign class may look along the sequence. The block's own modules do not,
-    nor do PEFT's adapters, which change a layer feature by feature. asked: as for `fused_parts`.
+    Hooks, patched forwards, modules and weights of a foreign class may look along the sequence or at the batch. The
+    block's own modules do not, nor do PEFT's adapters, which change a layer feature by feature. asked: as for
+    `fused_parts`.
     """
     if not isinstance(block, FusableBlock) or (not asked and why_no_block()):
         return True
     if any(has_hooks(module) or has_patched_forward(module) for module in block.modules()):
+        return True
+    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in block.parameters()):
         return True
     try:
         parts = block.parts()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.configuration import BertConfig
-from fastbert.eager import is_tracing, is_transforming
+from fastbert.eager import is_tracing, is_transforming, is_watched
 from fastbert.tokens import TokenLayout, layout_from_cu_seqlens, layout_from_mask, shapes_may_depend_on_data
 
 
@@ -179,7 +179,7 @@ def changed_defaults(embeddings: nn.Module) -> tuple[Tensor | None, Tensor | Non
     if not there or there[0].is_meta:
         return None, None
     # Replicas of `nn.DataParallel` are new in every call.
-    unknown = is_tracing() or is_transforming() or "_is_replica" in embeddings.__dict__
+    unknown = is_tracing() or is_transforming() or is_watched() or "_is_replica" in embeddings.__dict__
     if unknown or any(type(x) is not Tensor or x.is_inference() for x in there):
         return buffers
     versions = [x._version for x in there]

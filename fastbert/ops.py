@@ -183,7 +183,7 @@ def _kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | N
     if reason is not None:
         fall_back(op, reason, tensor.device)
         return None
-    if eager.is_tracing() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or eager.is_tracing() or eager.is_watched():
         return getattr(torch.ops.fastbert, op)
     # Already imported by why_not_triton; import_module takes ten times as long as the dictionary.
     return getattr(sys.modules["fastbert_kernels"], op)
@@ -263,7 +263,7 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not packs_on_device(mask.device):
         return eager.packing_plan(mask)
-    if eager.is_tracing():
+    if eager.is_tracing() or eager.is_watched():
         return torch.ops.fastbert.packing_plan(mask)
     return import_module("fastbert_kernels").packing_plan(mask)
 

@@ -185,7 +185,7 @@ def layout_from_mask(
 def _planned_on_device(every_token: TokenLayout, keep: Tensor) -> TokenLayout:
     """The packed layout of keep [B, S] on a device whose values the host does not know."""
     indices, cu_seqlens = ops.packing_plan(keep)
-    if is_tracing() or not torch.is_grad_enabled():
+    if is_tracing() or type(keep) is not Tensor or not torch.is_grad_enabled():
         return replace(every_token, cu_seqlens=cu_seqlens, indices=indices, num_tokens=cu_seqlens[-1:])
     # One read of the count: what is recorded for a backward has its size, and the backward no rows that are no tokens.
     return replace(every_token, cu_seqlens=cu_seqlens, indices=indices[: int(cu_seqlens[-1])])

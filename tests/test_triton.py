@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import BATCH, HEADS, MASKS, SEQ_LEN, at_kept_tokens, batch, inputs_for, pair
 from closeness import check_close
+from torch._subclasses import FakeTensorMode
 
 import fastbert
 import fastbert_kernels
@@ -192,6 +193,20 @@ def test_a_second_derivative(head, mask, packed_on):
     for name, truth in found[2].items():
         if not name.endswith("key.bias"):  # zero but for rounding: softmax does not see it
             check_close(name, *(gradients[name] for gradients in found[:2]), truth)
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("mask", [None, "right"])
+def test_shapes_without_numbers(mask, record):
+    """The first thing that a model does may be a forward of tensors that hold none."""
+    ours, _ = pair("BertForMaskedLM")
+    ours.to(DEVICE)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(record):
+        inputs = {name: mode.from_tensor(x) for name, x in on_device(batch(mask)).items()}
+        logits = ours(**inputs).logits
+        assert logits.shape == (BATCH, SEQ_LEN, ours.config.vocab_size)
+        if record:
+            logits.sum().backward()
 
 
 def test_a_layer_is_one_node_of_autograd():
