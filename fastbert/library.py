@@ -8,10 +8,12 @@ again by its eager twin: no compiler looks into the twin. Where nothing traces a
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert import eager
 
@@ -82,7 +84,9 @@ def gradients(compute: Callable[..., Tensor], inputs: tuple, wanted: tuple[bool,
         return x.view_as(x) if again else x.detach().requires_grad_(want)
 
     inputs = list(map(source, inputs, wanted))
-    with torch.enable_grad():
+    # Of torch's attentions only one has a derivative of its gradient.
+    attention = sdpa_kernel(SDPBackend.MATH) if again else nullcontext()
+    with torch.enable_grad(), attention:
         output = compute(*inputs)
     sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(output, sources, grad, create_graph=again, allow_unused=True))
@@ -121,6 +125,7 @@ def _define_backward(name: str, compute: Callable[..., Tensor]) -> Callable[...,
         # leaves autograd out.
         keys = torch._C.DispatchKey
         with (
+            torch.no_grad(),
             torch.autocast(grad.device.type, enabled=False),
             torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
             torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),

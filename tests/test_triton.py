@@ -170,10 +170,13 @@ def test_gradients(head, packed_on):
 
 @pytest.mark.parametrize("mask", [None, "right"])
 @pytest.mark.parametrize("head", ["BertModel", "BertForSequenceClassification"])
-def test_a_second_derivative(head, mask, packed_on):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_second_derivative(attention, head, mask, packed_on):
     """A penalty on the gradients of the embeddings, where one layer's output is the next one's input, twice over."""
     found = []
-    for model in models(head, attention="eager"):
+    for model in models(head, attention=attention):
+        if found:
+            model.set_attn_implementation("eager")  # transformers' with sdpa has none
         layers = (model.bert if head != "BertModel" else model).encoder.layer
         layers[1] = layers[0]
         inputs = on_device(batch(mask))
