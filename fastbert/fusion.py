@@ -198,7 +198,8 @@ def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
         return True
     if any(has_hooks(module) or has_patched_forward(module) for module in block.modules()):
         return True
-    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in block.parameters()):
+    # In a trace every weight is of another class.
+    if not is_tracing() and any(type(parameter) not in (nn.Parameter, Tensor) for parameter in block.parameters()):
         return True
     try:
         parts = block.parts()
