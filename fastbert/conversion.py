@@ -91,12 +91,12 @@ def optimize(obj, dtype: torch.dtype | None = None):
     if dtype is not None and any(x.is_meta for x in (*root.parameters(), *root.buffers())):
         raise ValueError(f"weights that are offloaded cannot be cast: load the model with dtype={dtype}")
     encoders = [encoder for encoder in encoders if not isinstance(encoder, model.BertModel)]
-    outer = [module for module in root.modules() if type(module) in HEADS]
+    outer = [module for module in root.modules() if type(module) in HEADS and not _goes_on(module)]
     for encoder in encoders:
         _check_encoder(encoder)
     for module in outer:
         replaced = patches.replaced_forward(type(module))
-        if replaced and HEADS[type(module)].differs:
+        if replaced and HEADS[type(module)].forward is not type(module).forward:
             raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
         _check_forward(module, HEADS[type(module)], class_name(module))
     _remove_capturing_hooks(root)
@@ -105,9 +105,10 @@ def optimize(obj, dtype: torch.dtype | None = None):
     for module in [module for encoder in encoders for module in encoder.modules() if type(module) in model.OURS]:
         _become(module, model.OURS[type(module)])
     for module in outer:
-        for part in [part for part in module.modules() if type(part) in heads.PARTS]:
-            _become(part, heads.PARTS[type(part)])
         _become(module, HEADS[type(module)])
+    for module in [module for module in root.modules() if isinstance(module, heads.Head)]:
+        for part in [part for part in module.modules() if type(part) in heads.PARTS and not _is_patched(part)]:
+            _become(part, heads.PARTS[type(part)])
     sentences.patch(root)
     return obj
 
@@ -175,13 +176,22 @@ def _check_encoder(encoder: hf.BertModel) -> None:
             raise ValueError(f"{name or class_name(module)} has a patched {patched[0]}, which fastbert would not run")
 
 
-def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
-    """Raise ValueError for a patched forward that would go on calling another than that of the class to come."""
+def _goes_on(head: nn.Module) -> bool:
+    """Whether a head keeps transformers' class, of which ours computes the same: somebody patched its forward."""
+    patched = _is_patched(head) or patches.replaced_forward(type(head))
+    return type(head) in heads.ALIKE and bool(patched)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether somebody's forward goes on calling that of the module's class, and would after a change of class."""
     # accelerate's wrapper calls `_old_forward`, which `_set_class` renews.
     forward = vars(module).get("_old_forward", vars(module).get("forward"))
-    patched = forward is not None and not is_own_forward(module, forward) and not isinstance(forward, GraphedForward)
-    differs = all(getattr(kind, "differs", True) for kind in (type(module), module_class))
-    if patched and differs and type(module).forward is not module_class.forward:
+    return forward is not None and not is_own_forward(module, forward) and not isinstance(forward, GraphedForward)
+
+
+def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
+    """Raise ValueError for a patched forward that would go on calling another than that of the class to come."""
+    if _is_patched(module) and type(module).forward is not module_class.forward:
         raise ValueError(
             f"{name} has a patched forward, which would go on calling {type(module).__name__}'s from before: take the "
             "patch away, and put it back afterwards"

@@ -9,7 +9,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops, sentences
 from fastbert.fusion import FusableBlock, class_name, fused_linear, fused_parts, why_eager
-from fastbert.heads import Projects
+from fastbert.heads import PARTS, PROJECTIONS, Head
 
 SERVED = "a kernel serves it"
 # Whose modules around BertModel do not use what stands at padding.
@@ -59,30 +59,41 @@ def explain(obj) -> Explanation:
     library we know that calls the model. Raises TypeError for an object without such blocks.
     """
     root = module_of(obj)
+    if not any(isinstance(module, FusableBlock) for module in root.modules()):
+        raise TypeError(f"{class_name(root)} has no fastbert encoder in it to explain: fastbert.optimize makes one")
     rows, chosen = Explanation(), ops.current_backend()
     weight = next(root.parameters(), None)
-    projects = [module for module in root.modules() if isinstance(module, Projects)]
-    projections = [getattr(module, name, None) for module in projects for name in module.projections]
+    projections = list(_projections(root))
     for name, block in root.named_modules():
         if isinstance(block, FusableBlock):
             served = _served_block(block)
-        elif any(block is linear for linear in projections):
-            served = [_served_linear(block)]
+        elif calling := [whole for linear, whole in projections if linear is block]:
+            served = [_served_linear(block, calling[0])]
         elif sentences.pools(block) and weight is not None:
             served = [_served("pool", weight)]
         else:
             continue
         for op, backend, reason in served:
             rows.append(Served(name, op, "refused" if chosen == "triton" != backend else backend, reason))
-    if not rows:
-        raise TypeError(f"{class_name(root)} has no fastbert encoder in it to explain: fastbert.optimize makes one")
     for name, module in root.named_modules():
-        known = type(module).__module__.partition(".")[0] in LIBRARIES
-        if not known and any(isinstance(child, hf.BertModel) for child in module.children()):
-            rows.notes.append(
-                f"{name or type(module).__qualname__}, a {class_name(module)}, calls BertModel: {OWN_CODE}"
-            )
+        if _is_own_code(module) and not any(_is_own_code(part) for part in module.modules() if part is not module):
+            what = f"{name or type(module).__qualname__}, a {class_name(module)}"
+            rows.notes.append(f"{what}, calls BertModel: {OWN_CODE}")
     return rows
+
+
+def _projections(root: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The linear layers of our heads, each with the module that calls it, which may be transformers'."""
+    for module in (part for head in root.modules() if isinstance(head, Head) for part in head.modules()):
+        for kind, names in PROJECTIONS.items():
+            if isinstance(module, kind):
+                yield from ((getattr(module, name, None), module) for name in names)
+
+
+def _is_own_code(module: nn.Module) -> bool:
+    """Whether a module's forward is of no library we know, and there is a BertModel in it."""
+    known = type(module).forward.__module__.partition(".")[0] in LIBRARIES
+    return not known and any(isinstance(part, hf.BertModel) for part in module.modules())
 
 
 def _served(op: str, weight: nn.Parameter) -> tuple[str, str, str]:
@@ -91,9 +102,11 @@ def _served(op: str, weight: nn.Parameter) -> tuple[str, str, str]:
     return op, "eager" if reason else "triton", reason or SERVED
 
 
-def _served_linear(module: nn.Module) -> tuple[str, str, str]:
-    """Op, back end and reason of a head's linear layer."""
+def _served_linear(module: nn.Module, whole: nn.Module) -> tuple[str, str, str]:
+    """Op, back end and reason of the linear layer of a head, or of a part of one."""
     linear, refused = fused_linear(module)
+    if not isinstance(whole, (Head, *PARTS.values())):
+        linear, refused = None, f"it is called by a {class_name(whole)}"
     return ("linear_activation", "modules", refused) if linear is None else _served("linear_activation", linear.weight)
 
 

@@ -150,7 +150,9 @@ def _merged_base(module: nn.Module) -> nn.Module | None:
 def _chosen_copy(module: nn.Module) -> nn.Module:
     """The module that PEFT's wrapper of a module and its trained copies calls; any other module as it is."""
     copies = module._modules.get("modules_to_save")
-    if copies is None or not type(module).__module__.startswith("peft.") or has_hooks(module):
+    if copies is None or not type(module).__module__.startswith("peft."):
+        return module
+    if has_hooks(module) or has_patched_forward(module):
         return module
     active = module.active_adapters
     trained = active and not module.disable_adapters and all(name in copies for name in active)
@@ -167,7 +169,9 @@ def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int
         return "has a patched forward"
     if num_parameters and len(module._parameters) != num_parameters:
         return f"has {len(module._parameters)} parameters of its own, not {num_parameters}"
-    for parameter in module._parameters.values() if num_parameters else ():
+    for name, parameter in module._parameters.items() if num_parameters else ():
+        if parameter is None:
+            return f"has no {name}"
         if type(parameter) is not nn.Parameter:
             return f"has a {type(parameter).__name__} in place of a plain Parameter"
     # Attention has no call of its dropout module: it drops while it is itself in training mode.
@@ -182,9 +186,16 @@ def fused_linear(module: nn.Module) -> tuple[nn.Linear | None, str | None]:
     and None; or None, and why there is none."""
     if reason := why_no_block():
         return None, reason
-    linear = _merged_base(_chosen_copy(module)) or _chosen_copy(module)
+    module = _chosen_copy(module)
+    linear = _merged_base(module) or module
     reason = _why_not_plain(linear, nn.Linear, PARAMETERS[nn.Linear])
     return (None, f"it {reason}") if reason else (linear, None)
+
+
+def linear_of_any_rank(x: Tensor, linear: nn.Linear, activation: str) -> Tensor:
+    """`ops.linear_activation` of x [..., K] -> [..., F]."""
+    y = ops.linear_activation(x.reshape(-1, x.shape[-1]), *parameters_of(linear), activation)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def must_see_padding(block: nn.Module, asked: bool = False) -> bool:

@@ -6,8 +6,9 @@ written its forward and its loss, too. What makes the logits are plain `nn.Linea
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -18,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops, patches
 from fastbert.eager import is_jit_tracing
-from fastbert.fusion import ORIGINAL, fused_linear, parameters_of
+from fastbert.fusion import ORIGINAL, fused_linear, linear_of_any_rank
 from fastbert.model import OURS, become_ours
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
@@ -37,21 +38,10 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     if fused is None:
         ops.fall_back("a head's linear layer", refused, x.device)
         return linear(x)
-    logits = ops.linear_activation(x.reshape(-1, x.shape[-1]), *parameters_of(fused), "none")
-    return logits.view(*x.shape[:-1], logits.shape[-1])
+    return linear_of_any_rank(x, fused, "none")
 
 
-class Projects:
-    """A module that calls `project` for some of its linear layers: those of these names."""
-
-    projections: tuple[str, ...] = ()
-    # Whether forward computes something else than transformers' does, so that it cannot stand for one that was patched.
-    differs = False
-
-
-class BertPredictionHeadTransform(hf.BertPredictionHeadTransform, Projects):
-    projections = ("dense",)
-
+class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., E] -> [..., E]"""
         if patches.replaced_forward(hf.BertPredictionHeadTransform):
@@ -59,9 +49,7 @@ class BertPredictionHeadTransform(hf.BertPredictionHeadTransform, Projects):
         return self.LayerNorm(self.transform_act_fn(project(self.dense, hidden_states)))
 
 
-class BertLMPredictionHead(hf.BertLMPredictionHead, Projects):
-    projections = ("decoder",)
-
+class BertLMPredictionHead(hf.BertLMPredictionHead):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., E] -> [..., V]"""
         if patches.replaced_forward(hf.BertLMPredictionHead):
@@ -69,9 +57,7 @@ class BertLMPredictionHead(hf.BertLMPredictionHead, Projects):
         return project(self.decoder, self.transform(hidden_states))
 
 
-class BertOnlyNSPHead(hf.BertOnlyNSPHead, Projects):
-    projections = ("seq_relationship",)
-
+class BertOnlyNSPHead(hf.BertOnlyNSPHead):
     def forward(self, pooled_output: Tensor) -> Tensor:
         """[..., E] -> [..., 2]"""
         if patches.replaced_forward(hf.BertOnlyNSPHead):
@@ -79,9 +65,7 @@ class BertOnlyNSPHead(hf.BertOnlyNSPHead, Projects):
         return project(self.seq_relationship, pooled_output)
 
 
-class BertPreTrainingHeads(hf.BertPreTrainingHeads, Projects):
-    projections = ("seq_relationship",)
-
+class BertPreTrainingHeads(hf.BertPreTrainingHeads):
     def forward(self, sequence_output: Tensor, pooled_output: Tensor) -> tuple[Tensor, Tensor]:
         """[..., E] and [..., E] -> [..., V] and [..., 2]"""
         if patches.replaced_forward(hf.BertPreTrainingHeads):
@@ -98,17 +82,42 @@ PARTS = {
 }
 
 
-class Head(BertPreTrainedModel, Projects):
+# transformers' heads that compute what ours of their name compute.
+ALIKE = (hf.BertForSequenceClassification, hf.BertForTokenClassification)
+# transformers' class -> its linear layers that ours calls by `project`.
+PROJECTIONS = {
+    hf.BertPredictionHeadTransform: ("dense",),
+    hf.BertLMPredictionHead: ("decoder",),
+    hf.BertOnlyNSPHead: ("seq_relationship",),
+    hf.BertPreTrainingHeads: ("seq_relationship",),
+    hf.BertForSequenceClassification: ("classifier",),
+    hf.BertForTokenClassification: ("classifier",),
+    hf.BertForMultipleChoice: ("classifier",),
+    hf.BertForQuestionAnswering: ("qa_outputs",),
+}
+
+
+class Head(BertPreTrainedModel):
     """What the heads have in common."""
 
     def post_init(self):
         become_ours(self, {**OURS, **PARTS})
         super().post_init()
 
-    def refuse_patches(self, kind: type) -> None:
-        """Raise ValueError if an optimized head has a forward of ours in the place of one that was patched since."""
+    def _encode(
+        self, kind: type, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
+        position_ids: Tensor | None, inputs_embeds: Tensor | None, **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:  # fmt: skip
+        """What the encoder makes of a batch, called as transformers' head of this kind calls it.
+
+        Raises ValueError if an optimized head has a forward of ours in the place of one that was patched since.
+        """
         if ORIGINAL in self.__dict__ and (replaced := patches.replaced_forward(kind)):
             raise ValueError(f"{replaced}, and fastbert has its own: take that back, or fastbert.restore the model")
+        return self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, return_dict=True, **kwargs,
+        )  # fmt: skip
 
 
 class BertForPreTraining(Head, hf.BertForPreTraining):
@@ -123,24 +132,26 @@ class BertForNextSentencePrediction(Head, hf.BertForNextSentencePrediction):
     """Whether the second sentence follows the first: logits [B, 2]."""
 
 
-def _loss_of_texts(model: hf.BertForSequenceClassification, logits: Tensor, labels: Tensor) -> Tensor:
-    """transformers' loss of the logits [B, num_labels], by config.problem_type or what the labels say it is."""
+def _loss_of_texts(model: hf.BertForSequenceClassification, logits: Tensor, labels: Tensor) -> Tensor | None:
+    """transformers' loss of the logits [B, num_labels], by config.problem_type or what the labels say it is.
+
+    The losses are those of transformers' module, where people put their own.
+    """
     kind, num_labels = model.config.problem_type, model.num_labels
     if kind is None:
         classes = labels.dtype in (torch.long, torch.int)
         several = "single_label_classification" if classes else "multi_label_classification"
         kind = model.config.problem_type = "regression" if num_labels == 1 else several
     if kind == "regression":
-        return mse_loss(logits.squeeze(), labels.squeeze()) if num_labels == 1 else mse_loss(logits, labels)
+        both = (logits.squeeze(), labels.squeeze()) if num_labels == 1 else (logits, labels)
+        return hf.MSELoss()(*both)
     if kind == "single_label_classification":
-        return cross_entropy(logits.view(-1, num_labels), labels.view(-1))
-    return binary_cross_entropy_with_logits(logits, labels)
+        return hf.CrossEntropyLoss()(logits.view(-1, num_labels), labels.view(-1))
+    return hf.BCEWithLogitsLoss()(logits, labels) if kind == "multi_label_classification" else None
 
 
 class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
     """Classification or regression of texts: logits [B, num_labels]."""
-
-    projections = ("classifier",)
 
     @can_return_tuple
     def forward(
@@ -156,9 +167,7 @@ class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
         """labels: classes as integers [B], or floats, [B] to regress to or [B, num_labels] of 0 and 1; which of them
         is config.problem_type, set by the first labels where it is None."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        if patches.replaced_forward(hf.BertForSequenceClassification):
-            return hf.BertForSequenceClassification.forward(self, *inputs, labels, **kwargs)
-        outputs = self.bert(*inputs, return_dict=True, **kwargs)
+        outputs = self._encode(hf.BertForSequenceClassification, *inputs, **kwargs)
         logits = project(self.classifier, self.dropout(outputs[1]))
         return SequenceClassifierOutput(
             loss=None if labels is None else _loss_of_texts(self, logits, labels),
@@ -170,8 +179,6 @@ class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
 
 class BertForTokenClassification(Head, hf.BertForTokenClassification):
     """Classification of tokens: logits [B, S, num_labels]."""
-
-    projections = ("classifier",)
 
     @can_return_tuple
     def forward(
@@ -186,12 +193,10 @@ class BertForTokenClassification(Head, hf.BertForTokenClassification):
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
         """labels: classes as integers [B, S]; -100 counts in no loss."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        if patches.replaced_forward(hf.BertForTokenClassification):
-            return hf.BertForTokenClassification.forward(self, *inputs, labels, **kwargs)
-        outputs = self.bert(*inputs, return_dict=True, **kwargs)
+        outputs = self._encode(hf.BertForTokenClassification, *inputs, **kwargs)
         logits = project(self.classifier, self.dropout(outputs[0]))
         return TokenClassifierOutput(
-            loss=None if labels is None else cross_entropy(logits.view(-1, self.num_labels), labels.view(-1)),
+            loss=None if labels is None else hf.CrossEntropyLoss()(logits.view(-1, self.num_labels), labels.view(-1)),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -200,9 +205,6 @@ class BertForTokenClassification(Head, hf.BertForTokenClassification):
 
 class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
     """A choice between texts: logits [B, choices]."""
-
-    projections = ("classifier",)
-    differs = True
 
     @can_return_tuple
     def forward(
@@ -219,17 +221,16 @@ class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
 
         Unlike transformers' this also takes tensors that are not contiguous and batches without a text or a token.
         """
-        self.refuse_patches(hf.BertForMultipleChoice)
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or given.ndim < 3:
             shape = None if given is None else list(given.shape)
             raise ValueError(f"pass input_ids [B, choices, S] or inputs_embeds [B, choices, S, E], got {shape}")
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         flat = (x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim > 2 else x for x in inputs)
-        outputs = self.bert(*flat, return_dict=True, **kwargs)
+        outputs = self._encode(hf.BertForMultipleChoice, *flat, **kwargs)
         logits = project(self.classifier, self.dropout(outputs.pooler_output)).view(given.shape[:2])
         return MultipleChoiceModelOutput(
-            loss=None if labels is None else cross_entropy(logits, labels),
+            loss=None if labels is None else hf.CrossEntropyLoss()(logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -249,9 +250,6 @@ def _position_loss(logits: Tensor, positions: Tensor, padding: Tensor | None) ->
 class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
     """The start and the end of an answer: two logits [B, S]."""
 
-    projections = ("qa_outputs",)
-    differs = True
-
     @can_return_tuple
     def forward(
         self,
@@ -268,9 +266,8 @@ class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
 
         start_positions, end_positions: integers [B]; past the sequence or at padding they count in no loss.
         """
-        self.refuse_patches(hf.BertForQuestionAnswering)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.bert(*inputs, return_dict=True, **kwargs)
+        outputs = self._encode(hf.BertForQuestionAnswering, *inputs, **kwargs)
         logits = project(self.qa_outputs, outputs.last_hidden_state)
         padding = None
         if attention_mask is not None and attention_mask.ndim == 2:

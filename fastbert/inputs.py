@@ -1,7 +1,7 @@
 """What `BertModel.forward` accepts; the error for anything else names the value, the limit and the way out."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, TypedDict
 from weakref import WeakKeyDictionary
 
@@ -118,9 +118,15 @@ def read_batch(
     return Batch(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
 
 
+def layers_of(encoder: nn.Module) -> Iterable[nn.Module]:
+    """The layers of an encoder, which may be of any class; what else is among them has no attention."""
+    layers = getattr(encoder, "layer", None)
+    return layers if isinstance(layers, nn.ModuleList) else encoder.modules()
+
+
 def head_counts(encoder: nn.Module, config: BertConfig) -> set[int]:
     """The numbers of heads of an encoder's layers, which are what their modules say."""
-    attentions = (getattr(getattr(x, "attention", None), "self", None) for x in getattr(encoder, "layer", ()))
+    attentions = (getattr(getattr(x, "attention", None), "self", None) for x in layers_of(encoder))
     found = {x.num_attention_heads for x in attentions if hasattr(x, "num_attention_heads")}
     return found or {config.num_attention_heads}
 

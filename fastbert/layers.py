@@ -225,7 +225,8 @@ class BertEncoder(hf.BertEncoder):
         layout = attention_mask
         if not isinstance(layout, TokenLayout):
             layout = layout_from_scores(attention_mask, hidden_states, head_counts(self, self.config))
-            layout = replace(layout, implementation=attention_implementation(self.config))
+            keep, implementation = getattr(attention_mask, "keep", None), attention_implementation(self.config)
+            layout = replace(layout, keep=keep, implementation=implementation)
         layout = layout.to(hidden_states.device)
         selection = selected_hidden_states(kwargs.get("output_hidden_states"), len(self.layer) + 1)
         output_attentions = kwargs.get("output_attentions")

@@ -21,13 +21,14 @@ from fastbert.fusion import (
     FusableBlock,
     class_name,
     fused_parts,
+    linear_of_any_rank,
     must_see_padding,
-    parameters_of,
     runs_in_kernels,
 )
 from fastbert.inputs import (
     Batch,
     BertForwardKwargs,
+    layers_of,
     looks_up_with_options,
     option,
     raise_out_of_range,
@@ -75,7 +76,7 @@ class BertPooler(hf.BertPooler, FusableBlock):
     def forward(self, hidden_states: Tensor) -> Tensor:
         parts, refused = fused_parts(self)
         if parts is not None:
-            return ops.linear_activation(hidden_states[:, 0], *parameters_of(parts[1]), "tanh")
+            return linear_of_any_rank(hidden_states[:, 0], parts[1], "tanh")
         ops.fall_back("the pooler", refused, hidden_states.device)
         return super().forward(hidden_states)
 
@@ -157,16 +158,21 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if masks_of_its_own:
             mask = self._mask_of_its_own(layout, attention_mask, hidden_states)
         else:
-            mask = mask_for(getattr(self.encoder, "layer", ()), layout, hidden_states)
+            mask = mask_for(layers_of(self.encoder), layout, hidden_states)
+            if mask is not None and not is_tracing():
+                # By which our own encoder clears the states it returns, and goes on from them.
+                mask.keep = layout.keep
         nothing = dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask", "past_key_values"))
         encoded = self.encoder(hidden_states, attention_mask=mask, **nothing, use_cache=False, **given)
         states, attentions = getattr(encoded, "hidden_states", None), getattr(encoded, "attentions", None)
         for name, found in ("output_hidden_states", states), ("output_attentions", attentions):
             if given.get(name) and found is None:
                 raise ValueError(f"{name} is not served for a {class_name(self.encoder)}, which returns none")
+        if states and getattr(mask, "keep", None) is None:
+            states = tuple(map(layout.clear, states))
         return BaseModelOutput(
             last_hidden_state=layout.clear(encoded.last_hidden_state),
-            hidden_states=states and tuple(map(layout.clear, states)),
+            hidden_states=states,
             attentions=attentions,
         )
 

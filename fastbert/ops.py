@@ -236,9 +236,10 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     """Raise IndexError if kernels on this device have met an index out of range since the last call of this function.
 
     The outputs of such a text are NaN. Without `wait` kernels that still run are not waited for, so that the error
-    comes with a later call. A traced graph has no place for it: there the next call that is not traced raises.
+    comes with a later call. A traced graph and a mode that sees every op have no place for it: there the next call
+    without them raises.
     """
-    if eager.is_tracing() or eager.is_transforming():
+    if eager.is_tracing() or eager.is_transforming() or eager.is_watched():
         return
     # Not there before the first kernel, nor while another thread still imports it.
     take_bad_ids = getattr(sys.modules.get("fastbert_kernels"), "take_bad_ids", None)

@@ -195,6 +195,8 @@ def layout_from_scores(mask: Tensor | None, hidden_states: Tensor, heads: Collec
     """The layout, in which nothing is dropped, for somebody who calls the encoder with hidden states [B, S, E] and a
     mask of scores (or None), as in transformers."""
     batch_size, seq_len, _ = hidden_states.shape
+    if isinstance(mask, Tensor) and mask.ndim < 3:
+        mask = mask[(None,) * (4 - mask.ndim)]
     return layout_from_mask(mask, batch_size, seq_len, hidden_states.device, heads).as_padded()
 
 
@@ -231,7 +233,7 @@ def check_mask(mask: Tensor, batch_size: int, seq_len: int, heads: Collection[in
     allowed = {
         2: ((1, batch_size), (1, seq_len)),
         3: ((1, batch_size), (1, seq_len), (seq_len,)),
-        4: ((1, batch_size), (1, *heads), (1, seq_len), (seq_len,)),
+        4: ((1, batch_size), (1, *heads), (1, seq_len), (1, seq_len)),
     }.get(mask.ndim)
     shape = list(mask.shape)
     if allowed is None or any(size not in sizes for size, sizes in zip(shape, allowed, strict=True)):

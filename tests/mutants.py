@@ -654,9 +654,9 @@ MUTANTS = [
     ),
     Mutant(
         "heads-projection-loses-its-bias",
-        "fastbert/heads.py",
-        '*parameters_of(fused), "none")',
-        'fused.weight, fused.bias * 0, "none")',
+        "fastbert/fusion.py",
+        "*parameters_of(linear), activation)",
+        "linear.weight, linear.bias * 0, activation)",
         "test_equality.py::test_activations",
     ),
     Mutant(
@@ -1204,6 +1204,36 @@ MUTANTS = [
         "return hidden_states.view(shape) if",
         "return hidden_states.unflatten(0, shape[:2]) if",
         "test_onnx.py::test_exported_models_take_other_sizes",
+    ),
+    Mutant(
+        "fusion-a-patched-wrapper-of-copies-passes",
+        "fastbert/fusion.py",
+        """    if has_hooks(module) or has_patched_forward(module):
+        return module
+    active""",
+        "    active",
+        "test_peft.py::test_a_patched_wrapper_of_a_trained_copy_counts",
+    ),
+    Mutant(
+        "conversion-a-patched-head-is-converted",
+        "fastbert/conversion.py",
+        "return type(head) in heads.ALIKE and bool(patched)",
+        "return False",
+        "test_conversion.py::test_a_patched_head_goes_on_as_transformers_around_a_converted_encoder",
+    ),
+    Mutant(
+        "model-a-hooked-encoder-clears-beside-its-path",
+        "fastbert/model.py",
+        "mask.keep = layout.keep",
+        "pass",
+        "test_parts.py::test_hidden_states_come_through_a_hooked_encoder",
+    ),
+    Mutant(
+        "tokens-a-mask-of-two-dimensions-is-padding-to-an-encoder",
+        "fastbert/tokens.py",
+        "if isinstance(mask, Tensor) and mask.ndim < 3:",
+        "if False:",
+        "test_parts.py::test_the_encoder_adds_a_mask_of_any_shape_that_broadcasts",
     ),
     Mutant(
         "fusion-foreign-weights-are-packed",

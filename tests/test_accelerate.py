@@ -81,9 +81,7 @@ def test_offloaded_blocks(on_disk, order, tmp_path):
     else:
         fastbert.optimize(dispatched(model, on_disk, tmp_path))
     assert type(model) is fastbert.BertForSequenceClassification
-    served = backends(model)
-    assert served.pop("classifier") == "eager"  # within accelerate's wrapper
-    assert set(served.values()) == {"modules"}
+    assert set(backends(model).values()) == {"modules"}
     for mask, logits in expected.items():
         check_close(outputs_of(model, mask), logits)
     fastbert.restore(model)

@@ -1,6 +1,7 @@
 """`optimize` and `restore`: a live model of transformers runs in fastbert and stays the object it was."""
 
 import functools
+import inspect
 import logging
 import pickle
 from copy import deepcopy
@@ -598,15 +599,38 @@ def test_a_patched_or_replaced_leaf_is_no_reason_to_refuse():
     check_same_bits(outputs_of(fastbert.restore(model), inputs), before)
 
 
-def test_a_patched_head_whose_forward_is_transformers_own_is_converted():
+def test_a_patched_head_goes_on_as_transformers_around_a_converted_encoder():
     """accelerate leaves such a patch in a model that was trained in bfloat16."""
     model = made()
     inputs = given_to("BertForSequenceClassification")
     before = outputs_of(model, inputs)
     model.forward = functools.partial(type(model).forward, model)
     check_equal("", outputs_of(fastbert.optimize(model), inputs), before, "right")
+    assert (type(model), type(model.bert)) == (transformers.BertForSequenceClassification, fastbert.BertModel)
     assert backends(model) == {"eager"}
     check_same_bits(outputs_of(fastbert.restore(model), inputs), before)
+
+
+def test_a_head_that_is_patched_for_every_model(monkeypatch):
+    """Before optimize it goes on, with its own signature; afterwards ours would stand in its place."""
+    inputs = given_to("BertForSequenceClassification")
+    converted, kind = fastbert.optimize(made()), transformers.BertForSequenceClassification
+    before = outputs_of(converted, inputs)
+    forward = kind.forward
+
+    def twice(self, *, weight=2, **kwargs):
+        outputs = forward(self, **kwargs)
+        outputs.logits = outputs.logits * weight
+        return outputs
+
+    monkeypatch.setattr(kind, "forward", twice)
+    with pytest.raises(ValueError, match=r"^BertForSequenceClassification.forward is patched .*restore the model"):
+        converted(**inputs)
+    model = fastbert.optimize(made())
+    assert "weight" in inspect.signature(model.forward).parameters
+    torch.testing.assert_close(model(**inputs).logits, 2 * before["logits"], atol=1e-4, rtol=1e-4)
+    monkeypatch.undo()
+    check_same_bits(outputs_of(converted, inputs), before)
 
 
 @pytest.mark.parametrize("name", ["bert.encoder.layer.1", "bert"])

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from cases import MASKS, SEQ_LEN, batch, pair
+from cases import MASKS, SEQ_LEN, batch, inputs_for, pair
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.output_capturing import capture_outputs
@@ -178,6 +179,25 @@ def test_hooks_are_shown_transformers_arguments(name, attention, mask, asked):
     assert all(torch.equal(x, y) for x, y in zip(*masks, strict=True))
 
 
+@pytest.mark.parametrize("head", [name for name in dir(fastbert) if name.startswith("BertFor")])
+def test_hooks_in_heads_are_shown_transformers_arguments(head):
+    models = pair(head)
+    seen = [{}, {}]
+    for model, calls in zip(models, seen, strict=True):
+        for name, module in model.named_modules():
+            if name and not name.startswith("bert."):
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name, calls=calls: calls.update({name: (args, kwargs)}),
+                    with_kwargs=True,
+                )
+        model(**inputs_for(head))
+    assert seen[0].keys() == seen[1].keys()
+    for name, (args, kwargs) in seen[0].items():
+        their_args, their_kwargs = seen[1][name]
+        assert [described(x) for x in args] == [described(x) for x in their_args], name
+        assert {k: described(x) for k, x in kwargs.items()} == {k: described(x) for k, x in their_kwargs.items()}, name
+
+
 class OwnLayer(nn.Module):
     """The mean over the tokens that count, added to each: it needs the mask and transformers' shapes."""
 
@@ -265,15 +285,53 @@ def test_an_encoder_that_returns_no_states_is_named():
         ours(IDS, output_attentions=True)
 
 
+@pytest.mark.parametrize("hook", ["encoder", "every module"])
 @pytest.mark.parametrize("mask", [None, "right"])
-def test_hidden_states_come_through_a_hooked_encoder(mask):
-    ours, theirs = pair()
-    for model in (ours, theirs):
-        model.encoder.register_forward_hook(lambda *_: None)
-    outputs, expected = (m(**batch(mask), output_hidden_states=True) for m in (ours, theirs))
+def test_hidden_states_come_through_a_hooked_encoder(mask, hook):
+    """As do their gradients."""
     kept = ... if mask is None else MASKS[mask].bool()
-    check_same([x[kept] for x in outputs.hidden_states], [x[kept] for x in expected.hidden_states])
-    assert outputs.hidden_states[-1] is outputs.last_hidden_state
+    found = []
+    for model in pair():
+        register = model.encoder.register_forward_hook if hook == "encoder" else register_module_forward_hook
+        handle = register(lambda *_: None)
+        outputs = model(**batch(mask), output_hidden_states=True)
+        handle.remove()
+        states = outputs.hidden_states
+        assert states[-1] is outputs.last_hidden_state
+        for state in states:
+            state.retain_grad()
+        outputs.last_hidden_state[kept].square().sum().backward()
+        found.append([x[kept] for state in states for x in (state, state.grad)])
+    check_same(*found)
+
+
+def test_an_encoder_that_shares_one_layer():
+    class Shared(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            for _ in range(2):
+                hidden_states = self.layer(hidden_states, attention_mask)
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+    models = pair()
+    for model in models:
+        model.encoder = Shared(model.encoder.layer[0])
+    kept = MASKS["right"].bool()
+    check_same(*([model(**batch()).last_hidden_state[kept]] for model in models))
+    scores = {"attention_mask": kept[:, None, None]}
+    check_same(*([model(IDS, **scores).last_hidden_state] for model in models))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (1, 1), (1, 5), (1, 1, 1, 1), (5, 1, 1, 5)], ids=str)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_encoder_adds_a_mask_of_any_shape_that_broadcasts(attention, shape):
+    """Also where as many texts as tokens might make it look like padding."""
+    ours, theirs = (model.encoder for model in pair(attention=attention))
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    check_same(flat(ours(HIDDEN.repeat(2, 1, 1)[:5, :5], mask)), flat(theirs(HIDDEN.repeat(2, 1, 1)[:5, :5], mask)))
 
 
 class Around(transformers.PreTrainedModel):
@@ -354,9 +412,11 @@ def test_explain_notes_code_of_ones_own_around_the_model():
     own = nn.Module()
     own.bert = ours
     assert fastbert.explain(own).notes == []  # a plain container computes nothing
-    own = type("ColBERT", (nn.Module,), {})()
+    own = type("ColBERT", (nn.Module,), {"forward": lambda self, *inputs: self.bert(*inputs)})()
     own.bert = ours
-    (note,) = fastbert.explain(own).notes
+    for bert in (ours, nn.ModuleList([ours]), nn.Sequential(ours)):
+        own.bert = bert
+        (note,) = fastbert.explain(own).notes
     assert re.match(r"ColBERT, a .*ColBERT, calls BertModel: hidden states at padding are zeros", note)
     assert "attention_mask[:, None, None].bool()" in str(fastbert.explain(own))
 
@@ -371,6 +431,54 @@ def test_colberts_queries_by_a_mask_of_scores(whose):
     expected = theirs(**inputs).last_hidden_state
     inputs["attention_mask"] = inputs["attention_mask"][:, None, None].bool()
     torch.testing.assert_close(ours(**inputs).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_class_derived_from_a_head_may_name_its_modules_as_it_likes():
+    class Mine(fastbert.BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.projections = nn.Linear(48, 8)
+
+        def forward(self, *args, **kwargs):
+            return self.projections(self.bert(*args, **kwargs)[0])
+
+    config = pair()[0].config
+    assert Mine(config)(IDS).shape == (4, SEQ_LEN, 8)
+    assert fastbert.explain(Mine(config)).notes  # its forward is nobody's we know
+
+
+def test_parts_of_a_head_that_came_after_optimize():
+    _, theirs = pair("BertForMaskedLM")
+    model = fastbert.optimize(deepcopy(theirs))
+    torch.manual_seed(4)
+    model.cls = hf.BertOnlyMLMHead(theirs.config).eval()
+    theirs.cls = deepcopy(model.cls)
+    kept = MASKS["right"].bool()
+    with torch.no_grad():
+        check_same([model(**batch()).logits[kept]], [theirs(**batch()).logits[kept]])
+        rows = {row.block: row for row in fastbert.explain(model)}
+        assert rows["cls.predictions.decoder"].backend == "modules"
+        assert "transformers" in rows["cls.predictions.decoder"].reason
+        rows = {row.block: row for row in fastbert.explain(fastbert.optimize(model))}
+        assert rows["cls.predictions.decoder"].backend == "eager"
+        check_same([model(**batch()).logits[kept]], [theirs(**batch()).logits[kept]])
+    fastbert.restore(model)
+    assert not any(type(x).__module__.startswith("fastbert") for x in model.modules())
+
+
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_losses_are_those_of_transformers_module(head, monkeypatch):
+    class Loss(nn.Module):
+        def forward(self, logits, labels):
+            return logits.new_tensor(42.0)
+
+    monkeypatch.setattr(hf, "CrossEntropyLoss", Loss)
+    ours, theirs = pair(head)
+    for model in (ours, theirs):
+        assert model(**inputs_for(head, with_labels=True)).loss == 42
+    for model in pair("BertForSequenceClassification"):
+        model.config.problem_type = "ranking"
+        assert model(**inputs_for("BertForSequenceClassification", with_labels=True)).loss is None
 
 
 def test_signatures_begin_as_transformers_do():

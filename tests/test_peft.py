@@ -342,3 +342,11 @@ def test_prefix_tuning_is_refused(order):
     model = adapted(order, peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5))
     with pytest.raises(ValueError, match="past_key_values: only encoders are served"):
         model(input_ids=INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"])
+
+
+def test_a_patched_wrapper_of_a_trained_copy_counts():
+    model = adapted("our class", TUNERS["LoRA everywhere"])
+    wrapper = model.base_model.model.classifier
+    assert "modules_to_save" in wrapper._modules
+    wrapper.forward = lambda x, forward=wrapper.forward: forward(x) * 0
+    assert not logits_of(model).any()

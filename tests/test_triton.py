@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 import fastbert
 import fastbert_kernels
 from fastbert import eager, ops, tokens
+from fastbert_kernels import embed_layer_norm
 from fastbert_kernels.launch import architecture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,16 +201,27 @@ def test_a_second_derivative(attention, head, mask, packed_on):
 
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("mask", [None, "right"])
-def test_shapes_without_numbers(mask, record):
+def test_shapes_without_numbers(mask, record, monkeypatch):
     """The first thing that a model does may be a forward of tensors that hold none."""
     ours, _ = pair("BertForMaskedLM")
     ours.to(DEVICE)
+    monkeypatch.setattr(embed_layer_norm, "_notes", {})
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(record):
         inputs = {name: mode.from_tensor(x) for name, x in on_device(batch(mask)).items()}
+        ours(**inputs)
         logits = ours(**inputs).logits
         assert logits.shape == (BATCH, SEQ_LEN, ours.config.vocab_size)
         if record:
             logits.sum().backward()
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 48), (2, 3, 5, 48)], ids=str)
+def test_the_pooler_alone(shape, record):
+    ours, theirs, truth = (model.pooler for model in models())
+    hidden = torch.randn(shape, device=DEVICE)
+    with torch.set_grad_enabled(record):
+        check_close("pooled", ours(hidden), theirs(hidden), truth(hidden.double()))
 
 
 def test_a_layer_is_one_node_of_autograd():
