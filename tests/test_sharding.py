@@ -1,13 +1,15 @@
 """Weights that torch's FSDP and FSDP2 shard over two processes: one step, with the gradients of one process."""
 
 import functools
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import inputs_for, pair
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.models.bert import modeling_bert as hf
@@ -84,7 +86,16 @@ def run(rank: int, folder: str) -> None:
 def found(tmp_path_factory):
     """What each wrapper's first process found, by name."""
     folder = tmp_path_factory.mktemp("sharded")
-    multiprocessing.spawn(run, (str(folder),), nprocs=2)
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(errors)
     return {wrapper: torch.load(folder / f"{wrapper}.pt") for wrapper in WRAPPERS}
 
 
@@ -102,3 +113,7 @@ def test_a_step_is_that_of_one_process(found, wrapper):
         torch.testing.assert_close(weight, weights[name].detach(), atol=1e-5, rtol=1e-4, msg=name)
     with torch.no_grad():
         torch.testing.assert_close(outcome["logits"], expected(**inputs_for(HEAD)).logits, atol=1e-4, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), sys.argv[2])
