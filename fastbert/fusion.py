@@ -207,11 +207,13 @@ def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
     """
     if not isinstance(block, FusableBlock) or (not asked and why_no_block()):
         return True
-    if any(has_hooks(module) or has_patched_forward(module) for module in block.modules()):
-        return True
-    # In a trace every weight is of another class.
-    if not is_tracing() and any(type(parameter) not in (nn.Parameter, Tensor) for parameter in block.parameters()):
-        return True
+    plain = {nn.Parameter, Tensor, type(None)}
+    for module in block.modules():
+        if has_hooks(module) or has_patched_forward(module):
+            return True
+        # In a trace every weight is of another class.
+        if module._parameters and not is_tracing() and not plain.issuperset(map(type, module._parameters.values())):
+            return True
     try:
         parts = block.parts()
     except KeyError:
