@@ -175,7 +175,8 @@ def _kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | N
     somebody traces or records it, None for the eager twin. `refused` says what only eager can do."""
     if not _wants_kernels(tensor.device):
         return None
-    if eager.is_tracing():
+    tracing = eager.is_tracing()
+    if tracing:
         refused = _why_not_exported() or refused
     elif eager.is_transforming():
         refused = "a function transform or a forward-mode derivative is active"
@@ -183,7 +184,7 @@ def _kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | N
     if reason is not None:
         fall_back(op, reason, tensor.device)
         return None
-    if torch.is_grad_enabled() or eager.is_tracing() or eager.is_watched():
+    if tracing or torch.is_grad_enabled() or eager.is_watched():
         return getattr(torch.ops.fastbert, op)
     # Already imported by why_not_triton; import_module takes ten times as long as the dictionary.
     return getattr(sys.modules["fastbert_kernels"], op)
