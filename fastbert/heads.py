@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops, patches
 from fastbert.eager import is_jit_tracing
-from fastbert.fusion import ORIGINAL, fused_linear, linear_of_any_rank
+from fastbert.fusion import fused_linear, linear_of_any_rank
 from fastbert.model import OURS, become_ours
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
@@ -110,10 +110,10 @@ class Head(BertPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:  # fmt: skip
         """What the encoder makes of a batch, called as transformers' head of this kind calls it.
 
-        Raises ValueError if an optimized head has a forward of ours in the place of one that was patched since.
+        Raises ValueError where transformers' forward, in whose place ours stands, was patched for every model.
         """
-        if ORIGINAL in self.__dict__ and (replaced := patches.replaced_forward(kind)):
-            raise ValueError(f"{replaced}, and fastbert has its own: take that back, or fastbert.restore the model")
+        if replaced := patches.replaced_forward(kind):
+            raise ValueError(f"{replaced}, and fastbert has its own: take that back, or use transformers' class")
         return self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
             inputs_embeds=inputs_embeds, return_dict=True, **kwargs,

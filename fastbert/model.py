@@ -17,7 +17,6 @@ from fastbert import ops, patches
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.eager import is_tracing
 from fastbert.fusion import (
-    ORIGINAL,
     FusableBlock,
     class_name,
     fused_parts,
@@ -108,8 +107,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         pooler_output [B, E] (of each text's first kept token), and hidden_states and attentions where asked for.
         Raises IndexError for an id, token type or position out of range, ValueError or TypeError for other bad input.
         """
-        if ORIGINAL in self.__dict__ and (replaced := patches.replaced_in_models()):
-            raise ValueError(f"{replaced}, and fastbert has its own: take that back, or fastbert.restore the model")
+        if replaced := patches.replaced_in_models():
+            raise ValueError(f"{replaced}, and fastbert has its own: take that back, or use transformers' class")
         if use_cache is None and self.config.is_decoder:
             use_cache = self.config.use_cache
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)

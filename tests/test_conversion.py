@@ -624,8 +624,11 @@ def test_a_head_that_is_patched_for_every_model(monkeypatch):
         return outputs
 
     monkeypatch.setattr(kind, "forward", twice)
-    with pytest.raises(ValueError, match=r"^BertForSequenceClassification.forward is patched .*restore the model"):
-        converted(**inputs)
+    for ours in (converted, pair("BertForSequenceClassification")[0]):
+        with pytest.raises(
+            ValueError, match=r"^BertForSequenceClassification.forward is patched .*transformers' class"
+        ):
+            ours(**inputs)
     model = fastbert.optimize(made())
     assert "weight" in inspect.signature(model.forward).parameters
     torch.testing.assert_close(model(**inputs).logits, 2 * before["logits"], atol=1e-4, rtol=1e-4)

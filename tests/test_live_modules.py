@@ -549,12 +549,23 @@ def test_a_patched_head_whose_forward_is_not_transformers_is_refused(head):
     fastbert.optimize(theirs)
     inputs = inputs_for(head)
     with patched(getattr(hf, head), "forward", halved):
-        with pytest.raises(ValueError, match=f"{head}.forward is patched for every model"):
-            theirs(**inputs)
+        for model in (ours, theirs):
+            with pytest.raises(ValueError, match=f"{head}.forward is patched for every model"):
+                model(**inputs)
         with pytest.raises(ValueError, match=f"{head}.forward is patched for every model"):
             fastbert.optimize(getattr(transformers, head)(tiny_config()))
-        expected = ours(**inputs)[0]  # a class of our own has its own forward
-    assert torch.equal(theirs(**inputs)[0], expected)
+    assert torch.equal(theirs(**inputs)[0], ours(**inputs)[0])
+
+
+@pytest.mark.parametrize("whose", ["our class", "optimized"])
+def test_a_model_patched_for_every_model_is_refused(whose):
+    ours, theirs = pair()
+    model = ours if whose == "our class" else fastbert.optimize(theirs)
+    with (
+        patched(hf.BertModel, "forward", halved),
+        pytest.raises(ValueError, match="BertModel.forward is patched or replaced for every model"),
+    ):
+        model(**batch())
 
 
 def test_a_wrapped_method_is_a_patched_one():
