@@ -17,6 +17,7 @@ from transformers.models.bert import modeling_bert as hf
 from fastbert import ops, patches
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.eager import is_tracing, padded_attention, varlen_attention
+from fastbert.encoder_layer import LayerNumbers, encoder_layer
 from fastbert.fusion import (
     ACTIVATIONS,
     FUSED_ACTIVATIONS,
@@ -29,7 +30,6 @@ from fastbert.fusion import (
     has_patched_forward,
     is_number,
     must_see_padding,
-    parameters_of,
     why_no_block,
 )
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
@@ -161,28 +161,23 @@ class BertLayer(hf.BertLayer, FusableBlock):
         return self.feed_forward_chunk(hidden_states)
 
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
-        count, bounds = layout.num_tokens, (layout.cu_seqlens, layout.max_seqlen)
-        num_heads = int(p.query._parameters["weight"].shape[0]) // p.self_attention.attention_head_size
-        activation = fused_activation(p.intermediate_activation)
-
-        def compute(x, mask, *weights):
-            qkv, (attended, norm1, up, down, norm2) = weights[:6], zip(weights[6::2], weights[7::2], strict=True)
-            # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
-            x = ops.linear_residual_layer_norm(
-                ops.attention(
-                    ops.qkv_projection(x, *qkv, num_heads, count),
-                    *bounds, float(p.self_attention.scaling), mask, layout.implementation, count,
-                ),
-                *attended, x, *norm1, p.self_output_norm.eps, count,
-            )  # fmt: skip
-            y = ops.linear_activation(x, *up, activation, count)  # [T, F]
-            return ops.linear_residual_layer_norm(y, *down, x, *norm2, p.output_norm.eps, count)
-
-        x = ops.in_one_node(
-            compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask,
-            *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
-            *parameters_of(p.self_output_dense), *parameters_of(p.self_output_norm),
-            *parameters_of(p.intermediate_dense), *parameters_of(p.output_dense), *parameters_of(p.output_norm),
+        weights = [
+            own[name]
+            for own in (
+                p.query._parameters, p.key._parameters, p.value._parameters,
+                p.self_output_dense._parameters, p.self_output_norm._parameters,
+                p.intermediate_dense._parameters, p.output_dense._parameters, p.output_norm._parameters,
+            )
+            for name in ("weight", "bias")
+        ]  # fmt: skip
+        head_size = p.self_attention.attention_head_size
+        numbers = LayerNumbers(
+            int(weights[0].shape[0]) // head_size, head_size, float(p.self_attention.scaling),
+            fused_activation(p.intermediate_activation), (p.self_output_norm.eps, p.output_norm.eps),
+        )  # fmt: skip
+        x = encoder_layer(
+            hidden_states.flatten(0, 1) if layout.padded else hidden_states, weights, numbers, layout.cu_seqlens,
+            layout.max_seqlen, layout.mask, layout.implementation, layout.num_tokens,
         )  # fmt: skip
         return x.view(hidden_states.shape) if layout.padded else x
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastbert import eager, library
+from fastbert import eager
 
 BACKENDS = ("auto", "triton", "eager")
 OPS = (
@@ -170,6 +170,18 @@ def packs_on_device(device: torch.device) -> bool:
     return why_eager("packing_plan", device, torch.float32) is None
 
 
+def launches_directly(tensor: Tensor, refused: str | None = None) -> bool:
+    """Whether every op without gradients of tensors like this one, in their own dtype, is a launch of its kernel:
+    nobody traces, transforms or watches. refused: as for a call of an op."""
+    return (
+        refused is None
+        and _wants_kernels(tensor.device)
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type))
+        and not (eager.is_tracing() or eager.is_transforming() or eager.is_watched())
+        and why_not_triton("encoder_layer", tensor.device, tensor.dtype) is None
+    )
+
+
 def _kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | None:
     """What serves a call of `op` on tensors like this one: the kernel's launcher, the op of `fastbert.library` where
     somebody traces or records it, None for the eager twin. `refused` says what only eager can do."""
@@ -197,40 +209,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-class _Recomputed(torch.autograd.Function):
-    """A computation of many ops as one node: forward in the kernels, backward through the eager twins, recomputed."""
-
-    @staticmethod
-    def forward(ctx, compute, *tensors):
-        device_type = tensors[0].device.type
-        ctx.compute = compute
-        ctx.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        ctx.save_for_backward(*tensors)
-        return compute(*tensors)
-
-    @staticmethod
-    def backward(ctx, grad):
-        enabled, dtype = ctx.autocast
-        tensors = ctx.saved_tensors  # outside of the block: gradient checkpointing runs the forward again to find them
-        with backend("eager"), torch.autocast(grad.device.type, dtype, enabled):
-            found = library.gradients(ctx.compute, tensors, ctx.needs_input_grad[1:], grad)
-        return None, *found
-
-
-def in_one_node(compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """compute(*tensors), where kernels serve it and a gradient may be asked for as one node of autograd.
-
-    A node an op costs 43 to 61 microseconds each; and only the tensors given here are kept for the backward. None but
-    them gets a gradient.
-    """
-    x = tensors[0]
-    if not torch.is_grad_enabled() or eager.is_tracing() or eager.is_transforming():
-        return compute(*tensors)
-    if why_eager("qkv_projection", x.device, x.dtype) is not None:
-        return compute(*tensors)
-    return _Recomputed.apply(compute, *tensors)
 
 
 def raise_bad_ids(device: torch.device, wait: bool = False) -> None:

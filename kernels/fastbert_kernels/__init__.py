@@ -6,6 +6,7 @@ shapes and the limits. With TRITON_INTERPRET=1 set before Triton is first import
 
 from fastbert_kernels.attention import MAX_HEAD_SIZE, attention
 from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids
+from fastbert_kernels.encoder_layer import encoder_layer
 from fastbert_kernels.launch import MAX_ROW
 from fastbert_kernels.linear_activation import linear_activation
 from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "BadId",
     "attention",
     "embed_layer_norm",
+    "encoder_layer",
     "linear_activation",
     "linear_residual_layer_norm",
     "packing_plan",

@@ -118,10 +118,15 @@ def launching_into(target: GPUTarget, launched: Callable[..., None]) -> Iterator
     timed. arguments are those of the compiled kernel, in its order; a tensor's address may stand for it."""
 
     class Launcher:
+        """Calls its method `launch` in the end, as Triton's does."""
+
         def __init__(self, source, metadata):
             pass
 
-        def __call__(self, x, y, z, stream, function, packed, metadata, enter_hook, exit_hook, *arguments):
+        def __call__(self, x, y, z, stream, function, *others):
+            self.launch(x, y, z, stream, function, *others[:4], others[4:])
+
+        def launch(self, x, y, z, stream, function, packed, metadata, enter_hook, exit_hook, arguments):
             launched(function, (x, y, z), arguments)
 
     substitute = _CompileOnlyDriver(target)

@@ -90,7 +90,7 @@ def _attention_fwd_kernel(
 
 
 @planned
-def _plan(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: float, wanted: str | None) -> Plan | None:
+def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: float, wanted: str | None) -> Plan | None:
     check("attention", qkv, cu_seqlens)
     num_tokens, _, num_heads, head_size = shape_of("attention", "qkv", qkv, "T 3 H D")
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
@@ -130,7 +130,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
     Raises ValueError for a head size above 128, TypeError for dtypes.
     """
-    plan = _plan(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
+    plan = plan_attention(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
     if plan is None:
         return attention(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale)
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])

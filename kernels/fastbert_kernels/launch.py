@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import configuration
+from fastbert_kernels.binding import Binding, Block, forget_descriptors, is_watched
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter runs the configurations of this architecture.
@@ -35,6 +36,7 @@ MAX_ROW = 16384
 
 logger = logging.getLogger("fastbert_kernels")
 _launching = threading.Lock()
+_nowhere_else = nullcontext()
 
 
 def architecture(device: torch.device) -> str:
@@ -244,6 +246,28 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: dict) -> C
 _run = run
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def launches_directly() -> bool:
+    """Whether nobody has put something in the place of launches or watches them."""
+    return run is _run and not is_watched()
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one where it is not."""
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(device) if elsewhere else _nowhere_else
+
+
+def current_stream() -> int:
+    """The stream on which PyTorch works now, on the current device, as Triton's driver names it."""
+    active = driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
 @contextmanager
 def launching_by(instead: Callable[[triton.JITFunction, tuple[int, ...], dict], object]) -> Iterator[None]:
     """Every launch, of all threads, goes to instead(kernel, grid, arguments): to be compiled only, or watched."""
@@ -262,7 +286,7 @@ class Plan:
 
     operands: the names of the kernel's tensor arguments in the order in which `launch` gets them; a tensor read through
     a host descriptor has the shape of its blocks beside it, one read through a pointer None. A grid with a zero
-    launches nothing.
+    launches nothing. binding: what launches directly, once the first launch has compiled.
     """
 
     def __init__(
@@ -272,58 +296,52 @@ class Plan:
         self.kernel, self.grid, self.device, self.operands = kernel, grid, device, operands
         # Products and sums in one rounding: what the numbers here rest on is not left to a default.
         self.constants = constants | {"enable_fp_fusion": True}
-        self._runner = None
+        self.binding: Binding | None = None
 
     def launch(self, *tensors: Tensor | None) -> None:
         """Launch on tensors of the layouts planned for; their device need not be the current one."""
         if 0 in self.grid:
             return
-        # One at a time: of threads that need a kernel first, one compiles it; the interpreter's state is global, and
-        # the arguments below are the plan's.
-        with _launching:
-            if self._runner is None or run is not _run or self._current_device() != self._device:
+        with on_device(self.device):
+            if self.binding is None or not launches_directly():
                 self._launch_by_triton(tensors)
-                return
-            arguments = self._arguments
-            for place, index in self._pointers:
-                # Numbers spare a question to the driver each.
-                arguments[place] = tensors[index].data_ptr()
-            for descriptor, index in self._descriptors:
-                descriptor.base = tensors[index]
-            self._runner(*arguments, stream=self._current_stream(self._device))
-            for descriptor, _ in self._descriptors:
-                descriptor.base = None  # a plan keeps no tensor alive
+            else:
+                self.binding.launch(current_stream(), [x if x is None else x.data_ptr() for x in tensors])
 
     def _launch_by_triton(self, tensors: tuple[Tensor | None, ...]) -> None:
         arguments = {
             name: tensor if tensor is None or block is None else TensorDescriptor.from_tensor(tensor, block)
             for (name, block), tensor in zip(self.operands.items(), tensors, strict=True)
         } | self.constants
-        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
-        with torch.cuda.device(self.device) if elsewhere else nullcontext():
+        # One at a time: of threads that need a kernel first, one compiles it; and the interpreter's state is global.
+        with _launching:
             compiled = run(self.kernel, self.grid, arguments)
             # Nothing is compiled in the interpreter.
-            if run is _run and compiled is not None:
-                self._launch_directly_by(compiled, arguments)
+            if self.binding is None and run is _run and compiled is not None:
+                self.binding = self._bound(compiled, tensors, arguments)
 
-    def _launch_directly_by(self, compiled: CompiledKernel, arguments: dict) -> None:
-        """Keep what Triton has chosen, which tensors of the same layouts and the same constants get again."""
-        self._arguments = [arguments[name] for name in self.kernel.arg_names]
-        self._pointers, self._descriptors = [], []
-        for index, name in enumerate(self.operands):
-            place, operand = self.kernel.arg_names.index(name), arguments[name]
-            if isinstance(operand, TensorDescriptor):
-                self._descriptors.append((operand, index))
-                operand.base = None
-            elif operand is not None:
-                self._pointers.append((place, index))
-                self._arguments[place] = None
-        self._current_device, self._current_stream = driver.active.get_current_device, driver.active.get_current_stream
-        self._device = self._current_device()  # as Triton's driver names it
-        self._runner = compiled[(*self.grid, 1, 1)[:3]]
+    def _bound(self, compiled: CompiledKernel, tensors: tuple[Tensor | None, ...], arguments: dict) -> Binding | None:
+        """What tensors of the same layouts and the same constants get again of what Triton has chosen."""
+        blocks = {
+            name: None if block is None else Block(tensor.shape, tensor.stride(), tensor.dtype, tuple(block))
+            for (name, block), tensor in zip(self.operands.items(), tensors, strict=True)
+        }
+        given = {name: None if name in blocks else arguments[name] for name in self.kernel.arg_names}
+        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        try:
+            return Binding(compiled, (*self.grid, 1, 1)[:3], given, blocks, addresses)
+        except LookupError as unknown:
+            _warn_once(f"launches go through Triton {triton.__version__}, which takes longer: {unknown}")
+            return None
 
 
-_planners: list = []
+_forgetting: list[Callable[[], None]] = [forget_descriptors]
+
+
+def forgotten_with_plans(forget: Callable[[], None]) -> Callable[[], None]:
+    """`forget_plans` is to call this, too."""
+    _forgetting.append(forget)
+    return forget
 
 
 def planned(plan_of: Callable) -> Callable:
@@ -334,12 +352,12 @@ def planned(plan_of: Callable) -> Callable:
     def planner(*arguments):
         return plan_of(*(Layout(*x) if type(x) is tuple else x for x in arguments))
 
-    _planners.append(planner)
+    forgotten_with_plans(planner.cache_clear)
     return planner
 
 
 def forget_plans() -> None:
     """For those who change what plans follow from beside layouts: configurations, or the target of compilation."""
     _entries.cache_clear()
-    for planner in _planners:
-        planner.cache_clear()
+    for forget in _forgetting:
+        forget()

@@ -72,7 +72,9 @@ def _layer_norm_kernel(
 
 
 @planned
-def _plan(x: Layout, weight: Layout, bias: Layout, out: Layout, num_tokens: Layout | None, eps: float) -> Plan:
+def plan_layer_norm(
+    x: Layout, weight: Layout, bias: Layout, out: Layout, num_tokens: Layout | None, eps: float
+) -> Plan:
     (size, width), blocks = x.shape, row_blocks(x.shape[1])
     unit = common_unit(x, row_stride(x), row_stride(out), width)
     return Plan(
@@ -95,4 +97,4 @@ def _plan(x: Layout, weight: Layout, bias: Layout, out: Layout, num_tokens: Layo
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, num_tokens: Tensor | None) -> None:
     """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself; weight and bias [E] are contiguous."""
     tensors = x, weight, bias, out, num_tokens
-    _plan(*map(layout_of, tensors), eps).launch(*tensors)
+    plan_layer_norm(*map(layout_of, tensors), eps).launch(*tensors)

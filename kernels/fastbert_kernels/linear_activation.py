@@ -110,7 +110,7 @@ def _linear_kernel(
 
 
 @planned
-def _plan_linear(
+def plan_linear(
     operation: str, x: Layout, weight: Layout, bias: Layout, residual: Layout | None, num_tokens: Layout | None,
     activation: str, wanted: str | None,
 ) -> Plan | None:  # fmt: skip
@@ -153,7 +153,7 @@ def linear(
     num_tokens: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """activation(x W^T + b + residual) -> [T, N] in the residual's dtype, or x's without one."""
-    plan = _plan_linear(
+    plan = plan_linear(
         operation, layout_of(x), layout_of(weight), layout_of(bias), layout_of(residual), layout_of(num_tokens),
         activation, torch_precision(x),
     )  # fmt: skip

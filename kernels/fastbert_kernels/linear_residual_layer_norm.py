@@ -155,7 +155,7 @@ def _linear_residual_layer_norm_kernel(
 
 
 @planned
-def _plan(
+def plan_linear_residual_layer_norm(
     x: Layout, weight: Layout, bias: Layout, residual: Layout, norm_weight: Layout, norm_bias: Layout,
     num_tokens: Layout | None, eps: float, wanted: str | None,
 ) -> Plan | tuple[()] | None:  # fmt: skip
@@ -210,7 +210,7 @@ def linear_residual_layer_norm(
     norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on are neither read nor written.
     Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
     """
-    plan = _plan(
+    plan = plan_linear_residual_layer_norm(
         layout_of(x), layout_of(weight), layout_of(bias), layout_of(residual), layout_of(norm_weight),
         layout_of(norm_bias), layout_of(num_tokens), eps, torch_precision(x),
     )  # fmt: skip

@@ -91,7 +91,7 @@ def _qkv_projection_kernel(
 
 
 @planned
-def _plan(
+def plan_qkv_projection(
     x: Layout, q_weight: Layout, q_bias: Layout, k_weight: Layout, k_bias: Layout, v_weight: Layout, v_bias: Layout,
     num_tokens: Layout | None, num_heads: int, wanted: str | None,
 ) -> Plan | None:  # fmt: skip
@@ -137,7 +137,7 @@ def qkv_projection(
     num_tokens int32 [1], on the device: rows from it on are neither read nor written. Raises ValueError or TypeError
     for tensors whose shapes, dtypes or devices do not fit.
     """
-    plan = _plan(
+    plan = plan_qkv_projection(
         layout_of(x), layout_of(q_weight), layout_of(q_bias), layout_of(k_weight), layout_of(k_bias),
         layout_of(v_weight), layout_of(v_bias), layout_of(num_tokens), num_heads, torch_precision(x),
     )  # fmt: skip
