@@ -21,6 +21,7 @@ from fastbert import ops, patches
 from fastbert.eager import is_jit_tracing
 from fastbert.fusion import fused_linear, linear_of_any_rank
 from fastbert.model import OURS, become_ours
+from fastbert.outputs import output_of
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import copied_to
 
@@ -169,7 +170,8 @@ class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self._encode(hf.BertForSequenceClassification, *inputs, **kwargs)
         logits = project(self.classifier, self.dropout(outputs[1]))
-        return SequenceClassifierOutput(
+        return output_of(
+            SequenceClassifierOutput,
             loss=None if labels is None else _loss_of_texts(self, logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -195,7 +197,8 @@ class BertForTokenClassification(Head, hf.BertForTokenClassification):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self._encode(hf.BertForTokenClassification, *inputs, **kwargs)
         logits = project(self.classifier, self.dropout(outputs[0]))
-        return TokenClassifierOutput(
+        return output_of(
+            TokenClassifierOutput,
             loss=None if labels is None else hf.CrossEntropyLoss()(logits.view(-1, self.num_labels), labels.view(-1)),
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -229,7 +232,8 @@ class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
         flat = (x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim > 2 else x for x in inputs)
         outputs = self._encode(hf.BertForMultipleChoice, *flat, **kwargs)
         logits = project(self.classifier, self.dropout(outputs.pooler_output)).view(given.shape[:2])
-        return MultipleChoiceModelOutput(
+        return output_of(
+            MultipleChoiceModelOutput,
             loss=None if labels is None else hf.CrossEntropyLoss()(logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -278,7 +282,8 @@ class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
         if start_positions is not None and end_positions is not None:
             ends = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(_position_loss(scores, positions.view(-1), padding) for scores, positions in ends) / 2
-        return QuestionAnsweringModelOutput(
+        return output_of(
+            QuestionAnsweringModelOutput,
             loss=loss,
             start_logits=start_logits,
             end_logits=end_logits,

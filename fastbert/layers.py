@@ -198,7 +198,7 @@ def mask_for(layers: Iterable[nn.Module], layout: TokenLayout, hidden_states: Te
 def runs_packed(encoder: nn.Module) -> bool:
     """Whether nobody but our own encoder sees what it is given."""
     seen = has_hooks(encoder) or has_patched_forward(encoder) or _has_any_global_hook()
-    return type(encoder) is BertEncoder and not seen
+    return type(encoder) is BertEncoder and not seen and encoder._compiled_call_impl is None
 
 
 class BertEncoder(hf.BertEncoder):
@@ -223,15 +223,23 @@ class BertEncoder(hf.BertEncoder):
             layout = layout_from_scores(attention_mask, hidden_states, head_counts(self, self.config))
             keep, implementation = getattr(attention_mask, "keep", None), attention_implementation(self.config)
             layout = replace(layout, keep=keep, implementation=implementation)
-        layout = layout.to(hidden_states.device)
-        selection = selected_hidden_states(kwargs.get("output_hidden_states"), len(self.layer) + 1)
-        output_attentions = kwargs.get("output_attentions")
+        last_hidden_state, states, attentions = self.run(hidden_states, layout, kwargs, why_no_block())
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=last_hidden_state, hidden_states=states, attentions=attentions
+        )
+
+    def run(
+        self, hidden_states: Tensor, layout: TokenLayout, given: dict, refused: str | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...] | None]:
+        """What forward returns. given: its keywords; refused: why no block of any model is fused, None if some are."""
+        layout, layers = layout.to(hidden_states.device), list(self.layer._modules.values())
+        selection = selected_hidden_states(given.get("output_hidden_states"), len(layers) + 1)
+        output_attentions = given.get("output_attentions")
         if output_attentions:
-            layout = replace(layout, implementation="eager")
+            layout, refused = replace(layout, implementation="eager"), "attention weights are asked for"
         states: list[Tensor | None] = []
         attentions: list[Tensor] | None = [] if output_attentions else None
-        refused = "attention weights are asked for" if output_attentions else why_no_block()
-        for index, layer in enumerate(self.layer):
+        for index, layer in enumerate(layers):
             if index in selection:
                 states.append(layout.unpack(hidden_states))
                 # The model goes on from the state it returns, so that gradients can be read there; in a traced graph,
@@ -240,13 +248,13 @@ class BertEncoder(hf.BertEncoder):
                     hidden_states = layout.pack(states[-1])
             else:
                 states.append(None)
-            hidden_states = self._run(layer, hidden_states, layout, attentions, refused, kwargs)
+            hidden_states = self._run(layer, hidden_states, layout, attentions, refused, given)
         last_hidden_state = layout.unpack(hidden_states)
-        states.append(last_hidden_state if len(self.layer) in selection else None)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=last_hidden_state,
-            hidden_states=tuple(states) if selection else None,
-            attentions=None if attentions is None else tuple(attentions),
+        states.append(last_hidden_state if len(layers) in selection else None)
+        return (
+            last_hidden_state,
+            tuple(states) if selection else None,
+            None if attentions is None else tuple(attentions),
         )
 
     def _run(
@@ -255,6 +263,8 @@ class BertEncoder(hf.BertEncoder):
     ) -> Tensor:  # fmt: skip
         """One layer: in the ops, through its modules, or by transformers' own code, in its shapes, as it calls them."""
         parts, reason = (None, refused) if refused else fused_parts(layer, asked=True)
+        if parts is not None and not torch.is_grad_enabled() and layer._compiled_call_impl is None:
+            return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts)  # nobody sees the call
         if parts is not None:
             return layer(hidden_states, layout, fused=parts)
         ops.fall_back("an encoder layer", reason, hidden_states.device)

@@ -23,6 +23,7 @@ from fastbert.fusion import (
     linear_of_any_rank,
     must_see_padding,
     runs_in_kernels,
+    why_no_block,
 )
 from fastbert.inputs import (
     Batch,
@@ -37,6 +38,7 @@ from fastbert.inputs import (
     without_padding,
 )
 from fastbert.layers import BertEncoder, BertLayer, BertSelfAttention, mask_for, runs_packed
+from fastbert.outputs import output_of
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.tokens import TokenLayout
 
@@ -109,7 +111,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         """
         if replaced := patches.replaced_in_models():
             raise ValueError(f"{replaced}, and fastbert has its own: take that back, or use transformers' class")
-        if use_cache is None and self.config.is_decoder:
+        is_decoder = self.config.is_decoder
+        if use_cache is None and is_decoder:
             use_cache = self.config.use_cache
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
         refuse_unknown_arguments(type(self).forward, kwargs)
@@ -118,30 +121,38 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q"),
         )  # fmt: skip
-        ops.raise_bad_ids(batch.layout.cu_seqlens.device)
-        layout = replace(batch.layout, implementation=attention_implementation(self.config))
+        layout = batch.layout
+        ops.raise_bad_ids(layout.cu_seqlens.device)
+        implementation = attention_implementation(self.config)
+        if implementation != layout.implementation:
+            layout = replace(layout, implementation=implementation)
         return_dict = option("return_dict", kwargs, self.config, True)
         # What transformers' encoder hands on to its layers, and what the configuration asks for.
         given = {name: value for name, value in kwargs.items() if name != "return_dict"}
         given["position_ids"] = position_ids if position_ids is None else batch.position_ids
         for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name) is None and getattr(self.config, name, False):
-                given[name] = getattr(self.config, name)
-        masks_of_its_own = self.config.is_decoder or patches.replaced_for_masks(self)
+            if kwargs.get(name) is None and (asked := getattr(self.config, name, False)):
+                given[name] = asked
+        refused, masks_of_its_own = why_no_block(), is_decoder or patches.replaced_for_masks(self)
         if masks_of_its_own or not runs_packed(self.encoder):
             encoded = self._encode_as_transformers(layout, batch, attention_mask, given, masks_of_its_own)
+            sequence_output = encoded.last_hidden_state
+            hidden_states, attentions = encoded.hidden_states, encoded.attentions
         else:
             whole = given.get("output_attentions") or self._packs_in_pytorch(layout)
             encoder_layout = layout.as_padded() if whole else layout
-            encoded = self.encoder(self._embed(encoder_layout, batch), encoder_layout, **given)
-        sequence_output, hidden_states = encoded.last_hidden_state, encoded.hidden_states
+            # Not through the module: nobody sees it.
+            sequence_output, hidden_states, attentions = self.encoder.run(
+                self._embed(encoder_layout, batch, refused), encoder_layout, given, refused
+            )
         if hidden_states and hidden_states[-1] is not None:
             hidden_states = (*hidden_states[:-1], sequence_output)  # which a hook of the encoder may have changed
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
+        output = output_of(
+            BaseModelOutputWithPoolingAndCrossAttentions,
             last_hidden_state=sequence_output,
-            pooler_output=None if self.pooler is None else self._pool(layout, sequence_output),
+            pooler_output=None if self.pooler is None else self._pool(layout, sequence_output, refused),
             hidden_states=hidden_states,
-            attentions=encoded.attentions,
+            attentions=attentions,
         )
         return output if return_dict else output.to_tuple()
 
@@ -153,7 +164,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         Masks of the model's own may let tokens attend to padding, so that what stands there counts.
         """
         layout = layout.as_padded()
-        hidden_states = self._embed(replace(layout, keep=None) if masks_of_its_own else layout, batch)
+        embedded = replace(layout, keep=None) if masks_of_its_own else layout
+        hidden_states = self._embed(embedded, batch, why_no_block())
         if masks_of_its_own:
             mask = self._mask_of_its_own(layout, attention_mask, hidden_states)
         else:
@@ -198,24 +210,24 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             return False
         return not all(map(runs_in_kernels, (self.embeddings, *self.encoder.layer)))
 
-    def _embed(self, layout: TokenLayout, batch: Batch) -> Tensor:
-        """The embeddings of the kept tokens, in the encoder's layout."""
+    def _embed(self, layout: TokenLayout, batch: Batch, refused: str | None) -> Tensor:
+        """The embeddings of the kept tokens, in the encoder's layout. refused: why no block is fused."""
         embeddings, inputs = self.embeddings, batch.embedded()
-        parts, refused = fused_parts(embeddings)
+        parts, refused = (None, refused) if refused else fused_parts(embeddings, asked=True)
         if parts is not None:
-            words, positions, types, norm = (x._parameters["weight"].dtype for x in parts[1:5])
-            first = words if batch.inputs_embeds is None else batch.inputs_embeds.dtype
-            summed = torch.promote_types(torch.promote_types(first, positions), types)
-            if summed != norm:
-                parts, refused = None, f"its sums are {summed} and its LayerNorm {norm}"
+            words, positions, types, weight = (x._parameters["weight"] for x in parts[1:5])
+            first = words if batch.inputs_embeds is None else batch.inputs_embeds
+            summed = torch.promote_types(torch.promote_types(first.dtype, positions.dtype), types.dtype)
+            if summed != weight.dtype:
+                parts, refused = None, f"its sums are {summed} and its LayerNorm {weight.dtype}"
         try:
             if parts is not None:
-                _, words, positions, types, norm, _ = parts
                 inputs = {name: layout.clear(layout.expand(values)) for name, values in inputs.items()}
                 hidden_states = ops.embed_layer_norm(
                     **inputs, indices=layout.indices, num_tokens=layout.num_tokens,
-                    word_table=words.weight, position_table=positions.weight, token_type_table=types.weight,
-                    weight=norm.weight, bias=norm.bias, eps=norm.eps, padding_idx=words.padding_idx,
+                    word_table=words, position_table=positions, token_type_table=types,
+                    weight=weight, bias=parts[4]._parameters["bias"], eps=parts[4].eps,
+                    padding_idx=parts[1].padding_idx,
                 )  # fmt: skip
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
                 return hidden_states.view(shape) if layout.padded else hidden_states
@@ -227,12 +239,15 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 raise_out_of_range(self.config, embeddings, layout, batch)
             raise
 
-    def _pool(self, layout: TokenLayout, sequence_output: Tensor) -> Tensor:
+    def _pool(self, layout: TokenLayout, sequence_output: Tensor, refused: str | None) -> Tensor:
         """What the pooler makes of last_hidden_state [B, S, E]: its own class needs no more than the first tokens."""
         if not isinstance(self.pooler, BertPooler):
             return self.pooler(sequence_output)
-        first = layout.first_tokens(sequence_output)[:, None]
-        parts, _ = fused_parts(self.pooler)
+        first = layout.first_tokens(sequence_output)
+        parts, refused = (None, refused) if refused else fused_parts(self.pooler, asked=True)
+        if parts is not None and self.pooler._compiled_call_impl is None:
+            return linear_of_any_rank(first, parts[1], "tanh")  # not through the module: nobody sees it
+        first = first[:, None]
         if parts is None and must_see_padding(self.pooler) and len(first) == layout.batch_size:
             first = torch.cat((first, sequence_output[:, 1:]), 1)
         return self.pooler(first)

@@ -245,7 +245,7 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
         return eager.packing_plan(mask)
     if eager.is_tracing() or eager.is_watched():
         return torch.ops.fastbert.packing_plan(mask)
-    return import_module("fastbert_kernels").packing_plan(mask)
+    return sys.modules["fastbert_kernels"].packing_plan(mask)  # imported by packs_on_device
 
 
 def embed_layer_norm(

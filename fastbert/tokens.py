@@ -158,19 +158,20 @@ def layout_from_mask(
     holes anywhere. A mask of scores, [B or 1, S or 1, S] or [B or 1, H or 1, S or 1, S], is bool or 0/1 integers with 1
     for "attend", or floats that are added. Raises ValueError or TypeError for anything else.
     """
+    if attention_mask is not None:
+        check_mask(attention_mask, batch_size, seq_len, heads)
+    packs = attention_mask is not None and attention_mask.ndim == 2 and batch_size and seq_len
+    if packs and not shapes_may_depend_on_data(attention_mask) and ops.packs_on_device(device):
+        mask = attention_mask if attention_mask.device == device else copied_to(device, attention_mask != 0)
+        return _planned_on_device(mask.expand(batch_size, seq_len))
     every_token = TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)
-    if attention_mask is None:
-        return every_token
-    check_mask(attention_mask, batch_size, seq_len, heads)
-    if batch_size == 0 or seq_len == 0:
+    if attention_mask is None or batch_size == 0 or seq_len == 0:
         return every_token
     if attention_mask.ndim > 2:
         return replace(every_token, padded=True, mask=_score_mask(copied_to(device, attention_mask)))
     keep = (attention_mask != 0).expand(batch_size, seq_len)
     if not shapes_may_depend_on_data(attention_mask):
         keep = copied_to(device, keep)
-        if ops.packs_on_device(device):
-            return _planned_on_device(every_token, keep)
         return replace(every_token, padded=True, keep=keep, mask=_key_mask(keep))
     lengths = keep.sum(1)
     indices = keep.flatten().nonzero().flatten()
@@ -182,13 +183,14 @@ def layout_from_mask(
     return packed.to(device)
 
 
-def _planned_on_device(every_token: TokenLayout, keep: Tensor) -> TokenLayout:
-    """The packed layout of keep [B, S] on a device whose values the host does not know."""
-    indices, cu_seqlens = ops.packing_plan(keep)
-    if is_tracing() or type(keep) is not Tensor or not torch.is_grad_enabled():
-        return replace(every_token, cu_seqlens=cu_seqlens, indices=indices, num_tokens=cu_seqlens[-1:])
+def _planned_on_device(mask: Tensor) -> TokenLayout:
+    """The packed layout of a mask [B, S] on a device whose values the host does not know."""
+    indices, cu_seqlens = ops.packing_plan(mask)
+    batch_size, seq_len = mask.shape
+    if is_tracing() or type(mask) is not Tensor or not torch.is_grad_enabled():
+        return TokenLayout(batch_size, seq_len, cu_seqlens, seq_len, indices, num_tokens=cu_seqlens[-1:])
     # One read of the count: what is recorded for a backward has its size, and the backward no rows that are no tokens.
-    return replace(every_token, cu_seqlens=cu_seqlens, indices=indices[: int(cu_seqlens[-1])])
+    return TokenLayout(batch_size, seq_len, cu_seqlens, seq_len, indices[: int(cu_seqlens[-1])])
 
 
 def layout_from_scores(mask: Tensor | None, hidden_states: Tensor, heads: Collection[int]) -> TokenLayout:

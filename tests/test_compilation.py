@@ -1,5 +1,5 @@
-"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; and what a launch
-passes on that skips Triton's own binding."""
+"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; what a launch passes on
+that skips Triton's own launcher; and how much Python a layer takes."""
 
 import json
 import os
@@ -43,17 +43,27 @@ def test_sizes_that_vary_compile_nothing_new_and_nothing_spills(dtype, tmp_path)
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_direct_launch_is_given_what_triton_gives(dtype):
-    """Kernels, grids and arguments; and a plan keeps no tensor alive."""
+    """Kernels, grids and arguments, TMA descriptors among them; and nothing that is remembered keeps a tensor alive."""
     script = Path(__file__).with_name("direct_launches.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, str(script), dtype], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert len(found) == len(OPS)
+    assert len(found) == len(OPS) + 1
     for op, by_triton, directly, is_direct, is_released in found:
         assert by_triton, op
         assert directly == by_triton, op
         assert is_direct, op
         assert is_released, op
-    by_descriptors = [values for op, calls, *_ in found for _, _, values in calls if "linear_activation" in op]
-    assert any(value[0] == "descriptor" for values in by_descriptors for value in values if isinstance(value, list))
+    # Of descriptors the address comes first among a dozen of numbers.
+    layer = [value for op, calls, *_ in found if op == "encoder_layer" for _, _, values in calls for value in values]
+    assert sum(isinstance(value, list) for value in layer) == 10
+
+
+def test_python_calls_of_a_layer():
+    """What the host does for a layer is Python, and most of that are calls."""
+    script = Path(__file__).with_name("count_calls.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert 0 < float(run.stdout) <= 45

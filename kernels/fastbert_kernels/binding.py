@@ -69,8 +69,8 @@ def forget_descriptors() -> None:
 
 def is_watched() -> bool:
     """Whether somebody has hooks on launches, a profiler for instance, which only Triton's own launcher calls."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Binding:

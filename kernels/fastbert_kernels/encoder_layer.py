@@ -32,13 +32,16 @@ X, QKV, CONTEXT, ATTENDED, UP, OUT, CU_SEQLENS, NUM_TOKENS, WEIGHTS = range(9)
 ALIGNMENT = 256  # elements, of the parts of a workspace
 MOST_SHAPES, MOST_LAYERS = 1024, 1024  # that are remembered; beyond, all are forgotten
 
-_kind_of = attrgetter("shape", "dtype")
+_nbytes_of = attrgetter("nbytes")
 
 
 class Weights(NamedTuple):
-    """What a layer's weights are, and the plans of layers with such weights, by what else varies."""
+    """What a layer's weights are, and the plans of layers with such weights, by what else varies.
 
-    kinds: list[tuple[torch.Size, torch.dtype]]
+    At one address, in the order of their strides and of as many bytes they are as they were.
+    """
+
+    nbytes: list[int]
     strides: list[tuple[int, ...]]
     plans: dict[tuple, "LayerPlan | None"]
 
@@ -56,13 +59,13 @@ def _forget_layers() -> None:
 
 def _plans_for(weights: Sequence[Tensor], addresses: tuple[int, ...]) -> dict[tuple, "LayerPlan | None"]:
     """The plans of layers whose weights are what these are now."""
-    kinds, strides = list(map(_kind_of, weights)), list(map(Tensor.stride, weights))
+    nbytes, strides = list(map(_nbytes_of, weights)), list(map(Tensor.stride, weights))
     found = _weights.get(addresses)
-    if found is None or found.kinds != kinds or found.strides != strides:
+    if found is None or found.nbytes != nbytes or found.strides != strides:
         if len(_weights) >= MOST_LAYERS:
             _forget_layers()
-        plans = _plans.setdefault((*kinds, *strides, *(address % 16 for address in addresses)), {})
-        found = _weights[addresses] = Weights(kinds, strides, plans)
+        plans = _plans.setdefault(tuple(map(layout_of, weights)), {})
+        found = _weights[addresses] = Weights(nbytes, strides, plans)
     return found.plans
 
 

@@ -110,10 +110,11 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     indices = torch.empty(size, dtype=torch.int64, device=mask.device)
     if size == 0:
         return indices, torch.zeros(batch_size + 1, dtype=torch.int32, device=mask.device)
-    lengths, cu_seqlens = (
-        torch.empty(size, dtype=torch.int32, device=mask.device) for size in (batch_size, batch_size + 1)
-    )
-    count.launch(mask, lengths)
+    cu_seqlens = torch.empty(batch_size + 1, dtype=torch.int32, device=mask.device)
+    lengths = cu_seqlens  # not read of a single row, which has none before it
+    if batch_size > 1:
+        lengths = torch.empty(batch_size, dtype=torch.int32, device=mask.device)
+        count.launch(mask, lengths)
     fill.launch(mask, lengths, indices, cu_seqlens)
     return indices, cu_seqlens
 

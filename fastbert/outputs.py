@@ -1,0 +1,27 @@
+"""transformers' output objects, made without what their constructors ask of each field, which takes 14 microseconds."""
+
+import functools
+from typing import TypeVar
+
+from transformers.utils import ModelOutput
+
+from fastbert.eager import is_tracing
+
+Output = TypeVar("Output", bound=ModelOutput)
+
+
+@functools.cache
+def _without_values(kind: type[ModelOutput]) -> dict:
+    return vars(kind())
+
+
+def output_of(kind: type[Output], **values) -> Output:
+    """kind(**values); a field that is None is an attribute alone, as there."""
+    if is_tracing():
+        return kind(**values)
+    output = kind.__new__(kind)
+    output.__dict__.update(_without_values(kind))
+    for name, value in values.items():
+        if value is not None:
+            output[name] = value
+    return output

@@ -1,0 +1,282 @@
+"""A layer as one call has the bits of its operations one after another, whatever changes from call to call.
+
+In the interpreter nothing is bound to a driver: here a binding stands in for it, which runs the kernel on the memory at
+the addresses that it is given.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
+import pytest
+import torch
+from kernel_cases import bounds, normal
+from torch import Tensor
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastbert_kernels import (
+    attention,
+    encoder_layer,
+    launch,
+    linear_activation,
+    linear_residual_layer_norm,
+    qkv_projection,
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the driver's own bindings serve every test")
+KERNELS = import_module("fastbert_kernels.encoder_layer")  # behind the function of its name
+LENGTHS, CAPACITY = (7, 0, 20, 1), 33
+
+
+def memory(address: int, size: int, dtype: torch.dtype) -> Tensor:
+    """The elements at an address, whoever they belong to."""
+    return torch.frombuffer((ctypes.c_char * (size * dtype.itemsize)).from_address(address), dtype=dtype)
+
+
+class Descriptors:
+    def __getitem__(self, address: int) -> int:
+        return address
+
+
+class Interpreted:
+    """In the place of a `Binding`."""
+
+    def __init__(self, plan: launch.Plan, tensors: tuple[Tensor | None, ...], calls: list[str]):
+        self._plan, self._calls = plan, calls
+        self._kinds = [None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors]
+        blocks = list(plan.operands.values())
+        there = [number for number, x in enumerate(tensors) if x is not None]
+        self.template = [None] * len(tensors)
+        self.pointers = [(number, number) for number in there if blocks[number] is None]
+        self.descriptors = [(number, number, Descriptors()) for number in there if blocks[number] is not None]
+
+    def on(self, stream: int) -> Callable[[list], None]:
+        return self._run
+
+    def launch(self, stream: int, addresses: list[int | None]) -> None:
+        self._run(addresses)
+
+    def _run(self, addresses: list[int | None]) -> None:
+        arguments = {}
+        for (name, block), kind, address in zip(self._plan.operands.items(), self._kinds, addresses, strict=True):
+            if kind is None:
+                arguments[name] = None
+            elif block is None:
+                arguments[name] = memory(address, 1, kind[2])
+            else:
+                (rows, columns), (stride, _), dtype = kind
+                whole = memory(address, (rows - 1) * stride + columns, dtype)
+                arguments[name] = TensorDescriptor.from_tensor(whole.as_strided(*kind[:2]), block)
+        self._calls.append(self._plan.kernel.fn.__name__)
+        with launch._launching:  # the interpreter's state is global
+            launch.run(self._plan.kernel, self._plan.grid, arguments | self._plan.constants)
+
+
+@pytest.fixture
+def bound(monkeypatch) -> list[str]:
+    """The kernels that bindings launch during the test, in their order."""
+    calls, by_triton = [], launch.Plan._launch_by_triton
+
+    def launch_by_triton(plan, tensors):
+        by_triton(plan, tensors)
+        plan.binding = Interpreted(plan, tensors, calls)
+
+    monkeypatch.setattr(launch.Plan, "_launch_by_triton", launch_by_triton)
+    monkeypatch.setattr(launch, "current_stream", lambda: 0)
+    monkeypatch.setattr(KERNELS, "current_stream", lambda: 0)
+    launch.forget_plans()
+    yield calls
+    launch.forget_plans()
+
+
+class Layer:
+    """A layer's arguments, of which E, W = heads * head size and F differ."""
+
+    def __init__(
+        self, dtype: torch.dtype, width: int = 48, heads: int = 2, head_size: int = 16, feed_forward: int = 80
+    ):
+        attended, self.heads, self.dtype = heads * head_size, heads, dtype
+        shapes = [(attended, width)] * 3 + [(width, attended), None, (feed_forward, width), (width, feed_forward), None]
+        self.weights = []
+        for shape in shapes:
+            weight = normal(width, dtype=dtype) if shape is None else normal(*shape, dtype=dtype) / shape[1] ** 0.5
+            self.weights += [weight, normal(len(weight), dtype=dtype) / 8]
+        self.eps = 1e-12, 1e-5
+
+    def arguments(self, x: Tensor, lengths=LENGTHS, counted: bool = True, activation: str = "gelu") -> tuple:
+        cu_seqlens = bounds(lengths)
+        count = cu_seqlens[-1:] if counted else None
+        return x, self.weights, cu_seqlens, max(lengths), self.heads, 0.3, activation, self.eps, count
+
+    def one_after_another(self, x, weights, cu_seqlens, longest, heads, scale, activation, eps, count) -> Tensor:
+        qkv = qkv_projection(x, *weights[:6], heads, count)
+        context = attention(qkv, cu_seqlens, longest, scale)
+        y = linear_residual_layer_norm(context, *weights[6:8], x, *weights[8:10], eps[0], count)
+        hidden = linear_activation(y, *weights[10:12], activation, count)
+        return linear_residual_layer_norm(hidden, *weights[12:14], y, *weights[14:], eps[1], count)
+
+    def check(self, x: Tensor, **how) -> None:
+        arguments = self.arguments(x, **how)
+        tokens = sum(how.get("lengths", LENGTHS))
+        expected, found = self.one_after_another(*arguments), encoder_layer(*arguments)
+        assert found.shape == x.shape
+        assert found.is_contiguous()
+        assert torch.equal(found[:tokens], expected[:tokens])
+
+
+def tokens_of(layer: Layer, size: int = CAPACITY) -> Tensor:
+    return normal(size, layer.weights[0].shape[1], dtype=layer.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [48, 400])
+def test_bits(dtype, width, bound):
+    """In one launch of the last linear, residual and LayerNorm, and in two; from the second call on directly."""
+    layer = Layer(dtype, width)
+    x = tokens_of(layer)
+    encoder_layer(*layer.arguments(x))
+    bound.clear()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        arguments = layer.arguments(tokens_of(layer))
+        expected = layer.one_after_another(*arguments)
+        bound.clear()
+        found = encoder_layer(*arguments)
+        in_one = dtype != torch.float32 and width == 48
+        assert len(bound) == (5 if in_one else 7)
+        assert torch.equal(found[: sum(LENGTHS)], expected[: sum(LENGTHS)])
+
+
+def test_everything_that_varies(bound):
+    """Of one layer, in an order in which each call meets the plans of those before."""
+    layer = Layer(torch.bfloat16)
+    for _ in range(2):
+        for size in (33, 28, 64, 28):
+            layer.check(tokens_of(layer, size))
+        layer.check(tokens_of(layer, 28), counted=False)
+        layer.check(tokens_of(layer, 60), lengths=(60,))
+        layer.check(tokens_of(layer, 60), lengths=(30, 30))
+        layer.check(tokens_of(layer), activation="relu")
+        layer.eps = 1e-3, 1e-12
+        layer.check(tokens_of(layer))
+        layer.check(normal(CAPACITY, 49, dtype=torch.bfloat16)[:, 1:])  # rows that lie apart, off 16 bytes
+        layer.check(normal(49, CAPACITY, dtype=torch.bfloat16)[1:].t())  # which the operations copy
+    layer.heads = 1
+    layer.check(tokens_of(layer))
+
+
+def transpose(weights: list[Tensor]) -> None:
+    weights[6].data = weights[6].data.t()  # of [48, 48]: the same memory
+
+
+def cut(weights: list[Tensor]) -> None:
+    weights[10].data, weights[11].data = weights[10].data[:64], weights[11].data[:64]
+    weights[12].data = weights[12].data[:, :64]
+
+
+def move(weights: list[Tensor]) -> None:
+    weights[0].data = weights[0].data * 2
+
+
+def replace(weights: list[Tensor]) -> None:
+    weights[14] = weights[14] * 2
+
+
+def write(weights: list[Tensor]) -> None:
+    weights[12].mul_(2)
+
+
+@pytest.mark.parametrize("change", [transpose, cut, move, replace, write])
+def test_weights_that_change(change, bound):
+    layer = Layer(torch.float32, width=48, heads=3)
+    x = tokens_of(layer)
+    for _ in range(2):
+        layer.check(x)
+    before = encoder_layer(*layer.arguments(x))
+    change(layer.weights)
+    for _ in range(2):
+        layer.check(x)
+    assert not torch.equal(encoder_layer(*layer.arguments(x))[:7], before[:7])
+
+
+def test_layers_of_the_same_shapes_keep_their_weights_apart(bound):
+    layers = [Layer(torch.float32) for _ in range(3)]
+    x = tokens_of(layers[0])
+    for _ in range(2):
+        for layer in layers:
+            layer.check(x)
+
+
+def test_errors_are_those_of_the_operations(bound):
+    layer = Layer(torch.float32)
+    x = tokens_of(layer)
+    layer.check(x)
+    with pytest.raises(ValueError, match="q_weight is"):
+        layer.check(normal(CAPACITY, 47))
+    with pytest.raises(ValueError, match="activation 'swish' is unknown"):
+        layer.check(x, activation="swish")
+    with pytest.raises(ValueError, match="cannot be cut into 5 heads"):
+        layer.heads = 5
+        layer.check(x)
+    layer.heads = 2
+    layer.weights[10] = layer.weights[10].half()
+    with pytest.raises(TypeError, match="a GEMM takes one dtype"):
+        layer.check(x)
+
+
+def test_nothing_to_do(bound):
+    layer = Layer(torch.float32)
+    for _ in range(2):
+        assert encoder_layer(*layer.arguments(tokens_of(layer, 0), lengths=(0, 0))).shape == (0, 48)
+
+
+def test_who_watches_launches_sees_them(bound, monkeypatch):
+    """A profiler's hooks are called by Triton's launcher alone; and `launching_by` gets every launch."""
+    layer = Layer(torch.float32)
+    arguments = layer.arguments(tokens_of(layer))
+    encoder_layer(*arguments)
+    bound.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+        encoder_layer(*arguments)
+    assert not bound
+    seen = []
+    with launch.launching_by(lambda kernel, grid, given: seen.append(kernel.fn.__name__)):
+        encoder_layer(*arguments)
+    assert len(seen) == 7
+    assert not bound
+    encoder_layer(*arguments)
+    assert bound == seen
+
+
+def test_threads(bound):
+    """No lock is held around direct launches: what a call fills in is its own."""
+    layers = [Layer(torch.float32) for _ in range(4)]
+    batches = [tokens_of(layers[0], size) for size in (28, 33)]
+    expected = [[layer.one_after_another(*layer.arguments(x)) for x in batches] for layer in layers]
+    start = threading.Barrier(4)
+
+    def serve(number: int) -> None:
+        start.wait()
+        for turn in range(6):
+            which = (number + turn) % len(layers)
+            for x, bits in zip(batches, expected[which], strict=True):
+                assert torch.equal(encoder_layer(*layers[which].arguments(x))[:28], bits[:28])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(serve, range(4)))
+
+
+def test_what_is_remembered_is_bounded(bound, monkeypatch):
+    monkeypatch.setattr(KERNELS, "MOST_LAYERS", 2)
+    monkeypatch.setattr(KERNELS, "MOST_SHAPES", 2)
+    layers = [Layer(torch.float32) for _ in range(3)]
+    for layer in layers:
+        layer.check(tokens_of(layer))
+        assert len(KERNELS._weights) <= 2
+    for size in (28, 29, 30, 31):
+        layers[0].check(tokens_of(layers[0], size))
+        assert all(len(plans) <= 2 for plans in KERNELS._plans.values())
