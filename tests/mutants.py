@@ -697,14 +697,14 @@ MUTANTS = [
     Mutant(
         "model-embedding-norm-swapped",
         "fastbert/model.py",
-        "weight=norm.weight, bias=norm.bias",
-        "weight=norm.bias, bias=norm.weight",
+        'weight=weight, bias=parts[4]._parameters["bias"]',
+        'weight=parts[4]._parameters["bias"], bias=weight',
         "test_equality.py::test_hidden_states",
     ),
     Mutant(
         "model-padding-row-learns",
         "fastbert/model.py",
-        "padding_idx=words.padding_idx",
+        "padding_idx=parts[1].padding_idx",
         "padding_idx=None",
         "test_equality.py::test_gradients_of_every_parameter",
     ),
@@ -745,16 +745,16 @@ MUTANTS = [
     ),
     Mutant(
         "layers-score-mask-is-ignored",
-        "fastbert/layers.py",
-        "mask, layout.implementation, count,",
-        "None, layout.implementation, count,",
+        "fastbert/encoder_layer.py",
+        "numbers.scale, mask, implementation, num_tokens,",
+        "numbers.scale, None, implementation, num_tokens,",
         "test_layout.py::test_score_masks",
     ),
     Mutant(
         "layers-score-mask-does-not-learn",
-        "fastbert/layers.py",
-        "compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask,",
-        "compute, hidden_states.flatten(0, 1) if layout.padded else hidden_states, layout.mask.detach(),",
+        "fastbert/encoder_layer.py",
+        "in_one_node(compute, x, mask, *weights)",
+        "in_one_node(compute, x, mask.detach() if mask is not None else mask, *weights)",
         "test_triton.py::test_a_mask_learns[heads-]",
     ),
     Mutant(
@@ -773,14 +773,14 @@ MUTANTS = [
     ),
     Mutant(
         "ops-the-last-gradient-is-lost",
-        "fastbert/ops.py",
+        "fastbert/encoder_layer.py",
         "return None, *found\n",
         "return None, *found[:-1], None\n",
         "test_triton.py::test_gradients",
     ),
     Mutant(
         "ops-backward-without-autocast",
-        "fastbert/ops.py",
+        "fastbert/encoder_layer.py",
         "torch.autocast(grad.device.type, dtype, enabled)",
         "torch.autocast(grad.device.type, dtype, False)",
         "test_triton.py::test_a_recomputation_has_the_autocast_of_its_forward",
@@ -984,7 +984,7 @@ MUTANTS = [
     Mutant(
         "launch-plans-of-other-configurations",
         "kernels/fastbert_kernels/launch.py",
-        "    for planner in _planners:\n        planner.cache_clear()\n",
+        "    for forget in _forgetting:\n        forget()\n",
         "    pass\n",
         "test_kernels.py::test_plans_follow_the_configurations",
     ),
@@ -1173,8 +1173,8 @@ MUTANTS = [
     Mutant(
         "layers-heads-of-the-configuration",
         "fastbert/layers.py",
-        'num_heads = int(p.query._parameters["weight"].shape[0]) // p.self_attention.attention_head_size',
-        "num_heads = p.self_attention.config.num_attention_heads",
+        "int(weights[0].shape[0]) // head_size, head_size,",
+        "p.self_attention.config.num_attention_heads, head_size,",
         "test_live_modules.py::test_outputs_are_transformers[prune_heads-after-eager]",
     ),
     Mutant(
@@ -1187,15 +1187,15 @@ MUTANTS = [
     Mutant(
         "layers-as-many-states-as-configured",
         "fastbert/layers.py",
-        'kwargs.get("output_hidden_states"), len(self.layer) + 1)',
-        'kwargs.get("output_hidden_states"), self.config.num_hidden_layers + 1)',
+        'given.get("output_hidden_states"), len(layers) + 1)',
+        'given.get("output_hidden_states"), self.config.num_hidden_layers + 1)',
         "test_live_modules.py::test_outputs_are_transformers[another_layer-after-eager]",
     ),
     Mutant(
         "model-masks-of-its-own-are-ignored",
         "fastbert/model.py",
-        "masks_of_its_own = self.config.is_decoder or patches.replaced_for_masks(self)",
-        "masks_of_its_own = False",
+        "why_no_block(), is_decoder or patches.replaced_for_masks(self)",
+        "why_no_block(), False",
         "test_live_modules.py::test_outputs_are_transformers[mask_by_hand-after-eager]",
     ),
     Mutant(

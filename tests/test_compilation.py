@@ -1,5 +1,5 @@
-"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; what a launch passes on
-that skips Triton's own launcher; and how much Python a layer takes."""
+"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; what a launch passes
+on that skips Triton's launcher; and how much Python a layer takes."""
 
 import json
 import os
