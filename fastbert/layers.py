@@ -7,6 +7,7 @@ the layout drops nothing (`TokenLayout.padded`).
 
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from fastbert.fusion import (
 )
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
 from fastbert.tokens import TokenLayout, layout_from_scores
+
+_WEIGHT_AND_BIAS = itemgetter("weight", "bias")
 
 
 class BertSelfAttention(hf.BertSelfAttention):
@@ -161,15 +164,11 @@ class BertLayer(hf.BertLayer, FusableBlock):
         return self.feed_forward_chunk(hidden_states)
 
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
-        weights = [
-            own[name]
-            for own in (
-                p.query._parameters, p.key._parameters, p.value._parameters,
-                p.self_output_dense._parameters, p.self_output_norm._parameters,
-                p.intermediate_dense._parameters, p.output_dense._parameters, p.output_norm._parameters,
-            )
-            for name in ("weight", "bias")
-        ]  # fmt: skip
+        weighted = (
+            p.query, p.key, p.value, p.self_output_dense, p.self_output_norm, p.intermediate_dense, p.output_dense,
+            p.output_norm,
+        )  # fmt: skip
+        weights = [x for module in weighted for x in _WEIGHT_AND_BIAS(module._parameters)]
         head_size = p.self_attention.attention_head_size
         numbers = LayerNumbers(
             int(weights[0].shape[0]) // head_size, head_size, float(p.self_attention.scaling),

@@ -134,7 +134,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             if kwargs.get(name) is None and (asked := getattr(self.config, name, False)):
                 given[name] = asked
         refused, masks_of_its_own = why_no_block(), is_decoder or patches.replaced_for_masks(self)
-        if masks_of_its_own or not runs_packed(self.encoder):
+        encoder, pooler = self.encoder, self.pooler
+        if masks_of_its_own or not runs_packed(encoder):
             encoded = self._encode_as_transformers(layout, batch, attention_mask, given, masks_of_its_own)
             sequence_output = encoded.last_hidden_state
             hidden_states, attentions = encoded.hidden_states, encoded.attentions
@@ -142,7 +143,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             whole = given.get("output_attentions") or self._packs_in_pytorch(layout)
             encoder_layout = layout.as_padded() if whole else layout
             # Not through the module: nobody sees it.
-            sequence_output, hidden_states, attentions = self.encoder.run(
+            sequence_output, hidden_states, attentions = encoder.run(
                 self._embed(encoder_layout, batch, refused), encoder_layout, given, refused
             )
         if hidden_states and hidden_states[-1] is not None:
@@ -150,7 +151,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         output = output_of(
             BaseModelOutputWithPoolingAndCrossAttentions,
             last_hidden_state=sequence_output,
-            pooler_output=None if self.pooler is None else self._pool(layout, sequence_output, refused),
+            pooler_output=None if pooler is None else self._pool(layout, sequence_output, refused),
             hidden_states=hidden_states,
             attentions=attentions,
         )
@@ -241,16 +242,17 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
     def _pool(self, layout: TokenLayout, sequence_output: Tensor, refused: str | None) -> Tensor:
         """What the pooler makes of last_hidden_state [B, S, E]: its own class needs no more than the first tokens."""
-        if not isinstance(self.pooler, BertPooler):
-            return self.pooler(sequence_output)
+        pooler = self.pooler
+        if not isinstance(pooler, BertPooler):
+            return pooler(sequence_output)
         first = layout.first_tokens(sequence_output)
-        parts, refused = (None, refused) if refused else fused_parts(self.pooler, asked=True)
-        if parts is not None and self.pooler._compiled_call_impl is None:
+        parts, refused = (None, refused) if refused else fused_parts(pooler, asked=True)
+        if parts is not None and pooler._compiled_call_impl is None:
             return linear_of_any_rank(first, parts[1], "tanh")  # not through the module: nobody sees it
         first = first[:, None]
-        if parts is None and must_see_padding(self.pooler) and len(first) == layout.batch_size:
+        if parts is None and must_see_padding(pooler) and len(first) == layout.batch_size:
             first = torch.cat((first, sequence_output[:, 1:]), 1)
-        return self.pooler(first)
+        return pooler(first)
 
 
 # transformers' class -> ours, which has the same parts, parameters and attributes.
