@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from fastbert_kernels import (
     linear_residual_layer_norm,
     qkv_projection,
 )
+from fastbert_kernels.layer_norm import plan_layer_norm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the driver's own bindings serve every test")
 KERNELS = import_module("fastbert_kernels.encoder_layer")  # behind the function of its name
@@ -280,3 +282,16 @@ def test_what_is_remembered_is_bounded(bound, monkeypatch):
     for size in (28, 29, 30, 31):
         layers[0].check(tokens_of(layers[0], size))
         assert all(len(plans) <= 2 for plans in KERNELS._plans.values())
+
+
+def test_a_launcher_that_nobody_knows_is_said_once_and_used(caplog):
+    """The launches of a Triton whose launcher is built otherwise go through it."""
+    tensors = normal(3, 48), normal(48), normal(48), normal(3, 48), None
+    launch._warn_once.cache_clear()
+    for _ in range(2):
+        plan = plan_layer_norm(*map(launch.layout_of, tensors), 1e-12)
+        given = dict.fromkeys(plan.operands) | plan.constants
+        assert plan._bound(SimpleNamespace(metadata=None, run=object()), tensors, given) is None
+    (message,) = caplog.messages
+    assert message.startswith("launches go through the launcher of Triton")
+    launch._warn_once.cache_clear()

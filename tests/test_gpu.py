@@ -252,6 +252,34 @@ def test_a_side_stream():
     assert torch.equal(outputs, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_direct_launches_have_the_bits_of_tritons(dtype):
+    """Shapes in turn, each at memory of its own: a hook on launches sends them through Triton's launcher."""
+    model, _ = pair(**SIZES["base"])
+    model = model.to(DEVICE, dtype)
+    batches = [ragged(*shape) for shape in ((1, 16), (3, 40), (8, 128), (1, 17), (3, 40), (2, 512))] * 3
+    watched, hooks = [], triton.knobs.runtime.launch_enter_hook
+
+    def watch(metadata):
+        watched.append(metadata)
+
+    with torch.no_grad():
+        hooks.add(watch)
+        try:
+            expected = [model(**inputs) for inputs in batches]
+        finally:
+            hooks.remove(watch)
+        assert watched
+        watched.clear()
+        kept = []  # so that addresses differ
+        for _ in range(2):
+            for inputs, outputs in zip(batches, expected, strict=True):
+                kept.append(model(**inputs))
+                assert torch.equal(kept[-1].last_hidden_state, outputs.last_hidden_state)
+                assert torch.equal(kept[-1].pooler_output, outputs.pooler_output)
+        assert not watched
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("mask", [None, "holes"])
 def test_a_device_that_is_not_current(mask):

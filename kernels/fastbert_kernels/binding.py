@@ -77,8 +77,9 @@ class Binding:
     """The binding's call for one compiled kernel on one grid.
 
     arguments are those of the kernel, by name; `operands` the names of its tensors in the order in which a launch gets
-    their addresses, with a `Block` for each that is read through a descriptor, and None for the others. Raises
-    LookupError where Triton's launcher is built otherwise than this module knows.
+    their addresses, with a `Block` for each that is read through a descriptor, and None for the others. addresses: of
+    tensors that there are, for which descriptors can be built. Raises LookupError, or whatever it comes to, where
+    Triton's launcher is built otherwise than this module knows.
     """
 
     def __init__(

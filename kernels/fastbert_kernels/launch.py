@@ -330,8 +330,9 @@ class Plan:
         addresses = [x if x is None else x.data_ptr() for x in tensors]
         try:
             return Binding(compiled, (*self.grid, 1, 1)[:3], given, blocks, addresses)
-        except LookupError as unknown:
-            _warn_once(f"launches go through Triton {triton.__version__}, which takes longer: {unknown}")
+        except Exception as unknown:  # whatever a version of Triton does that nobody has tried
+            reason = f"{type(unknown).__name__}: {unknown}"
+            _warn_once(f"launches go through the launcher of Triton {triton.__version__}, which takes longer: {reason}")
             return None
 
 
