@@ -1,6 +1,7 @@
 """transformers' output objects, made without what their constructors ask of each field, which takes 14 microseconds."""
 
 import functools
+from collections import OrderedDict
 from typing import TypeVar
 
 from transformers.utils import ModelOutput
@@ -19,9 +20,9 @@ def output_of(kind: type[Output], **values) -> Output:
     """kind(**values); a field that is None is an attribute alone, as there."""
     if is_tracing():
         return kind(**values)
-    output = kind.__new__(kind)
+    output, given = kind.__new__(kind), {name: value for name, value in values.items() if value is not None}
     output.__dict__.update(_without_values(kind))
-    for name, value in values.items():
-        if value is not None:
-            output[name] = value
+    output.__dict__.update(given)
+    for name, value in given.items():
+        OrderedDict.__setitem__(output, name, value)
     return output
