@@ -7,7 +7,6 @@ the layout drops nothing (`TokenLayout.padded`).
 
 from collections.abc import Iterable
 from dataclasses import replace
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,6 @@ from fastbert.fusion import (
 )
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
 from fastbert.tokens import TokenLayout, layout_from_scores
-
-_WEIGHT_AND_BIAS = itemgetter("weight", "bias")
 
 
 class BertSelfAttention(hf.BertSelfAttention):
@@ -168,7 +165,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
             p.query, p.key, p.value, p.self_output_dense, p.self_output_norm, p.intermediate_dense, p.output_dense,
             p.output_norm,
         )  # fmt: skip
-        weights = [x for module in weighted for x in _WEIGHT_AND_BIAS(module._parameters)]
+        weights = [module._parameters[name] for module in weighted for name in ("weight", "bias")]
         head_size = p.self_attention.attention_head_size
         numbers = LayerNumbers(
             int(weights[0].shape[0]) // head_size, head_size, float(p.self_attention.scaling),
