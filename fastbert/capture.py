@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
+from fastbert.graph_rules import Set
 from fastbert.tokens import copied_to
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the rows of a graph's input buffer
 # Outputs of two dimensions that have a value for every token; those of three all do.
 PER_TOKEN = ("start_logits", "end_logits")
 
+_IS_BUILT = torch.backends.cuda.is_built()
 # There is one capture at a time in a process, and none while a device is waited for.
 _capturing = threading.Lock()
+
+
+def forget_locks() -> None:
+    """For a process that was forked while another thread may have held them."""
+    global _capturing
+    _capturing = threading.Lock()
 
 
 class CudaGraphs:
@@ -40,6 +48,17 @@ class CudaGraphs:
                 outputs = run()
         return graph.replay, outputs
 
+    @staticmethod
+    def is_capturing() -> bool:
+        """Whether what the current stream is given now goes into somebody's graph."""
+        return _IS_BUILT and torch.cuda.is_current_stream_capturing()
+
+    def memory(self) -> int:
+        """Bytes of the pool, which has what graphs compute and their outputs. It shrinks with its last graph."""
+        if not _IS_BUILT:
+            return 0
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool, include_traces=False))
+
     def in_order(self) -> None:
         """Let what the current stream does next come after the last replay, on whichever stream that was."""
         stream = torch.cuda.current_stream(self.device)
@@ -61,7 +80,7 @@ class Graph:
         self._size = None
 
         def run():
-            with torch.inference_mode(False), torch.no_grad():
+            with Set("owned", True), torch.inference_mode(False), torch.no_grad():
                 return forward(**dict(zip(INPUTS, self._inputs, strict=True)), return_dict=True)
 
         self._replay, self._outputs = graphs.capture(run)

@@ -7,6 +7,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.models.bert import modeling_bert as hf
 
 from fastbert import patches
 from fastbert.fusion import FusableBlock, fused_parts, has_hooks, hooks_of, why_eager
@@ -54,6 +55,8 @@ class State:
         self._attributes = [x.__dict__ for x in others]
         # The model's own hooks fire around its forward, as always.
         self._hooks = [hooks for x in others for hooks in hooks_of(x)]
+        # A patch of its forward makes ours refuse, or compute something else where ours calls it.
+        self._theirs = _theirs(model)
         layers = [] if self.refusal else base.encoder.layer
         self._attentions = [x.attention.self.__dict__ for x in layers]
         self._norms = [norm.__dict__ for x in layers for norm in (x.attention.output.LayerNorm, x.output.LayerNorm)]
@@ -79,6 +82,7 @@ class State:
             list(map(_act, self._activations)),
             list(map(self._config.get, self._configured)),
             patches.replaced() or patches.replaced_for_masks(self._base()),
+            self._theirs.forward,
             torch.backends.cuda.matmul.fp32_precision,
         )
 
@@ -115,6 +119,8 @@ def _refusal(model: nn.Module, others: list[nn.Module], device_type: str) -> str
         return "the configuration asks for hidden states or attention weights"
     if model.config.is_decoder or patches.replaced_for_masks(model.base_model):
         return "transformers makes its masks"
+    if reason := patches.replaced_forward(_theirs(model)):
+        return reason
     if foreign := _foreign(model):
         return f"a {foreign.__module__}.{foreign.__qualname__} may look at a bucket's padding"
     if any(x is not None for x in changed_defaults(model.base_model.embeddings)):
@@ -134,6 +140,11 @@ def _refusal(model: nn.Module, others: list[nn.Module], device_type: str) -> str
             if reason:
                 return f"a {type(module).__name__} runs in eager PyTorch: {reason}"
     return None
+
+
+def _theirs(model: nn.Module) -> type[nn.Module]:
+    """The class of transformers' that a model is of, or derives from."""
+    return next(kind for kind in type(model).__mro__ if kind.__module__ == hf.__name__)
 
 
 def _foreign(model: nn.Module) -> type | None:

@@ -7,21 +7,25 @@ tokens cost nothing.
 
 import inspect
 import logging
+import os
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from fastbert import ops
-from fastbert.capture import INPUTS, CudaGraphs, Graph
-from fastbert.eager import is_tracing, is_transforming
+from fastbert import graph_rules, ops
+from fastbert.capture import INPUTS, CudaGraphs, Graph, forget_locks
+from fastbert.eager import is_tracing, is_transforming, is_watched
+from fastbert.graph_rules import mode_of
 from fastbert.graph_state import State
 from fastbert.inputs import KEYWORDS
 from fastbert.pretrained import BertPreTrainedModel
+from fastbert.replaying import plain_forward
 
 DEVICE_TYPE = "cuda"
 SHORTEST = 16  # places of a bucket's texts
@@ -30,6 +34,9 @@ MOST_OUTPUT_BYTES = 2**28  # of a graph, which keeps its outputs' memory
 INTEGERS = (torch.int64, torch.int32)
 MASKS = (*INTEGERS, torch.int16, torch.int8, torch.uint8, torch.bool)
 KNOWN_TO_GRAPHS = {*INPUTS, "return_dict"}
+_all: weakref.WeakSet["GraphedForward"] = weakref.WeakSet()
+# What a forked process inherits and can neither use nor give back to CUDA.
+_inherited: list = []
 
 
 def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
@@ -60,8 +67,18 @@ def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
     return model
 
 
+class Refusal(NamedTuple):
+    """Why no graph served a call, empty where there is nothing to say. bucket: that the plain call, if it succeeds, is
+    a coming of; None where the plain call is none of this model's, and a model inside of it may replay a graph."""
+
+    reason: str
+    bucket: tuple[int, int] | None = None
+
+
 class GraphedForward:
     """In the place of a model's forward: `graphed` has the contract."""
+
+    level = logging.WARNING
 
     def __init__(self, model: nn.Module, max_graphs: int):
         # Not the model itself, which then would be freed by the garbage collector alone.
@@ -69,11 +86,18 @@ class GraphedForward:
         self.__signature__ = inspect.signature(self.plain)
         self._names = tuple(self.__signature__.parameters)
         self._known = {*self._names, *KEYWORDS}
+        self.begin_anew()
+        _all.add(self)
+
+    def begin_anew(self) -> None:
+        """Be as if nothing had been captured; what was stays as it is."""
         self._lock = threading.Lock()  # the graphs' buffers are for one call at a time
         self._state: State | None = None
         self._device: CudaGraphs | None = None
         self._graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
-        self._failed: dict[tuple[int, int], str] = {}
+        # Why a capture failed, and when.
+        self._failed: dict[tuple[int, int], tuple[str, float]] = {}
+        self.last_reason = ""
 
     @property
     def model(self) -> nn.Module:
@@ -82,7 +106,7 @@ class GraphedForward:
     @property
     def plain(self) -> Callable:
         """The forward of the model's class."""
-        return type(self.model).forward.__get__(self.model)
+        return plain_forward(type(self.model)).__get__(self.model)
 
     @property
     def num_graphs(self) -> int:
@@ -96,23 +120,34 @@ class GraphedForward:
     def __call__(self, *args, **kwargs):
         if is_tracing() or is_transforming():
             return self.plain(*args, **kwargs)
-        given = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
         model = self._model()
-        refused = self._why_not(model, given, len(args) + len(kwargs))
-        if refused is None:
-            with self._lock:
-                outputs, refused = self._replayed(*map(given.get, INPUTS))
-            if refused is None:
-                as_dict = given.get("return_dict")
-                as_dict = model.config.return_dict if as_dict is None else as_dict
-                return outputs if as_dict else outputs.to_tuple()
-        if refused:
-            level = logging.INFO if model.device.type == "cpu" else logging.WARNING
-            ops.say_once(level, f"no CUDA graph: {refused}")
+        served = self._served(model, args, kwargs)
+        if type(served) is not Refusal:
+            return served
+        if served.reason:
+            level = logging.INFO if model.device.type == "cpu" else self.level
+            ops.say_once(level, f"no CUDA graph: {served.reason}")
         return self.plain(*args, **kwargs)
+
+    def _served(self, model: nn.Module, args: tuple, kwargs: dict) -> ModelOutput | tuple | Refusal:
+        """What a graph computes of a call, or why none does."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+        reason = self._why_not(model, given, len(args) + len(kwargs))
+        if reason is not None:
+            return Refusal(reason)
+        with self._lock:
+            outputs = self._replayed(*map(given.get, INPUTS))
+        if type(outputs) is Refusal:
+            self.last_reason = outputs.reason
+            return outputs
+        as_dict = given.get("return_dict")
+        as_dict = model.config.return_dict if as_dict is None else as_dict
+        return outputs if as_dict else outputs.to_tuple()
 
     def _why_not(self, model: nn.Module, given: dict, num_given: int) -> str | None:
         """Why no graph serves such a call of whatever model; empty where the model's own forward knows better."""
+        if mode_of(model) == "off":
+            return graph_rules.forked or "they are turned off"
         if model.training:
             return "the model is in training mode"
         if torch.is_grad_enabled():
@@ -123,6 +158,10 @@ class GraphedForward:
             return "backend 'eager' is chosen"
         if ops.CHECK_IDS:
             return "FASTBERT_CHECK=1 waits for each call"
+        if is_watched():
+            return "a mode sees every op"
+        if CudaGraphs.is_capturing():
+            return "the call goes into a graph of somebody's"
         if len(given) != num_given:
             return ""  # too many arguments, or one twice
         if not given.keys() <= KNOWN_TO_GRAPHS:
@@ -143,62 +182,102 @@ class GraphedForward:
             return "token_type_ids is not integers [B, S]"
         return None
 
-    def _replayed(self, input_ids, attention_mask, token_type_ids) -> tuple[ModelOutput | None, str | None]:
-        """The outputs, or why there are none."""
+    def _replayed(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> ModelOutput | Refusal:
         state = self._state
         if state is None or ((state.refusal or not state.has_its_tables()) and not state.is_current()):
             state = self._renewed()
         for _ in range(3):
             if state.refusal:
-                return None, state.refusal
+                return Refusal(state.refusal)
+            if why_not := self._why_not_from(state.device, input_ids, token_type_ids):
+                return why_not
             batch_size, seq_len = input_ids.shape
             if seq_len > state.num_positions:
-                return None, ""  # an error, which the model itself words
+                return Refusal("")  # an error, which the model itself words
             bucket = _power_of_two(batch_size), min(max(SHORTEST, _power_of_two(seq_len)), state.num_positions)
-            if bucket[0] * bucket[1] > MOST_PLACES:
-                return None, f"beyond {MOST_PLACES} places a batch, launches cost nothing beside the work"
+            if bucket[0] * bucket[1] > self.most_places:
+                return Refusal(f"beyond {self.most_places} places a batch, launches cost nothing beside the work")
             ops.raise_bad_ids(state.device)
-            # What is captured is looked at before, what was captured while it runs.
+            # Check the model before a capture; for an existing graph, check while the replay runs.
             if bucket in self._graphs or state.is_current():
                 graph = self._graph(bucket)
-                if graph is None:
-                    return None, self._failed[bucket]
+                if type(graph) is Refusal:
+                    return graph
                 self._device.in_order()
                 graph.launch(input_ids, attention_mask, token_type_ids)
                 if state.is_current():
-                    return graph.outputs(), None
+                    return graph.outputs()
             state = self._renewed()
-        return None, "every call changes the model"
+        return Refusal("every call changes the model")
 
-    def _graph(self, bucket: tuple[int, int]) -> Graph | None:
-        """The graph of a bucket, captured if need be; None where that failed, now or before."""
+    @property
+    def most_places(self) -> int:
+        return MOST_PLACES
+
+    def _why_not_from(self, device: torch.device, input_ids: Tensor, token_type_ids: Tensor | None) -> Refusal | None:
+        """Whether inputs lie where they may not; the rows of a graph may be copied from anywhere."""
+        return None
+
+    def _graph(self, bucket: tuple[int, int]) -> Graph | Refusal:
+        """The graph of a bucket, captured if need be and possible."""
         if bucket in self._graphs:
             self._graphs.move_to_end(bucket)
-        elif bucket not in self._failed:
-            try:
-                graph = Graph(self.plain, self._device, *bucket)
-            except RuntimeError as error:  # the device's memory is full, or CUDA refuses something
-                self._failed[bucket] = f"capturing {bucket[0]} x {bucket[1]} places failed: {error}"
-                return None
-            if graph.output_bytes > MOST_OUTPUT_BYTES:
-                self._failed[bucket] = f"the outputs of a bucket take more than {MOST_OUTPUT_BYTES >> 20} MiB"
-                return None
-            self._graphs[bucket] = graph
-            if len(self._graphs) > self.max_graphs:
-                self._graphs.popitem(last=False)
-                limit = f"more buckets of batch sizes and lengths than max_graphs={self.max_graphs}"
-                ops.say_once(logging.WARNING, f"{limit}: the least recently used graph makes room for each new one")
-        return self._graphs.get(bucket)
+            return self._graphs[bucket]
+        if refusal := self._why_no_capture(bucket):
+            return refusal
+        if self._device is None:
+            self._device = CudaGraphs(self._state.device)
+        try:
+            graph = Graph(self.plain, self._device, *bucket)
+            problem = self._too_large(graph)
+        # Memory is full, or CUDA refuses something. An error of the model's comes again, from the plain call.
+        except Exception as error:
+            problem = f"capturing {bucket[0]} x {bucket[1]} places failed: {error}"
+        if problem:
+            self._failed[bucket] = problem, graph_rules.clock()
+            if not self._graphs:
+                self._device = None
+            return Refusal(problem)
+        self._graphs[bucket] = graph
+        if len(self._graphs) > self.max_graphs:
+            self._graphs.popitem(last=False)
+            limit = f"more buckets of batch sizes and lengths than max_graphs={self.max_graphs}"
+            ops.say_once(self.level, f"{limit}: the least recently used graph makes room for each new one")
+        return self._within_memory(bucket, graph)
 
-    def _renewed(self) -> State:
-        """The model's present state; graphs captured in another are gone."""
+    def _why_no_capture(self, bucket: tuple[int, int]) -> Refusal | None:
+        return Refusal(self._failed[bucket][0]) if bucket in self._failed else None
+
+    def _too_large(self, graph: Graph) -> str | None:
+        if graph.output_bytes > MOST_OUTPUT_BYTES:
+            return f"the outputs of a bucket take more than {MOST_OUTPUT_BYTES >> 20} MiB"
+        return None
+
+    def _within_memory(self, bucket: tuple[int, int], graph: Graph) -> Graph | Refusal:
+        return graph
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """The shapes (B, S) that are captured, the least recently used first."""
+        return list(self._graphs)
+
+    def memory(self) -> int:
+        """Bytes that the graphs keep from others."""
+        return self._device.memory() if self._graphs else 0
+
+    def free(self) -> None:
+        """Drop all graphs, and with them their pool."""
         if self._graphs:
             self._device.wait()  # they may run
             self._graphs.clear()
+        self._device = None
+
+    def _renewed(self) -> State:
+        """The model's present state; graphs captured in another are gone."""
+        self.free()
         self._failed.clear()
         self._state = State(self.model, DEVICE_TYPE)
-        if self._state.refusal is None:
-            self._device = CudaGraphs(self._state.device)
         return self._state
 
 
@@ -209,3 +288,17 @@ def _is_like(x: object, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> b
 def _power_of_two(size: int) -> int:
     """The smallest power of two that is not below the size."""
     return 1 << (size - 1).bit_length()
+
+
+def _in_child() -> None:
+    """A forked process has no CUDA, and locks that nobody may ever release: it begins anew, without graphs."""
+    if any(forward.num_graphs for forward in _all) or torch.cuda._is_in_bad_fork():
+        graph_rules.forked = "this process was forked from one that used CUDA"
+    forget_locks()
+    for forward in list(_all):
+        _inherited.append(vars(forward).copy())
+        forward.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
