@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastbert import graph_rules, graphs, ops
 from fastbert.capture import Graph
 from fastbert.graph_rules import MINUTE, Set, check_mode, mode_of, thread
-from fastbert.graph_state import State
+from fastbert.graph_state import State, Unseen
 from fastbert.graphs import GraphedForward, Refusal
 from fastbert.pretrained import BertPreTrainedModel
 
@@ -90,7 +90,7 @@ class ItsGraphs(GraphedForward):
         ops.say_once(self.level, f"the graphs of a model take more than {limit}: all make room for the newest")
         return self._graph(bucket)
 
-    def _renewed(self) -> State:
+    def _renewed(self) -> State | Unseen:
         self._came.clear()
         return super()._renewed()
 

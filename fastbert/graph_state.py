@@ -47,7 +47,8 @@ class State:
         self.num_positions = num_positions(model.config, self._embeddings, None)
         tensors = [own for x in modules for own in (x._parameters, x._buffers) if own]
         self._dicts = [x._modules for x in modules if x._modules] + tensors
-        self._tensors = [x for own in tensors for x in own.values() if x is not None]
+        # Others than plain ones are refused, and may have no address.
+        self._tensors = [x for own in tensors for x in own.values() if type(x) in (nn.Parameter, Tensor)]
         self._kept = [x.detach() for x in self._tensors]
         # Of one number, == of another tensor might be true.
         self._single = [own for own in tensors if any(x is not None and x.numel() == 1 for x in own.values())]
@@ -65,7 +66,8 @@ class State:
         # A configuration's own reading of attributes takes ten times as long; a property stands on a hidden name.
         self._config = config = vars(model.config)
         self._configured = [name if name in config else f"_{name}" for name in CONFIGURED]
-        self._tables_of = [name for name, x in self._embeddings._modules.items() if type(x) is nn.Embedding]
+        tables = {name: x for name, x in self._embeddings._modules.items() if type(x) is nn.Embedding}
+        self._tables_of = [name for name, x in tables.items() if x._parameters.get("weight") is not None]
         self._seen_dicts = [dict(own) for own in self._dicts]
         self._seen_tables, self._seen = self._tables(), self._look()
 
@@ -108,11 +110,24 @@ class State:
             return False
 
 
+class Unseen:
+    """In the place of the state of a model that cannot be looked at, as something in it raises an error."""
+
+    def __init__(self, error: Exception):
+        self.refusal = f"what is in the model cannot be looked at: {type(error).__name__}: {error}"
+
+    def is_current(self) -> bool:
+        return True
+
+
 def _refusal(model: nn.Module, others: list[nn.Module], device_type: str) -> str | None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         return "its parameters lie on several devices"
     (device,) = devices
+    foreign = [type(x).__name__ for x in model.parameters() if type(x) is not nn.Parameter]
+    if foreign:
+        return f"a {foreign[0]} is in the place of a plain Parameter"
     if device.type != device_type:
         return f"the model is on {device.type!r} and CUDA graphs need a CUDA device"
     if model.config.output_hidden_states or model.config.output_attentions:

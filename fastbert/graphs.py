@@ -22,7 +22,7 @@ from fastbert import graph_rules, ops
 from fastbert.capture import INPUTS, CudaGraphs, Graph, forget_locks
 from fastbert.eager import is_tracing, is_transforming, is_watched
 from fastbert.graph_rules import mode_of
-from fastbert.graph_state import State
+from fastbert.graph_state import State, Unseen
 from fastbert.inputs import KEYWORDS
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.replaying import plain_forward
@@ -92,7 +92,7 @@ class GraphedForward:
     def begin_anew(self) -> None:
         """Be as if nothing had been captured; what was stays as it is."""
         self._lock = threading.Lock()  # the graphs' buffers are for one call at a time
-        self._state: State | None = None
+        self._state: State | Unseen | None = None
         self._device: CudaGraphs | None = None
         self._graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
         # Why a capture failed, and when.
@@ -141,7 +141,9 @@ class GraphedForward:
             self.last_reason = outputs.reason
             return outputs
         as_dict = given.get("return_dict")
-        as_dict = model.config.return_dict if as_dict is None else as_dict
+        if as_dict is None:
+            # A configuration's own reading of attributes takes ten times as long.
+            as_dict = vars(model.config).get("return_dict", True)
         return outputs if as_dict else outputs.to_tuple()
 
     def _why_not(self, model: nn.Module, given: dict, num_given: int) -> str | None:
@@ -273,11 +275,14 @@ class GraphedForward:
             self._graphs.clear()
         self._device = None
 
-    def _renewed(self) -> State:
+    def _renewed(self) -> State | Unseen:
         """The model's present state; graphs captured in another are gone."""
         self.free()
         self._failed.clear()
-        self._state = State(self.model, DEVICE_TYPE)
+        try:
+            self._state = State(self.model, DEVICE_TYPE)
+        except Exception as error:  # the plain call may need nothing of what raised it
+            self._state = Unseen(error)
         return self._state
 
 

@@ -141,6 +141,16 @@ def test_a_batch_beyond_the_places_is_launched(captures, monkeypatch, caplog):
     assert "beyond 64 places" in caplog.text
 
 
+def test_inputs_that_lie_elsewhere_meet_the_models_own_errors(captures):
+    model, batch = made(), texts(2, 16)
+    call(model)
+    ids, types = batch["input_ids"], batch["token_type_ids"].to("meta")
+    its, elsewhere = automatic._of_models[model], "inputs are not on"
+    assert its._why_not_from(torch.device("meta"), ids, None).reason.startswith(elsewhere)
+    assert its._why_not_from(DEVICE, ids, types).reason.startswith(elsewhere)
+    assert its._why_not_from(DEVICE, ids, batch["token_type_ids"]) is None
+
+
 def with_memory(monkeypatch, bytes_of_a_graph: int) -> None:
     """Each capture lets its pool grow."""
     capture = graphs.CudaGraphs.capture
@@ -522,6 +532,42 @@ def test_training_between_calls_keeps_the_graphs(captures):
         parameter.sub_(0.01)
     call(model)
     assert captures == [(2, 16)]
+
+
+class Wrapped(torch.Tensor):
+    """A weight that has no memory of its own, as quantized ones."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        kept = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+        kept.weight = weight
+        return kept
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].weight)
+        args = torch.utils._pytree.tree_map(lambda x: x.weight if isinstance(x, cls) else x, args)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("of", ["layer", "head"])
+def test_weights_of_other_classes_are_launched(of, captures, caplog):
+    model = made("BertForSequenceClassification")
+    linear = model.classifier if of == "head" else model.bert.encoder.layer[0].output.dense
+    linear.weight = nn.Parameter(Wrapped(linear.weight.detach()), requires_grad=False)
+    with fastbert.backend("auto"):
+        for _ in range(3):
+            assert torch.equal(model(**texts(2, 16)).logits, plain(model, **texts(2, 16)).logits)
+    assert "a Wrapped is in the place of a plain Parameter" in caplog.text
+
+
+def test_a_model_that_cannot_be_looked_at_is_launched(captures, monkeypatch, caplog):
+    model = made()
+    monkeypatch.setattr(graphs, "State", lambda *given: 1 / 0)
+    call(model, 3)
+    assert captures == []
+    assert "cannot be looked at: ZeroDivisionError" in caplog.text
 
 
 class Subclass(fastbert.BertModel):
