@@ -1,5 +1,6 @@
 """`fastbert info`: what runs here, and where what it needs lies."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -41,11 +42,13 @@ def facts() -> Iterator[tuple[str, str]]:
     for name in VARIABLES:
         yield name, os.environ.get(name, "not set")
     yield "Hugging Face cache", HF_HUB_CACHE
+    cold_start = [_imports(IMPORTS)]
     if versions["triton"]:
         home = Path(os.environ.get("TRITON_HOME") or Path.home())
         cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
-        yield "Triton cache", f"{cache}, {_size(cache) / 2**20:.0f} MiB"
-    yield "cold start", _cold_start()
+        yield "Triton cache", str(cache)
+        cold_start.append(f"kernels in Triton's cache: {_size(cache) / 2**20:.0f} MiB, others compile when first used")
+    yield "cold start", "; ".join(cold_start)
 
 
 def _graphs() -> str:
@@ -68,13 +71,13 @@ def _size(folder: Path) -> int:
     return found
 
 
-def _cold_start() -> str:
-    """What a fresh process takes before it has a model."""
-    run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+@functools.cache
+def _imports(code: str) -> str:
+    """What a fresh process takes before it can have a model."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if run.returncode:
         return f"the models cannot be imported: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
-    kernels = "kernels that Triton's cache lacks compile with their first batch, or in fastbert.warmup"
-    return f"{float(run.stdout):.1f} s of imports; {kernels}"
+    return f"imports: {float(run.stdout):.1f} s"
 
 
 def _about(device: torch.device) -> str:
