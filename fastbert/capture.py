@@ -57,7 +57,7 @@ class CudaGraphs:
         """Bytes of the pool, which has what graphs compute and their outputs. It shrinks with its last graph."""
         if not _IS_BUILT:
             return 0
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool, include_traces=False))
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
 
     def in_order(self) -> None:
         """Let what the current stream does next come after the last replay, on whichever stream that was."""

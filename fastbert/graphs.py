@@ -7,6 +7,7 @@ tokens cost nothing.
 
 import inspect
 import logging
+import math
 import os
 import threading
 import weakref
@@ -231,14 +232,15 @@ class GraphedForward:
             return refusal
         if self._device is None:
             self._device = CudaGraphs(self._state.device)
+        failed_at = math.inf  # what is too large stays so
         try:
             graph = Graph(self.plain, self._device, *bucket)
             problem = self._too_large(graph)
         # Memory is full, or CUDA refuses something. An error of the model's comes again, from the plain call.
         except Exception as error:
-            problem = f"capturing {bucket[0]} x {bucket[1]} places failed: {error}"
+            problem, failed_at = f"capturing {bucket[0]} x {bucket[1]} places failed: {error}", graph_rules.clock()
         if problem:
-            self._failed[bucket] = problem, graph_rules.clock()
+            self._failed[bucket] = problem, failed_at
             if not self._graphs:
                 self._device = None
             return Refusal(problem)

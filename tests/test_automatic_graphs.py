@@ -59,7 +59,7 @@ def call(model: nn.Module, times: int = 2, shape: tuple[int, int] = (2, 16)) -> 
         assert_same(model(**batch), plain(model, **batch))
 
 
-@pytest.mark.parametrize("head", ["BertModel", *HEADS])
+@pytest.mark.parametrize("head", HEADS)
 def test_the_second_call_captures(head, captures):
     model = made(head)
     of_choices = head == "BertForMultipleChoice"  # of whose graph its BertModel takes care
@@ -222,6 +222,19 @@ def test_a_failed_capture_is_forgotten_and_tried_again_after_a_minute(captures, 
     now[0] = 60.0
     call(model)
     assert captures == [(2, 16)]
+
+
+def test_outputs_too_large_are_not_captured_again_and_those_of_the_encoder_are(captures, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(graph_rules, "clock", lambda: now[0])
+    monkeypatch.setattr(graphs, "MOST_OUTPUT_BYTES", 2 * 16 * 48 * 4)
+    model = made("BertForMaskedLM")
+    call(model, 4)
+    now[0] = 100.0
+    call(model, 2)
+    assert "outputs of a bucket take more than" in caplog.text
+    assert captures == [(2, 16), (2, 16)]
+    assert automatic.graphs_of(model.bert) is not None
 
 
 def alive(thread: threading.Thread):
