@@ -1,7 +1,6 @@
 """What captured graphs depend on of a model, and what keeps a model from being captured."""
 
 import weakref
-from itertools import chain
 from operator import itemgetter
 
 import torch
@@ -50,8 +49,6 @@ class State:
         # Others than plain ones are refused, and may have no address.
         self._tensors = [x for own in tensors for x in own.values() if type(x) in (nn.Parameter, Tensor)]
         self._kept = [x.detach() for x in self._tensors]
-        # Of one number, == of another tensor might be true.
-        self._single = [own for own in tensors if any(x is not None and x.numel() == 1 for x in own.values())]
         self._buffers = [x for x in self._embeddings._buffers.values() if x is not None and not x.is_inference()]
         self._attributes = [x.__dict__ for x in others]
         # The model's own hooks fire around its forward, as always.
@@ -77,7 +74,6 @@ class State:
             any(map(_training, self._attributes)),
             list(map(len, self._attributes)),
             any(self._hooks) or _has_any_global_hook(),
-            list(map(id, chain.from_iterable(map(dict.values, self._single)))),
             [x._version for x in self._buffers],
             list(map(ATTENTION_NUMBERS, self._attentions)),
             list(map(_eps, self._norms)),
@@ -104,7 +100,8 @@ class State:
     def is_current(self) -> bool:
         """Whether nothing has changed. It costs as much as the launch of a graph, and so is asked while one runs."""
         try:
-            # The same objects are found without a call of theirs.
+            # The same objects are found without a call of theirs. Another tensor of one number counts as the same, as
+            # long as it has the number by which a graph computes.
             return self._dicts == self._seen_dicts and self._look() == self._seen
         except Exception:  # the == of another tensor has no truth value, and a number may be gone
             return False

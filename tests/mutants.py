@@ -1101,13 +1101,6 @@ MUTANTS = [
         "test_automatic_graphs.py::test_a_forked_process_has_no_graphs",
     ),
     Mutant(
-        "graphs-one-number-that-equals-another",
-        "fastbert/graph_state.py",
-        "            list(map(id, chain.from_iterable(map(dict.values, self._single)))),\n",
-        "            [],\n",
-        "test_automatic_graphs.py::test_a_parameter_of_one_number_that_equals_the_one_before",
-    ),
-    Mutant(
         "graphs-heads-patched-for-every-model",
         "fastbert/graph_state.py",
         "            self._theirs.forward,\n",

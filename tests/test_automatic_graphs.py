@@ -299,6 +299,7 @@ def test_a_worker_thread_replays_and_does_not_capture(captures):
             for shape in ((2, 16), (1, 16), (1, 16)):
                 found.append((model(**texts(*shape)), plain(model, **texts(*shape))))
 
+    work.__module__ = "tqdm"  # it captures nothing even where its thread is a harmless one
     worker = alive(threading.Thread(target=work))
     worker.join()
     assert len(found) == 3
@@ -510,10 +511,11 @@ def test_a_changed_model_begins_anew(captures):
 
 
 def test_a_parameter_of_one_number_that_equals_the_one_before(captures):
-    """== would say that it is the same."""
+    """It counts as the same until it has another number."""
     model = made("BertForTokenClassification", num_labels=1)
     call(model)
     model.classifier.bias = nn.Parameter(model.classifier.bias.clone())
+    call(model, 1)
     model.classifier.bias += 1
     call(model)
     assert captures == [(2, 16)] * 2
