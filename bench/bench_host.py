@@ -154,7 +154,10 @@ def forward_of(case: HostCase, depth: int, graphed: bool = False) -> Callable:
     config = transformers.BertConfig(**SIZES[case.model] | {"vocab_size": 1000, "num_hidden_layers": depth})
     with torch.inference_mode(False):
         model = fastbert.BertModel(config).eval().to(getattr(torch, case.dtype))
-    model = fastbert.graphed(model) if graphed else model
+    if graphed:
+        model = fastbert.graphed(model)
+    elif switch := getattr(fastbert, "cuda_graphs", None):  # which older commits have not
+        switch("off", model)
     ids = torch.zeros(case.batch, case.seq_len, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids}
     return lambda: model(**batch)

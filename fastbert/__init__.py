@@ -19,6 +19,7 @@ _HOME = {
     "BertForSequenceClassification": "heads",
     "BertForTokenClassification": "heads",
     "backend": "ops",
+    "cuda_graphs": "automatic",
     "explain": "explanation",
     "graphed": "graphs",
     "optimize": "conversion",

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import heads, model, patches, sentences
+from fastbert.automatic import drop
 from fastbert.configuration import attention_implementation, check_config
 from fastbert.explanation import module_of
 from fastbert.fusion import ORIGINAL, class_name, is_own_forward
 from fastbert.graphs import GraphedForward
+from fastbert.replaying import plain_forward
 
 # The modules of an encoder by the pattern of their names; the pooler may be anything.
 STRUCTURE = {
@@ -96,7 +98,7 @@ def optimize(obj, dtype: torch.dtype | None = None):
         _check_encoder(encoder)
     for module in outer:
         replaced = patches.replaced_forward(type(module))
-        if replaced and HEADS[type(module)].forward is not type(module).forward:
+        if replaced and plain_forward(HEADS[type(module)]) is not type(module).forward:
             raise ValueError(f"{replaced}, which fastbert would not run: take that back first")
         _check_forward(module, HEADS[type(module)], class_name(module))
     _remove_capturing_hooks(root)
@@ -116,8 +118,8 @@ def optimize(obj, dtype: torch.dtype | None = None):
 def restore(obj):
     """Take back what `optimize` did to `obj`: classes, attributes, weights before a cast; in place, returns obj.
 
-    What was trained after a cast keeps what it learned, element by element, in the dtype from before. CUDA graphs of
-    `fastbert.graphed` are dropped. What was never optimized stays as it is.
+    What was trained after a cast keeps what it learned, element by element, in the dtype from before. CUDA graphs
+    are dropped, those of `fastbert.graphed`, too. What was never optimized stays as it is.
 
     Raises ValueError, before anything is changed, for a module whose forward was patched since.
     """
@@ -136,6 +138,7 @@ def restore(obj):
         if original.module_class is not None:
             if isinstance(module.__dict__.get("forward"), GraphedForward):
                 del module.forward
+            drop(module)
             _set_class(module, original.module_class)
     return obj
 
@@ -191,7 +194,7 @@ def _is_patched(module: nn.Module) -> bool:
 
 def _check_forward(module: nn.Module, module_class: type, name: str) -> None:
     """Raise ValueError for a patched forward that would go on calling another than that of the class to come."""
-    if _is_patched(module) and type(module).forward is not module_class.forward:
+    if _is_patched(module) and plain_forward(type(module)) is not plain_forward(module_class):
         raise ValueError(
             f"{name} has a patched forward, which would go on calling {type(module).__name__}'s from before: take the "
             "patch away, and put it back afterwards"

@@ -7,9 +7,10 @@ from typing import NamedTuple
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert import ops, sentences
+from fastbert import automatic, ops, sentences
 from fastbert.fusion import FusableBlock, class_name, fused_linear, fused_parts, why_eager
 from fastbert.heads import PARTS, PROJECTIONS, Head
+from fastbert.pretrained import BertPreTrainedModel
 
 SERVED = "a kernel serves it"
 # Whose modules around BertModel do not use what stands at padding.
@@ -30,11 +31,13 @@ class Served(NamedTuple):
 
 
 class Explanation(list[Served]):
-    """The lines of `explain`, one for every block and op; layers that are served alike print as one. notes follow."""
+    """The lines of `explain`, one for every block and op; layers that are served alike print as one. notes follow, and
+    what there is of CUDA graphs."""
 
     def __init__(self, rows: Iterable[Served] = ()):
         super().__init__(rows)
         self.notes: list[str] = []
+        self.graphs: list[str] = []
 
     def __str__(self) -> str:
         blocks: dict[str, list[tuple[str, ...]]] = {}
@@ -45,7 +48,7 @@ class Explanation(list[Served]):
             first, *rest = names
             rows += [Served(f"{first}-{rest[-1].rpartition('.')[2]}" if rest else first, *row) for row in served]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + self.notes)
+        return "\n".join(["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + self.notes + self.graphs)
 
     __repr__ = __str__
 
@@ -56,7 +59,8 @@ def explain(obj) -> Explanation:
     obj is a model or what holds one, as `optimize` takes. backend is "triton" (our kernels), "eager" (the ops' twins in
     plain PyTorch), "modules" (the block's own modules, one after another, which is where hooks fire and adapters
     count), or "refused" where "triton" was asked for and a call would raise. A note below names each module of no
-    library we know that calls the model. Raises TypeError for an object without such blocks.
+    library we know that calls the model; the last lines have the CUDA graphs of each model: their mode, buckets (B, S)
+    and memory, or why there are none. Raises TypeError for an object without such blocks.
     """
     root = module_of(obj)
     if not any(isinstance(module, FusableBlock) for module in root.modules()):
@@ -79,7 +83,17 @@ def explain(obj) -> Explanation:
         if _is_own_code(module) and not any(_is_own_code(part) for part in module.modules() if part is not module):
             what = f"{name or type(module).__qualname__}, a {class_name(module)}"
             rows.notes.append(f"{what}, calls BertModel: {OWN_CODE}")
+    rows.graphs = list(_graphs(root))
     return rows
+
+
+def _graphs(root: nn.Module) -> Iterator[str]:
+    """A line for each model of ours that no other of them calls, or that has graphs itself."""
+    models = {name: module for name, module in root.named_modules() if isinstance(module, BertPreTrainedModel)}
+    inner = {part for model in models.values() for part in model.modules() if part is not model}
+    for name, model in models.items():
+        if model not in inner or automatic.graphs_of(model):
+            yield f"CUDA graphs of {name or type(model).__name__}: {automatic.told(model)}"
 
 
 def _projections(root: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

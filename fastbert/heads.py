@@ -23,6 +23,7 @@ from fastbert.fusion import fused_linear, linear_of_any_rank
 from fastbert.model import OURS, become_ours
 from fastbert.outputs import output_of
 from fastbert.pretrained import BertPreTrainedModel
+from fastbert.replaying import replays
 from fastbert.tokens import copied_to
 
 
@@ -290,3 +291,14 @@ class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+replays(
+    BertForPreTraining,
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+)

@@ -121,12 +121,6 @@ class BertLayer(hf.BertLayer, FusableBlock):
             return f"intermediate_act_fn, a {class_name(activation)}, computes none of {known}", not own
         return None, False
 
-    def numbers(self) -> tuple:
-        """What a fused layer has computed by, beside parameters."""
-        attention, activation = self.attention.self, self.intermediate.intermediate_act_fn
-        sizes = attention.attention_head_size, attention.scaling, attention.is_causal
-        return *sizes, self.attention.output.LayerNorm.eps, self.output.LayerNorm.eps, activation.__dict__.get("act")
-
     def forward(
         self,
         hidden_states: Tensor,

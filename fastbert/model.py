@@ -40,6 +40,7 @@ from fastbert.inputs import (
 from fastbert.layers import BertEncoder, BertLayer, BertSelfAttention, mask_for, runs_packed
 from fastbert.outputs import output_of
 from fastbert.pretrained import BertPreTrainedModel
+from fastbert.replaying import replays
 from fastbert.tokens import TokenLayout
 
 
@@ -254,6 +255,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             first = torch.cat((first, sequence_output[:, 1:]), 1)
         return pooler(first)
 
+
+replays(BertModel)
 
 # transformers' class -> ours, which has the same parts, parameters and attributes.
 OURS = {

@@ -5,7 +5,8 @@ of the process. No module shows it, and the ops would go on computing what the c
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from operator import attrgetter
 
 import torch.nn.functional as F
 from torch import nn
@@ -21,15 +22,15 @@ BERT_CLASSES = (
 )  # fmt: skip
 _ACTIVATIONS = ("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "LinearActivation")
 # Class, method, and the name that the class has where nobody replaced it.
-_METHODS = (
+_FORWARDS = (
     *(
         (kind, "forward", kind.__name__)
         for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ReLU, nn.Tanh)
     ),
     *((getattr(activations, name), "forward", name) for name in _ACTIVATIONS),
     *((getattr(hf, name), "forward", name) for name in BERT_CLASSES),
-    (hf.BertLayer, "feed_forward_chunk", "BertLayer"),
 )
+_FEED_FORWARD = hf.BertLayer, "feed_forward_chunk", "BertLayer"
 # What no block stands for, but the model and its encoder.
 _MODEL_METHODS = (hf.BertModel, "forward", "BertModel"), (hf.BertEncoder, "forward", "BertEncoder")
 _MAKES_MASKS = hf.BertModel, "_create_attention_masks", "BertModel"
@@ -55,28 +56,39 @@ def _original(kind: type, method: str, name: str) -> Callable | None:
     return getattr(kind, method) if _is_original(kind, method, name) else None
 
 
-_ORIGINALS, _ORIGINAL_MODELS = ([_original(*method) for method in methods] for methods in (_METHODS, _MODEL_METHODS))
+_ORIGINALS, _ORIGINAL_MODELS = ([_original(*method) for method in methods] for methods in (_FORWARDS, _MODEL_METHODS))
+_ORIGINAL_FEED_FORWARD = _original(*_FEED_FORWARD)
+_KINDS, _MODEL_KINDS = ([kind for kind, _, _ in methods] for methods in (_FORWARDS, _MODEL_METHODS))
+_forward_of = attrgetter("forward")
 _ORIGINAL_MASKS = _original(*_MAKES_MASKS)
 _FUNCTIONS = F.scaled_dot_product_attention, F.linear, F.layer_norm, F.embedding, F.gelu
 _EAGER = hf.eager_attention_forward if hf.eager_attention_forward.__module__ == hf.__name__ else None
 
 
 def _first_replaced(methods: tuple, originals: list) -> str | None:
-    # Every call asks: two lists are compared by identities first.
-    if [kind.__dict__.get(method) for kind, method, _ in methods] != originals:
-        for (kind, method, name), before in zip(methods, originals, strict=True):
-            if kind.__dict__.get(method) is not before and not _is_original(kind, method, name):
-                return f"{name}.{method} is patched or replaced for every model"
+    for (kind, method, name), before in zip(methods, originals, strict=True):
+        if getattr(kind, method) is not before and not _is_original(kind, method, name):
+            return f"{name}.{method} is patched or replaced for every model"
     return None
+
+
+def _registered(functions: MutableMapping, name: str) -> Callable | None:
+    """What transformers has for a name; its own reading of this mapping takes ten times as long."""
+    local = functions._local_mapping
+    return local[name] if name in local else functions._global_mapping.get(name)
 
 
 def replaced() -> str | None:
     """What was replaced of the code that the ops stand for; None if nothing was."""
-    if reason := _first_replaced(_METHODS, _ORIGINALS):
+    # Every call asks: lists are compared by identities first.
+    if [*map(_forward_of, _KINDS)] != _ORIGINALS and (reason := _first_replaced(_FORWARDS, _ORIGINALS)):
         return reason
+    if hf.BertLayer.feed_forward_chunk is not _ORIGINAL_FEED_FORWARD and not _is_original(*_FEED_FORWARD):
+        return "BertLayer.feed_forward_chunk is patched or replaced for every model"
     if (F.scaled_dot_product_attention, F.linear, F.layer_norm, F.embedding, F.gelu) != _FUNCTIONS:
         return "a function of torch.nn.functional is replaced"
-    sdpa, eager = (ALL_ATTENTION_FUNCTIONS.get(name, hf.eager_attention_forward) for name in ("sdpa", "eager"))
+    sdpa, eager = _registered(ALL_ATTENTION_FUNCTIONS, "sdpa"), _registered(ALL_ATTENTION_FUNCTIONS, "eager")
+    eager = hf.eager_attention_forward if eager is None else eager
     if sdpa is not sdpa_attention_forward or eager is not _EAGER or hf.eager_attention_forward is not _EAGER:
         return "another function is registered for attention"
     return None
@@ -84,6 +96,8 @@ def replaced() -> str | None:
 
 def replaced_in_models() -> str | None:
     """What was replaced of the code that our model and encoder stand for; None if nothing was."""
+    if [*map(_forward_of, _MODEL_KINDS)] == _ORIGINAL_MODELS:
+        return None
     return _first_replaced(_MODEL_METHODS, _ORIGINAL_MODELS)
 
 
@@ -97,7 +111,7 @@ def replaced_for_masks(model: hf.BertModel) -> str | None:
     """What was replaced of the code by which transformers makes a model's masks; None if nothing was."""
     if getattr(model._create_attention_masks, "__func__", None) is not _ORIGINAL_MASKS:
         return "its _create_attention_masks is patched"
-    functions = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    functions = _registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa"), _registered(ALL_MASK_ATTENTION_FUNCTIONS, "eager")
     if functions != (sdpa_mask, eager_mask) or hf.create_bidirectional_mask is not create_bidirectional_mask:
         return "another function is registered for masks"
     return None

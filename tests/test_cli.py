@@ -11,7 +11,7 @@ from cases import pair
 from typer.testing import CliRunner
 
 import fastbert
-from fastbert import cli, eager, ops
+from fastbert import cli, eager, graph_rules, ops
 from fastbert.cli import app
 from fastbert.commands import benchmark, information, machine
 
@@ -130,6 +130,24 @@ def test_info(monkeypatch):
     found = runner.invoke(app, ["info"])
     assert found.exit_code == 0, found.output
     assert all(name in found.stdout for name in facts)
+
+
+def test_info_of_graphs_and_of_a_cold_start(monkeypatch, tmp_path):
+    (tmp_path / "kernel").mkdir()
+    (tmp_path / "kernel" / "compiled").write_bytes(bytes(3 << 20))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(graph_rules, "default", "on")
+    facts = dict(information.facts())
+    limits = "32 graphs and 1024 MiB a model, 16384 places a graph, 20 captures a minute"
+    assert facts["CUDA graphs"] == f"on: at most {limits}"
+    imports, kernels = facts["cold start"].split("; ")
+    assert 0 < float(imports.removeprefix("imports: ").removesuffix(" s")) < 300
+    assert kernels.startswith("kernels in Triton's cache: 3 MiB")
+    monkeypatch.setattr(graph_rules, "default", "maybe")
+    monkeypatch.setattr(information, "IMPORTS", "raise SystemExit('no torch')")
+    facts = dict(information.facts())
+    assert "choose one of off, auto, on" in facts["CUDA graphs"]
+    assert facts["cold start"].startswith("the models cannot be imported: no torch")
 
 
 def test_info_of_a_configuration_file(monkeypatch, tmp_path):

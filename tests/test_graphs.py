@@ -1,4 +1,4 @@
-"""CUDA graphs: on a GPU, or with the capture replaced by a recording that, like a graph, knows addresses only."""
+"""`fastbert.graphed`: models whose forward replays CUDA graphs."""
 
 import copy
 import gc
@@ -7,7 +7,6 @@ import io
 import logging
 import pickle
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -15,71 +14,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import HEADS, VOCAB, pair, tiny_config
+from recordings import DEVICE, LAYERS, Recordings, assert_same, recorded, texts
 from torch import nn
 
 import fastbert
 import fastbert_kernels
-from fastbert import graphs, ops, tokens
+from fastbert import automatic, graphs, ops
 
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
-LAYERS = {"num_hidden_layers": 1, "max_position_embeddings": 40}
-
-
-class Recordings(graphs.CudaGraphs):
-    """Replays the Python that a graph was captured from, with the parameters' memory of that time, into its outputs."""
-
-    model: nn.Module
-
-    def __init__(self, device):
-        self.device = device
-
-    def capture(self, run: Callable):
-        run()
-        outputs = run()
-        captured = [(parameter, parameter.data) for parameter in self.model.parameters()]
-
-        def replay():
-            present = [parameter.data for parameter, _ in captured]
-            for parameter, data in captured:
-                parameter.data = data
-            hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in self.model.modules()]
-            for registered, _ in hooks:
-                registered.clear()  # no Python runs in a graph
-            with torch.random.fork_rng():  # nothing random is left in a graph
-                results = run()
-            for name, output in outputs.items():
-                output.copy_(results[name])
-            for (parameter, _), data in zip(captured, present, strict=True):
-                parameter.data = data
-            for registered, functions in hooks:
-                registered.update(functions)
-
-        return replay, outputs
-
-    def in_order(self):
-        pass
-
-    def wait(self):
-        pass
 
 
 @pytest.fixture
 def captures(monkeypatch, caplog) -> list[tuple[int, ...]]:
-    """The buckets that are captured during the test, in their order; everything runs in the kernels."""
+    """The buckets that are captured during the test, in their order; everything runs in the kernels, and no model
+    captures by itself."""
     caplog.set_level(logging.INFO, logger="fastbert")
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(graphs, "DEVICE_TYPE", "cpu")
-        monkeypatch.setattr(graphs, "CudaGraphs", Recordings)
-        monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
-    buckets, capture = [], graphs.CudaGraphs.capture
-
-    def counted(self, run):
-        (inputs,) = (cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, graphs.Graph))
-        buckets.append(tuple(inputs._inputs.shape[1:]))
-        return capture(self, run)
-
-    monkeypatch.setattr(graphs.CudaGraphs, "capture", counted)
+    buckets = recorded(monkeypatch)
+    monkeypatch.setattr(automatic, "run", lambda model, plain, args, kwargs: plain(model, *args, **kwargs))
     fastbert_kernels.take_bad_ids(DEVICE)
     ops.say_once.cache_clear()
     with fastbert.backend("triton"), torch.no_grad():
@@ -94,27 +45,6 @@ def models(head: str = "BertModel", max_graphs: int = 32, **settings) -> tuple[n
     model = fastbert.graphed(copy.deepcopy(plain), max_graphs)
     Recordings.model = model
     return model, plain
-
-
-def texts(batch_size: int, seq_len: int, *, seed: int = 0, on: torch.device = DEVICE) -> dict[str, torch.Tensor]:
-    """A batch with holes and padding, and at least one token."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = batch_size, seq_len
-    mask = torch.randint(0, 2, shape, generator=generator)
-    mask[-1, -1] = 1
-    given = {
-        "input_ids": torch.randint(0, VOCAB, shape, generator=generator),
-        "attention_mask": mask,
-        "token_type_ids": torch.randint(0, 2, shape, generator=generator),
-    }
-    return {name: x.to(on) for name, x in given.items()}
-
-
-def assert_same(outputs, expected) -> None:
-    assert type(outputs) is type(expected)
-    assert outputs.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(outputs[name], value), name
 
 
 def test_one_graph_serves_every_mix_of_lengths_of_a_bucket(captures):

@@ -1,6 +1,9 @@
 """`fastbert info`: what runs here, and where what it needs lies."""
 
+import functools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +12,17 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from rich.table import Table
 
 import fastbert
-from fastbert import ops
+from fastbert import automatic, graph_rules, ops
 from fastbert.commands.machine import machine
 
-VARIABLES = ("FASTBERT_BACKEND", "FASTBERT_CHECK", "FASTBERT_CONFIGS")
+VARIABLES = ("FASTBERT_BACKEND", "FASTBERT_GRAPHS", "FASTBERT_CHECK", "FASTBERT_CONFIGS")
+# What a program does before its first model, and the seconds it takes.
+IMPORTS = """
+import time
+start = time.perf_counter()
+from fastbert import BertForSequenceClassification, BertModel
+print(time.perf_counter() - start)
+"""
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -28,12 +38,46 @@ def facts() -> Iterator[tuple[str, str]]:
         yield f"kernels on {device}", "; ".join(filter(None, (served, *refused)))
         if served:
             yield f"configurations on {device}", _configurations(device)
+    yield "CUDA graphs", _graphs()
     for name in VARIABLES:
         yield name, os.environ.get(name, "not set")
     yield "Hugging Face cache", HF_HUB_CACHE
+    cold_start = [_imports(IMPORTS)]
     if versions["triton"]:
         home = Path(os.environ.get("TRITON_HOME") or Path.home())
-        yield "Triton cache", os.environ.get("TRITON_CACHE_DIR") or str(home / ".triton" / "cache")
+        cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+        yield "Triton cache", str(cache)
+        cold_start.append(f"kernels in Triton's cache: {_size(cache) / 2**20:.0f} MiB, others compile when first used")
+    yield "cold start", "; ".join(cold_start)
+
+
+def _graphs() -> str:
+    """The mode for this process, and what bounds graphs where they are captured without being asked for."""
+    try:
+        graph_rules.check_mode(graph_rules.default, "FASTBERT_GRAPHS")
+    except ValueError as error:
+        return str(error)
+    return f"{graph_rules.default}: at most {automatic.limits()}"
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder, which other processes may be writing."""
+    found = 0
+    for path in folder.rglob("*"):
+        try:
+            found += path.stat().st_size if path.is_file() else 0
+        except OSError:  # gone meanwhile
+            continue
+    return found
+
+
+@functools.cache
+def _imports(code: str) -> str:
+    """What a fresh process takes before it can have a model."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if run.returncode:
+        return f"the models cannot be imported: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return f"imports: {float(run.stdout):.1f} s"
 
 
 def _about(device: torch.device) -> str:

@@ -1,0 +1,132 @@
+"""A captured forward: its buffers, and what capturing and replaying need of a CUDA device."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from fastbert.graph_rules import Set
+from fastbert.outputs import output_of
+from fastbert.tokens import copied_to
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the rows of a graph's input buffer
+# Outputs of two dimensions that have a value for every token; those of three all do.
+PER_TOKEN = ("start_logits", "end_logits")
+
+_IS_BUILT = torch.backends.cuda.is_built()
+# There is one capture at a time in a process, and none while a device is waited for.
+_capturing = threading.Lock()
+
+
+def forget_locks() -> None:
+    """For a process that was forked while another thread may have held them."""
+    global _capturing
+    _capturing = threading.Lock()
+
+
+class CudaGraphs:
+    """What replaying needs of a CUDA device: graphs that share one memory pool, and so run one after another."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # to capture on
+        self._last_stream = None
+
+    def capture(self, run: Callable[[], ModelOutput]) -> tuple[Callable[[], None], ModelOutput]:
+        """What replays run(), and the outputs that every replay writes anew. The first run, which may compile, is not
+        captured."""
+        # The stream outside of torch.cuda.graph, which does not put the caller's back where a capture fails.
+        with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            torch.cuda.synchronize()
+            run()
+            graph = torch.cuda.CUDAGraph()
+            # What other threads launch or allocate is no part of this, and must not break it.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = run()
+        return graph.replay, outputs
+
+    @staticmethod
+    def is_capturing() -> bool:
+        """Whether what the current stream is given now goes into somebody's graph."""
+        return _IS_BUILT and torch.cuda.is_current_stream_capturing()
+
+    def memory(self) -> int:
+        """Bytes of the pool, which has what graphs compute and their outputs. It shrinks with its last graph."""
+        if not _IS_BUILT:
+            return 0
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
+
+    def in_order(self) -> None:
+        """Let what the current stream does next come after the last replay, on whichever stream that was."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None and stream != self._last_stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+
+    def wait(self) -> None:
+        with _capturing:
+            torch.cuda.synchronize(self.device)
+
+
+class Graph:
+    """The captured forward for batches of up to [B, S]."""
+
+    def __init__(self, forward: Callable, graphs: CudaGraphs, batch_size: int, seq_len: int):
+        with torch.inference_mode(False):  # a tensor that may be written in any mode
+            self._inputs = torch.zeros(len(INPUTS), batch_size, seq_len, dtype=torch.int64, device=graphs.device)
+        self._size = None
+
+        def run():
+            with Set("owned", True), torch.inference_mode(False), torch.no_grad():
+                return forward(**dict(zip(INPUTS, self._inputs, strict=True)), return_dict=True)
+
+        self._replay, self._outputs = graphs.capture(run)
+        self.output_bytes = sum(x.nbytes for x in self._outputs.values())
+
+    def launch(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
+        if input_ids.shape != self._size:
+            self._resize(input_ids.shape)
+        # A row that is not given is already there: ones for a mask, zeros for types.
+        if token_type_ids is not None:
+            rows = [input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask, token_type_ids]
+        else:
+            rows = [input_ids] if attention_mask is None else [input_ids, attention_mask]
+        count, batch = len(rows), self._batches[-1]
+        if count < self._num_given:
+            batch[2].zero_()
+            if count == 1:
+                batch[1].fill_(1)
+        self._num_given = count
+        device = input_ids.device
+        for row in rows:
+            if row.device != device:
+                rows = [copied_to(self._inputs.device, x) for x in rows]
+                device = self._inputs.device
+                break
+        if device == self._inputs.device:
+            torch.stack(rows, out=self._batches[count])
+        else:
+            # From memory of the host that is not pinned, as here, a copy that goes ahead has been read when it returns.
+            self._batches[count].copy_(torch.stack(rows), non_blocking=True)
+        self._replay()
+
+    def _resize(self, size: torch.Size) -> None:
+        """Prepare the buffers for a batch of another size [B, S]."""
+        batch_size, seq_len = size
+        self._inputs.zero_()
+        self._inputs[1, :batch_size, :seq_len] = 1
+        self._num_given = 1
+        # By the number of inputs that are given.
+        self._batches = [self._inputs[:count, :batch_size, :seq_len] for count in range(len(INPUTS) + 1)]
+        self._results = {
+            name: x[:batch_size, :seq_len] if x.ndim > 2 or name in PER_TOKEN else x[:batch_size]
+            for name, x in self._outputs.items()
+        }
+        self._size = size
+
+    def outputs(self) -> ModelOutput:
+        """Copies of what the last launch gives, which share no memory."""
+        return output_of(type(self._outputs), **{name: x.clone() for name, x in self._results.items()})
