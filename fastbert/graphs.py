@@ -144,7 +144,7 @@ class GraphedForward:
         as_dict = given.get("return_dict")
         if as_dict is None:
             # A configuration's own reading of attributes takes ten times as long.
-            as_dict = vars(model.config).get("return_dict", True)
+            as_dict = object.__getattribute__(model.config, "__dict__").get("return_dict", True)
         return outputs if as_dict else outputs.to_tuple()
 
     def _why_not(self, model: nn.Module, given: dict, num_given: int) -> str | None:
