@@ -280,6 +280,37 @@ def test_direct_launches_have_the_bits_of_tritons(dtype):
         assert not watched
 
 
+def test_a_soak_of_graphs_that_are_captured_beside_other_threads():
+    """10,000 calls of random sizes from eight threads: bitwise right, memory flat, and graphs served them."""
+    code = """
+import random
+from concurrent.futures import ThreadPoolExecutor
+from fastbert import automatic
+sizes = [(random.Random(seed).randint(1, 8), random.Random(-seed).randint(1, 64)) for seed in range(1, 101)]
+batches = [{"input_ids": torch.randint(0, 61, size, device=ids.device)} for size in sizes]
+for batch in batches:
+    batch["attention_mask"] = torch.randint(0, 2, batch["input_ids"].shape, device=ids.device)
+with torch.no_grad(), fastbert.cuda_graphs("off"):
+    expected = [model(**batch).last_hidden_state for batch in batches]
+torch.cuda.synchronize()
+
+@torch.no_grad()
+def serve(calls):
+    return sum(torch.equal(model(**batches[x]).last_hidden_state, expected[x]) for x in calls)
+
+def turn(seed):
+    every = [random.Random(seed).randrange(len(batches)) for _ in range(5000)]
+    with ThreadPoolExecutor(8) as pool:
+        right = sum(pool.map(serve, (every[thread::8] for thread in range(8))))
+    torch.cuda.synchronize()
+    return right, torch.cuda.memory_reserved()
+
+right, reserved = zip(turn(1), turn(2))
+print(sum(right), automatic.graphs_of(model).num_graphs > 0, reserved[1] - reserved[0] <= 2**26)
+"""
+    assert run_fresh(code, FASTBERT_GRAPHS="on") == ["10000 True True"]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("mask", [None, "holes"])
 def test_a_device_that_is_not_current(mask):
