@@ -140,13 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
         found, absent = measure(folders, given.workload, given.pairs)
     load = records.provenance()["load"]
     print(f"load a core {before['load']} before, {load} after; medians of a call's times, ratio here / there")
-    print(f"{'':12}{'here':>10}{'there':>11}{'ratio':>8}{f'{CONFIDENCE:.1%} interval':>18}")
+    print(f"{'':14}{'here':>10}{'there':>11}{'ratio':>8}{f'{CONFIDENCE:.1%} interval':>18}")
     for name, each in found.items():
         times = f"{1e3 * each.here_s:7.3f} ms {1e3 * each.there_s:7.3f} ms"
-        print(f"{name:12}{times} {each.ratio:7.3f}    {each.low:.3f} to {each.high:.3f}  {each.verdict}")
+        print(f"{name:14}{times} {each.ratio:7.3f}    {each.low:.3f} to {each.high:.3f}  {each.verdict}")
     for name, reasons in absent.items():
         for place, reason in zip(("here", "there"), reasons, strict=True):
-            print(f"{name:12}absent {place}: {reason}" if reason else f"{name:12}runs {place}")
+            print(f"{name:14}absent {place}: {reason}" if reason else f"{name:14}runs {place}")
     slower = [each for each in found.values() if each.verdict == "slower" and each.ratio > 1 + given.threshold / 100]
     return int(bool(slower) or any(here and not there for here, there in absent.values()))
 

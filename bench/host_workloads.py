@@ -1,7 +1,8 @@
 """Calls in which Python takes most of the time, and the process in which bench/compare.py has them timed.
 
-The model is tiny, so that its arithmetic takes no time. Only what fastbert exports is used; the host suite, which needs
-more, is imported where a commit that lacks it lacks no other workload.
+The model is tiny, so that its arithmetic takes no time; where kernels do nothing it may as well be BERT base. Only what
+fastbert exports is used; the host suite, which needs more, is imported where a commit that lacks it lacks no other
+workload.
 """
 
 import json
@@ -24,13 +25,13 @@ BLOCK_SECONDS = 0.02
 
 
 @contextmanager
-def _in_kernels(graphed: bool = False) -> Iterator[Callable]:
+def _in_kernels(size: str, graphed: bool = False) -> Iterator[Callable]:
     """A forward as the host suite times it: without what a GPU and its driver would do."""
     import bench_host as host
 
-    case = host.HostCase("tiny", *SHAPE, "bfloat16")
+    case = host.HostCase(size, *SHAPE, "bfloat16")
     with host.as_on_a_gpu(), host.launching_into(host.TARGET, lambda name, grid, arguments: None):
-        yield host.forward_of(case, NUM_LAYERS, graphed)
+        yield host.forward_of(case, 12 if size == "base" else NUM_LAYERS, graphed)
 
 
 @contextmanager
@@ -55,8 +56,10 @@ def _training(model) -> Iterator[Callable]:
 
 # Name -> what makes a context that gives the call.
 WORKLOADS = {
-    "launches": _in_kernels,
-    "replay": lambda: _in_kernels(graphed=True),
+    "launches": lambda: _in_kernels("tiny"),
+    "base launches": lambda: _in_kernels("base"),
+    "replay": lambda: _in_kernels("tiny", graphed=True),
+    "base replay": lambda: _in_kernels("base", graphed=True),
     "forward": lambda: _on_the_cpu(fastbert.BertModel(CONFIG)),
     "classifier": lambda: _on_the_cpu(fastbert.BertForSequenceClassification(CONFIG)),
     "optimized": lambda: _on_the_cpu(fastbert.optimize(transformers.BertModel(CONFIG))),
