@@ -67,6 +67,9 @@ class LeftOut(graphs.CudaGraphs):
     def in_order(self) -> None:
         pass
 
+    def done(self) -> None:
+        pass
+
     def wait(self) -> None:
         pass
 

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable
 from types import TracebackType
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,9 @@ from fastbert import graph_rules, graphs, ops
 from fastbert.capture import Graph
 from fastbert.graph_rules import MINUTE, Set, check_mode, mode_of, thread
 from fastbert.graph_state import State, Unseen
-from fastbert.graphs import GraphedForward, Refusal
+from fastbert.graphs import GraphedForward, Refusal, free_graphs, of_models
 from fastbert.pretrained import BertPreTrainedModel
+from fastbert.replaying import original_forward
 
 # Of a bucket: half of what `graphed` serves. Above, the device takes longer than the host does for the launches.
 MOST_PLACES = 2**14
@@ -25,8 +25,6 @@ NEEDLESS_GRADIENTS = (
     "torch.inference_mode(), which takes less memory and lets it replay CUDA graphs"
 )
 
-_of_models: WeakKeyDictionary[nn.Module, "ItsGraphs"] = WeakKeyDictionary()
-
 
 class ItsGraphs(GraphedForward):
     """The graphs that a model captures by itself: a bucket's when it comes for the second time, within limits.
@@ -36,6 +34,11 @@ class ItsGraphs(GraphedForward):
     """
 
     level = logging.INFO
+
+    @property
+    def plain(self) -> Callable:
+        """The forward that the class's wrapper stands for: a patch of the class is around that, not in a graph."""
+        return original_forward(type(self.model)).__get__(self.model)
 
     def begin_anew(self) -> None:
         super().begin_anew()
@@ -73,14 +76,14 @@ class ItsGraphs(GraphedForward):
             if graph_rules.clock() - failed_at < MINUTE:
                 return Refusal(reason)
             del self._failed[bucket]
-        reason = graph_rules.why_no_capture(mode_of(self.model))
+        reason = graphs.CudaGraphs.why_unmeasured() or graph_rules.why_no_capture(mode_of(self.model))
         return Refusal(reason, bucket) if reason else None
 
     def _within_memory(self, bucket: tuple[int, int], graph: Graph) -> Graph | Refusal:
         if self._device.memory() <= MOST_MEMORY:
             return graph
         alone = len(self._graphs) == 1
-        self.free()
+        self._free()
         limit = f"{MOST_MEMORY >> 20} MiB"
         if alone:
             problem = f"a graph of {bucket[0]} x {bucket[1]} places takes more than {limit}"
@@ -108,20 +111,17 @@ def run(model: nn.Module, plain: Callable, args: tuple, kwargs: dict):
         return outputs
     if mode_of(model) == "off":
         return plain(model, *args, **kwargs)
-    its = _of_models.get(model)
+    its = of_models.get(model)
     if its is None:
-        its = _of_models.setdefault(model, ItsGraphs(model, MAX_GRAPHS))
+        its = of_models.setdefault(model, ItsGraphs(model, MAX_GRAPHS))
     return its(*args, **kwargs)
 
 
 def _values(outputs: object) -> tuple:
-    return tuple(outputs.values() if isinstance(outputs, dict) else outputs)
-
-
-def drop(model: nn.Module) -> None:
-    """Free what a model has captured by itself, and forget that it was called."""
-    if (its := _of_models.pop(model, None)) is not None:
-        its.free()
+    """What a forward returns, whatever that is where somebody patched it."""
+    if isinstance(outputs, dict):
+        return tuple(outputs.values())
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 class cuda_graphs:
@@ -131,10 +131,11 @@ class cuda_graphs:
     model of ours in a module, at once and on every thread, and as a context until the end of the block. What a thread
     says comes before what a model says, and that before the environment.
 
-    "auto", the default, captures on the main thread, as long as no other thread is alive but those of progress bars,
-    data loaders and notebooks; it replays on every thread. "on" captures beside other threads, too, none of which may
-    wait for the whole device meanwhile, as `torch.cuda.synchronize` does. "off" captures and replays nothing, nor does
-    `fastbert.graphed`; for a model it frees its graphs. Raises ValueError for another name, TypeError for a module
+    "auto", the default, lets models capture by themselves on the main thread, as long as no other thread is alive but
+    those of progress bars, data loaders and notebooks; they replay on every thread. "on" lets them capture beside other
+    threads, too, none of which may meanwhile wait for the whole device, as `torch.cuda.synchronize` does, or draw
+    random numbers on it. "off" captures and replays nothing, nor does `fastbert.graphed`; for a model it frees its
+    graphs. Raises ValueError for another name, TypeError for a module
     without a model of ours.
     """
 
@@ -151,9 +152,7 @@ class cuda_graphs:
             self._before[each] = graph_rules.of_models.get(each)
             graph_rules.of_models[each] = mode
             if mode == "off":
-                drop(each)
-                if isinstance(forward := each.__dict__.get("forward"), GraphedForward):
-                    forward.free()
+                free_graphs(each)
 
     def __enter__(self) -> None:
         if self._set is not None:
@@ -174,7 +173,7 @@ class cuda_graphs:
 def graphs_of(model: nn.Module) -> GraphedForward | None:
     """What has captured graphs of a model; None if nothing has."""
     forward = model.__dict__.get("forward")
-    found = forward if isinstance(forward, GraphedForward) else _of_models.get(model)
+    found = forward if isinstance(forward, GraphedForward) else of_models.get(model)
     return found if found is not None and found.num_graphs else None
 
 
@@ -189,7 +188,7 @@ def told(model: nn.Module) -> str:
     elif model.device.type != graphs.DEVICE_TYPE:
         reason = f"the model is on {model.device.type!r} and CUDA graphs need a CUDA device"
     else:
-        its = model.__dict__.get("forward") or _of_models.get(model)
+        its = model.__dict__.get("forward") or of_models.get(model)
         reason = getattr(its, "last_reason", "") or "no batch size and length has come twice in inference"
     return f"{mode}, none captured: {reason}"
 

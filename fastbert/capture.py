@@ -16,6 +16,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the rows of a grap
 PER_TOKEN = ("start_logits", "end_logits")
 
 _IS_BUILT = torch.backends.cuda.is_built()
+# Graphs whose capture failed: torch's allocator may go on asking them.
+_broken: list[object] = []
 # There is one capture at a time in a process, and none while a device is waited for.
 _capturing = threading.Lock()
 
@@ -33,7 +35,7 @@ class CudaGraphs:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # to capture on
-        self._last_stream = None
+        self._last_stream, self._done = None, torch.cuda.Event()
 
     def capture(self, run: Callable[[], ModelOutput]) -> tuple[Callable[[], None], ModelOutput]:
         """What replays run(), and the outputs that every replay writes anew. The first run, which may compile, is not
@@ -44,8 +46,12 @@ class CudaGraphs:
             run()
             graph = torch.cuda.CUDAGraph()
             # What other threads launch or allocate is no part of this, and must not break it.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = run()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    outputs = run()
+            except BaseException:
+                _broken.append(graph)
+                raise
         return graph.replay, outputs
 
     @staticmethod
@@ -54,21 +60,33 @@ class CudaGraphs:
         return _IS_BUILT and torch.cuda.is_current_stream_capturing()
 
     def memory(self) -> int:
-        """Bytes of the pool, which has what graphs compute and their outputs. It shrinks with its last graph."""
-        if not _IS_BUILT:
+        """Bytes of the pool, which has what graphs compute and their outputs. It shrinks with its last graph. 0 where
+        nobody knows."""
+        if not _IS_BUILT or self.why_unmeasured():
             return 0
         return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
+
+    @staticmethod
+    def why_unmeasured() -> str | None:
+        """Why the memory of a pool is not known; None if it is."""
+        if not _IS_BUILT or torch.cuda.get_allocator_backend() == "native":
+            return None
+        return "the memory of graphs is measured for torch's native allocator only"
 
     def in_order(self) -> None:
         """Let what the current stream does next come after the last replay, on whichever stream that was."""
         stream = torch.cuda.current_stream(self.device)
-        if self._last_stream is not None and stream != self._last_stream:
-            stream.wait_stream(self._last_stream)
-        self._last_stream = stream
+        if self._last_stream is not None and stream.cuda_stream != self._last_stream:
+            stream.wait_event(self._done)
+        self._last_stream = stream.cuda_stream
+
+    def done(self) -> None:
+        """A replay, and the copies of what it gave, have been launched."""
+        self._done.record(torch.cuda.current_stream(self.device))
 
     def wait(self) -> None:
-        with _capturing:
-            torch.cuda.synchronize(self.device)
+        """Wait for the last replay, and not for the device, on which another thread may be capturing."""
+        self._done.synchronize()
 
 
 class Graph:

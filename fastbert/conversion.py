@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import heads, model, patches, sentences
-from fastbert.automatic import drop
 from fastbert.configuration import attention_implementation, check_config
 from fastbert.explanation import module_of
 from fastbert.fusion import ORIGINAL, class_name, is_own_forward
-from fastbert.graphs import GraphedForward
+from fastbert.graphs import GraphedForward, free_graphs
 from fastbert.replaying import plain_forward
 
 # The modules of an encoder by the pattern of their names; the pooler may be anything.
@@ -138,7 +137,7 @@ def restore(obj):
         if original.module_class is not None:
             if isinstance(module.__dict__.get("forward"), GraphedForward):
                 del module.forward
-            drop(module)
+            free_graphs(module)
             _set_class(module, original.module_class)
     return obj
 

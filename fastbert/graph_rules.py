@@ -38,12 +38,17 @@ class _Thread(threading.local):
     owned = False
     is_warmup = False
 
+    def __init__(self):
+        self.before: list[object] = []  # what was set, the last first to be put back
+
 
 thread = _Thread()
 of_models: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 default = os.environ.get("FASTBERT_GRAPHS", "auto")
 # Why this process, which was forked, has no graphs.
 forked: str | None = None
+# How a capture failed, but for want of memory: what CUDA and torch's allocator make of another one is not known then.
+broken: str | None = None
 _captured_at: deque[float] = deque(maxlen=CAPTURES_A_MINUTE)
 
 
@@ -54,13 +59,13 @@ class Set:
         self._name, self._value = name, value
 
     def __enter__(self) -> None:
-        self._before = getattr(thread, self._name)
+        thread.before.append(getattr(thread, self._name))
         setattr(thread, self._name, self._value)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        setattr(thread, self._name, self._before)
+        setattr(thread, self._name, thread.before.pop())
 
 
 def check_mode(mode: str, source: str) -> None:
@@ -84,6 +89,8 @@ def mode_of(model: nn.Module) -> str:
 
 def why_no_capture(mode: str) -> str | None:
     """Why nothing may be captured by itself now; None, and one capture is counted, if it may."""
+    if broken is not None:
+        return broken
     if mode == "auto" and (reason := _other_thread()):
         return reason
     now = clock()

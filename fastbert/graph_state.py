@@ -1,7 +1,8 @@
 """What captured graphs depend on of a model, and what keeps a model from being captured."""
 
+import time
 import weakref
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from fastbert import patches
 from fastbert.fusion import FusableBlock, fused_parts, has_hooks, hooks_of, why_eager
 from fastbert.inputs import changed_defaults, num_positions
 from fastbert.layers import BertEncoder, BertLayer
-from fastbert.model import BertEmbeddings, BertPooler
+from fastbert.model import BertEmbeddings, BertPooler, replaceable_forwards, why_replaced
 
 # What a head may be made of: these look at a token by itself, and so not at a bucket's padding.
 TOKENWISE = (
@@ -23,6 +24,8 @@ TOKENWISE = (
 # What a fused layer has computed by, beside parameters, in the dictionaries of its modules.
 ATTENTION_NUMBERS = itemgetter("attention_head_size", "scaling", "is_causal")
 _eps, _act, _training = map(itemgetter, ("eps", "act", "training"))
+_nbytes = attrgetter("nbytes")
+AGAIN_SECONDS = 60.0  # until what raised an error is looked at again
 CONFIGURED = ("output_hidden_states", "output_attentions", "is_decoder")
 
 
@@ -49,12 +52,13 @@ class State:
         # Others than plain ones are refused, and may have no address.
         self._tensors = [x for own in tensors for x in own.values() if type(x) in (nn.Parameter, Tensor)]
         self._kept = [x.detach() for x in self._tensors]
+        self._matrices = [x for x in self._tensors if x.ndim > 1]
         self._buffers = [x for x in self._embeddings._buffers.values() if x is not None and not x.is_inference()]
         self._attributes = [x.__dict__ for x in others]
         # The model's own hooks fire around its forward, as always.
         self._hooks = [hooks for x in others for hooks in hooks_of(x)]
         # A patch of its forward makes ours refuse, or compute something else where ours calls it.
-        self._theirs = _theirs(model)
+        self._theirs, self._kind = _theirs(model), type(model)
         layers = [] if self.refusal else base.encoder.layer
         self._attentions = [x.attention.self.__dict__ for x in layers]
         self._norms = [norm.__dict__ for x in layers for norm in (x.attention.output.LayerNorm, x.output.LayerNorm)]
@@ -71,6 +75,9 @@ class State:
     def _look(self) -> tuple:
         return (
             list(map(Tensor.data_ptr, self._tensors)),
+            # Another view of the same memory may have come into the place of one.
+            list(map(_nbytes, self._tensors)),
+            list(map(Tensor.is_contiguous, self._matrices)),
             any(map(_training, self._attributes)),
             list(map(len, self._attributes)),
             any(self._hooks) or _has_any_global_hook(),
@@ -80,7 +87,7 @@ class State:
             list(map(_act, self._activations)),
             list(map(self._config.get, self._configured)),
             patches.replaced() or patches.replaced_for_masks(self._base()),
-            self._theirs.forward,
+            (self._theirs.forward, self._kind.forward, *replaceable_forwards()),
             torch.backends.cuda.matmul.fp32_precision,
         )
 
@@ -112,9 +119,10 @@ class Unseen:
 
     def __init__(self, error: Exception):
         self.refusal = f"what is in the model cannot be looked at: {type(error).__name__}: {error}"
+        self._since = time.monotonic()
 
     def is_current(self) -> bool:
-        return True
+        return time.monotonic() - self._since < AGAIN_SECONDS
 
 
 def _refusal(model: nn.Module, others: list[nn.Module], device_type: str) -> str | None:
@@ -131,7 +139,7 @@ def _refusal(model: nn.Module, others: list[nn.Module], device_type: str) -> str
         return "the configuration asks for hidden states or attention weights"
     if model.config.is_decoder or patches.replaced_for_masks(model.base_model):
         return "transformers makes its masks"
-    if reason := patches.replaced_forward(_theirs(model)):
+    if reason := patches.replaced_forward(_theirs(model)) or why_replaced():
         return reason
     if foreign := _foreign(model):
         return f"a {foreign.__module__}.{foreign.__qualname__} may look at a bucket's padding"

@@ -36,6 +36,8 @@ INTEGERS = (torch.int64, torch.int32)
 MASKS = (*INTEGERS, torch.int16, torch.int8, torch.uint8, torch.bool)
 KNOWN_TO_GRAPHS = {*INPUTS, "return_dict"}
 _all: weakref.WeakSet["GraphedForward"] = weakref.WeakSet()
+# What models capture by themselves.
+of_models: weakref.WeakKeyDictionary[nn.Module, "GraphedForward"] = weakref.WeakKeyDictionary()
 # What a forked process inherits and can neither use nor give back to CUDA.
 _inherited: list = []
 
@@ -64,8 +66,16 @@ def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
         raise ValueError(f"max_graphs is {max_graphs}, it must be 1 or more")
     if "forward" in model.__dict__:
         raise ValueError("the model's forward is patched already: graph it once, before others wrap it")
+    free_graphs(model)
     model.forward = GraphedForward(model, max_graphs)
     return model
+
+
+def free_graphs(model: nn.Module) -> None:
+    """Free the memory that a model's graphs keep, and the weights of before that they depend on."""
+    for found in (of_models.pop(model, None), model.__dict__.get("forward")):
+        if isinstance(found, GraphedForward):
+            found.free()
 
 
 class Refusal(NamedTuple):
@@ -210,8 +220,10 @@ class GraphedForward:
                     return graph
                 self._device.in_order()
                 graph.launch(input_ids, attention_mask, token_type_ids)
-                if state.is_current():
-                    return graph.outputs()
+                outputs = graph.outputs() if state.is_current() else None
+                self._device.done()
+                if outputs is not None:
+                    return outputs
             state = self._renewed()
         return Refusal("every call changes the model")
 
@@ -236,9 +248,15 @@ class GraphedForward:
         try:
             graph = Graph(self.plain, self._device, *bucket)
             problem = self._too_large(graph)
-        # Memory is full, or CUDA refuses something. An error of the model's comes again, from the plain call.
+        except torch.OutOfMemoryError:  # whose message has numbers, and each reason is said once
+            problem = f"there was no memory to capture {bucket[0]} x {bucket[1]} places"
+            failed_at = graph_rules.clock()
+        # CUDA refuses something, or it is an error of the model's, which comes again from the plain call.
         except Exception as error:
-            problem, failed_at = f"capturing {bucket[0]} x {bucket[1]} places failed: {error}", graph_rules.clock()
+            problem = f"capturing {bucket[0]} x {bucket[1]} places failed: {type(error).__name__}: {error}"
+            failed_at = graph_rules.clock()
+            if isinstance(error, RuntimeError):
+                graph_rules.broken = problem
         if problem:
             self._failed[bucket] = problem, failed_at
             if not self._graphs:
@@ -268,10 +286,16 @@ class GraphedForward:
 
     def memory(self) -> int:
         """Bytes that the graphs keep from others."""
-        return self._device.memory() if self._graphs else 0
+        with self._lock:
+            return self._device.memory() if self._graphs else 0
 
     def free(self) -> None:
-        """Drop all graphs, and with them their pool."""
+        """Drop all graphs, and with them their pool, and forget the model's state."""
+        with self._lock:
+            self._free()
+            self._state = None
+
+    def _free(self) -> None:
         if self._graphs:
             self._device.wait()  # they may run
             self._graphs.clear()
@@ -279,7 +303,7 @@ class GraphedForward:
 
     def _renewed(self) -> State | Unseen:
         """The model's present state; graphs captured in another are gone."""
-        self.free()
+        self._free()
         self._failed.clear()
         try:
             self._state = State(self.model, DEVICE_TYPE)

@@ -188,7 +188,8 @@ def mask_for(layers: Iterable[nn.Module], layout: TokenLayout, hidden_states: Te
 def runs_packed(encoder: nn.Module) -> bool:
     """Whether nobody but our own encoder sees what it is given."""
     seen = has_hooks(encoder) or has_patched_forward(encoder) or _has_any_global_hook()
-    return type(encoder) is BertEncoder and not seen and encoder._compiled_call_impl is None
+    own = type(encoder) is BertEncoder and BertEncoder.forward is _OWN_ENCODER_FORWARD
+    return own and not seen and encoder._compiled_call_impl is None
 
 
 class BertEncoder(hf.BertEncoder):
@@ -253,10 +254,11 @@ class BertEncoder(hf.BertEncoder):
     ) -> Tensor:  # fmt: skip
         """One layer: in the ops, through its modules, or by transformers' own code, in its shapes, as it calls them."""
         parts, reason = (None, refused) if refused else fused_parts(layer, asked=True)
-        if parts is not None and not torch.is_grad_enabled() and layer._compiled_call_impl is None:
-            return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts)  # nobody sees the call
         if parts is not None:
-            return layer(hidden_states, layout, fused=parts)
+            own = layer._compiled_call_impl is None and BertLayer.forward is _OWN_LAYER_FORWARD
+            if torch.is_grad_enabled() or not own:
+                return layer(hidden_states, layout, fused=parts)
+            return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts)  # nobody sees the call
         ops.fall_back("an encoder layer", reason, hidden_states.device)
         if not layout.padded and not refused and not must_see_padding(layer, asked=True):
             return layer(layout.clear_past_tokens(hidden_states), layout)
@@ -274,3 +276,6 @@ class BertEncoder(hf.BertEncoder):
         hidden_states = hidden_states if layout.padded else layout.unpack(hidden_states)
         nothing = dict.fromkeys(("encoder_attention_mask", "past_key_values"))
         return layout.pack(layer(hidden_states, mask, None, **nothing, **given, **asked))
+
+
+_OWN_LAYER_FORWARD, _OWN_ENCODER_FORWARD = BertLayer.forward, BertEncoder.forward

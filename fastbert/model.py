@@ -5,6 +5,7 @@ packed tokens. What the ops do not serve runs through the modules, by transforme
 of the shapes as in `fastbert.tokens`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -248,7 +249,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             return pooler(sequence_output)
         first = layout.first_tokens(sequence_output)
         parts, refused = (None, refused) if refused else fused_parts(pooler, asked=True)
-        if parts is not None and pooler._compiled_call_impl is None:
+        if parts is not None and pooler._compiled_call_impl is None and BertPooler.forward is _OWN_FORWARDS[2]:
             return linear_of_any_rank(first, parts[1], "tanh")  # not through the module: nobody sees it
         first = first[:, None]
         if parts is None and must_see_padding(pooler) and len(first) == layout.batch_size:
@@ -257,6 +258,23 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
 
 replays(BertModel)
+
+
+def replaceable_forwards() -> tuple[Callable, ...]:
+    """The forwards of our own parts around which a call goes that nobody sees."""
+    return BertLayer.forward, BertEncoder.forward, BertPooler.forward
+
+
+_OWN_FORWARDS = replaceable_forwards()
+
+
+def why_replaced() -> str | None:
+    """Which of them somebody patched for every model; None if they are as they were."""
+    for kind, own in zip((BertLayer, BertEncoder, BertPooler), _OWN_FORWARDS, strict=True):
+        if kind.forward is not own:
+            return f"{kind.__module__}.{kind.__qualname__}.forward is patched for every model"
+    return None
+
 
 # transformers' class -> ours, which has the same parts, parameters and attributes.
 OURS = {

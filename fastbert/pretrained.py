@@ -1,5 +1,6 @@
 """What every class of the package inherits: transformers' loading and saving, and what an encoder refuses."""
 
+import sys
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -65,6 +66,13 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
                 f"{', '.join(ATTENTION_IMPLEMENTATIONS)} for the eager path (on a GPU fastbert's own kernels attend)"
             )
         return attn_implementation or "sdpa"
+
+    def _apply(self, *args, **kwargs):
+        """As in torch, which moves and casts by it. What graphs keep of the old place is freed before."""
+        graphs = sys.modules.get("fastbert.graphs")  # which imports this module
+        if graphs is not None:
+            graphs.free_graphs(self)
+        return super()._apply(*args, **kwargs)
 
     get_correct_attn_implementation = _check_and_adjust_attn_implementation
 

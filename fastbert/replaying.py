@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastbert.eager import is_tracing, is_transforming
 
 HOME = "_fastbert_home"  # of a wrapper: the class that has the forward, and the forward if that is the wrapped class
+_homes: dict[type[nn.Module], tuple[type[nn.Module], Callable | None]] = {}
 
 
 def replays(*kinds: type[nn.Module]) -> None:
@@ -21,6 +22,12 @@ def replays(*kinds: type[nn.Module]) -> None:
 def plain_forward(kind: type[nn.Module]) -> Callable:
     """The forward of a class without its wrapper."""
     home, own = getattr(kind.forward, HOME, (kind, None))
+    return own or home.forward
+
+
+def original_forward(kind: type[nn.Module]) -> Callable:
+    """What the wrapper of a class calls, whether or not somebody has patched the class since."""
+    home, own = _homes[kind]
     return own or home.forward
 
 
@@ -45,5 +52,6 @@ def _replaying(kind: type[nn.Module]) -> Callable:
             return plain(self, *args, **kwargs)
         return _imported("automatic").run(self, plain, args, kwargs)
 
-    setattr(forward, HOME, (home, own))
+    _homes[kind] = home, own
+    setattr(forward, HOME, _homes[kind])
     return forward

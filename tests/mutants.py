@@ -1054,7 +1054,7 @@ MUTANTS = [
     Mutant(
         "graphs-by-themselves-stay-where-they-are-off",
         "fastbert/automatic.py",
-        "                drop(each)\n",
+        "                free_graphs(each)\n",
         "                pass\n",
         "test_automatic_graphs.py::test_off_for_a_model_frees_its_graphs_until_the_end_of_the_block",
     ),

@@ -21,7 +21,7 @@ from torch import nn
 
 import fastbert
 import fastbert_kernels
-from fastbert import automatic, compilation, graph_rules, graphs, ops
+from fastbert import automatic, compilation, graph_rules, graph_state, graphs, ops
 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
@@ -145,7 +145,7 @@ def test_inputs_that_lie_elsewhere_meet_the_models_own_errors(captures):
     model, batch = made(), texts(2, 16)
     call(model)
     ids, types = batch["input_ids"], batch["token_type_ids"].to("meta")
-    its, elsewhere = automatic._of_models[model], "inputs are not on"
+    its, elsewhere = graphs.of_models[model], "inputs are not on"
     assert its._why_not_from(torch.device("meta"), ids, None).reason.startswith(elsewhere)
     assert its._why_not_from(DEVICE, ids, types).reason.startswith(elsewhere)
     assert its._why_not_from(DEVICE, ids, batch["token_type_ids"]) is None
@@ -213,15 +213,43 @@ def test_a_failed_capture_is_forgotten_and_tried_again_after_a_minute(captures, 
         patch.setattr(graphs.CudaGraphs, "capture", full)
         call(model, 4)
     assert len(tries) == 1
-    assert "CUDA out of memory" in caplog.text
+    assert "there was no memory to capture 2 x 16 places" in caplog.text
     assert len(graph_rules._captured_at) == 1  # it counts as a capture
-    its = automatic._of_models[model]
+    its = graphs.of_models[model]
     assert its._device is None
     call(model)
     assert captures == []
     now[0] = 60.0
     call(model)
     assert captures == [(2, 16)]
+
+
+def test_no_capture_follows_one_that_cuda_refused(captures, monkeypatch, caplog):
+    """What the next would meet is not known; other errors are of one model alone."""
+    monkeypatch.setattr(graph_rules, "broken", None)
+
+    def refuse(error):
+        raise error
+
+    for error, goes_on in ((ValueError("not here"), True), (RuntimeError("operation not permitted"), False)):
+        model = made()
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs.CudaGraphs, "capture", lambda self, run, error=error: refuse(error))
+            call(model, 3)
+        captures.clear()
+        call(made(), 3)
+        assert captures == ([(2, 16)] if goes_on else [])
+    assert "RuntimeError: operation not permitted" in caplog.text
+
+
+def test_an_allocator_whose_pools_nobody_can_measure(captures, monkeypatch, caplog):
+    reason = "the memory of graphs is measured for torch's native allocator only"
+    monkeypatch.setattr(graphs.CudaGraphs, "why_unmeasured", staticmethod(lambda: reason))
+    model = made()
+    call(model, 3)
+    assert captures == []
+    assert reason in caplog.text
+    assert reason in str(fastbert.explain(model))
 
 
 def test_outputs_too_large_are_not_captured_again_and_those_of_the_encoder_are(captures, monkeypatch, caplog):
@@ -435,7 +463,7 @@ def test_a_model_that_is_dropped_is_freed(captures, monkeypatch):
 
 def test_replicas_of_data_parallel_are_launched(captures):
     model = made("BertForSequenceClassification")
-    batch, known = texts(2, 16), len(automatic._of_models)
+    batch, known = texts(2, 16), len(graphs.of_models)
     for _ in range(3):
         replica = copy.copy(model)  # as torch.nn.parallel.replicate makes them, of every module
         replica.__dict__ = model.__dict__ | {"_is_replica": True, "_modules": dict(model._modules)}
@@ -443,7 +471,7 @@ def test_replicas_of_data_parallel_are_launched(captures):
         replica.bert.__dict__ = model.bert.__dict__ | {"_is_replica": True}
         assert_same(replica(**batch), plain(model, **batch))
     assert captures == []
-    assert len(automatic._of_models) == known
+    assert len(graphs.of_models) == known
 
 
 def test_a_compiler_sees_the_plain_forward(captures):
@@ -644,7 +672,7 @@ with pytest.MonkeyPatch.context() as patch, fastbert.backend("triton"), torch.no
     graphed(**texts(1, 16))
     Recordings.model = model
     call(model)
-    its = automatic._of_models[model]
+    its = graphs.of_models[model]
     its._lock.acquire()  # as another thread might
     child = os.fork()
     if not child:
@@ -726,3 +754,150 @@ def test_classes_of_sizes():
     assert found == [(4, 64), (1, 256), (16, 64), (2, 512), (17, 64), (3, 512)]
     assert compilation.class_shapes([16, None], 512) == [(1, 16), (1, 64), (1, 512)]
     assert compilation.class_shapes([], 40) == [(1, 40)]
+
+
+def test_a_patch_of_our_class_is_around_the_graph_once(captures, monkeypatch):
+    """And where it calls what it replaced, that is the forward without the patch."""
+    model, ours = made(), fastbert.BertModel.forward
+
+    def doubled(self, *args, **kwargs):
+        outputs = ours(self, *args, **kwargs)
+        outputs.last_hidden_state = 2 * outputs.last_hidden_state
+        return outputs
+
+    batch = texts(2, 16)
+    expected = 2 * plain(model, **batch).last_hidden_state
+    call(model)
+    monkeypatch.setattr(fastbert.BertModel, "forward", doubled)
+    for _ in range(3):
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("kind", [fastbert.model.BertLayer, fastbert.model.BertEncoder, fastbert.model.BertPooler])
+def test_patches_of_our_parts_are_called(kind, captures, monkeypatch, caplog):
+    model, calls, forward = made(), [], kind.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(kind)
+        return forward(self, *args, **kwargs)
+
+    batch = texts(2, 16)
+    for _ in range(2):
+        expected = model(**batch)
+    assert captures == [(2, 16)]
+    monkeypatch.setattr(kind, "forward", counted)
+    # An encoder whose forward somebody patched gets a mask of scores, which no kernel serves.
+    packed = kind is not fastbert.model.BertEncoder
+    for _ in range(3):
+        calls.clear()
+        with fastbert.backend("triton" if packed else "auto"):
+            outputs = model(**batch)
+        if packed:
+            assert_same(outputs, expected)
+        torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
+        # A recording, other than a graph, runs Python before it is found to be of the model of before.
+        assert calls
+    assert len(calls) == 1
+    assert f"{kind.__qualname__}.forward is patched for every model" in caplog.text
+
+
+def test_a_model_that_moves_frees_what_its_graphs_keep(captures):
+    """Also inside of somebody's module, and whether or not it is called again."""
+    model = made()
+    whole = nn.Sequential(nn.Module())
+    whole[0].bert = model
+    call(model)
+    forward = weakref.ref(graphs.of_models[model])
+    kept = weakref.ref(graphs.of_models[model]._state)
+    whole.double()
+    gc.collect()
+    assert kept() is None
+    assert forward() is None
+    assert automatic.graphs_of(model) is None
+
+
+def test_graphs_are_turned_off_while_another_thread_calls(captures, monkeypatch):
+    model, batch = made(), texts(2, 16)
+    call(model)
+    expected, replaying, go_on = plain(model, **batch), threading.Event(), threading.Event()
+    in_order = Recordings.in_order
+
+    def wait(self):
+        replaying.set()
+        go_on.wait(10)
+        return in_order(self)
+
+    monkeypatch.setattr(graphs.CudaGraphs, "in_order", wait)
+    found = []
+
+    def serve():
+        with torch.no_grad(), fastbert.backend("triton"):
+            found.append(model(**batch))
+
+    caller = alive(threading.Thread(target=serve))
+    assert replaying.wait(10)
+    freeing = alive(threading.Thread(target=fastbert.cuda_graphs, args=("off", model)))
+    freeing.join(0.1)
+    go_on.set()
+    caller.join()
+    freeing.join()
+    assert_same(found[0], expected)
+    assert automatic.graphs_of(model) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_another_view_of_the_same_memory(rows, captures):
+    """Fewer classes, or a square weight transposed."""
+    model = made("BertForSequenceClassification")
+    call(model)
+    if rows == 1:
+        model.classifier.weight.data, model.classifier.bias.data = (
+            x.data[:1] for x in (model.classifier.weight, model.classifier.bias)
+        )
+    else:
+        query = model.bert.encoder.layer[0].attention.self.query
+        query.weight.data = query.weight.data.t()
+    call(model)
+    assert model(**texts(2, 16)).logits.shape == (2, rows)
+
+
+def test_a_patched_forward_may_return_anything_where_gradients_are_recorded(captures, monkeypatch):
+    model = made("BertForMaskedLM")
+    with torch.enable_grad():
+        for result in (None, 1.0, torch.tensor(2.0)):
+            monkeypatch.setattr(transformers.BertForMaskedLM, "forward", lambda self, *_, result=result, **__: result)
+            assert model(**texts(2, 16)) is result
+
+
+def test_who_graphs_a_model_keeps_no_graphs_that_it_captured_by_itself(captures):
+    model = made()
+    call(model)
+    fastbert.graphed(model)
+    assert model not in graphs.of_models
+
+
+def test_what_raised_once_is_looked_at_again(captures, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(graph_state.time, "monotonic", lambda: now[0])
+    model, state = made(), graph_state.State
+
+    def broken(*args):
+        monkeypatch.setattr(graphs, "State", state)
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(graphs, "State", broken)
+    call(model, 3)
+    assert captures == []
+    now[0] = 61.0
+    call(model, 3)
+    assert captures == [(2, 16)]
+
+
+def test_a_context_may_be_entered_again():
+    off, on = fastbert.cuda_graphs("off"), fastbert.cuda_graphs("on")
+    with on, off:
+        with off:
+            assert graph_rules.thread.mode == "off"
+        assert graph_rules.thread.mode == "off"
+    assert graph_rules.thread.mode is None
+    assert graph_rules.thread.before == []

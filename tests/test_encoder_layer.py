@@ -204,6 +204,17 @@ def test_weights_that_change(change, bound):
     assert not torch.equal(encoder_layer(*layer.arguments(x))[:7], before[:7])
 
 
+def test_weights_of_another_dtype_at_the_same_addresses(bound):
+    layer = Layer(torch.float16)
+    x = tokens_of(layer)
+    for _ in range(2):
+        layer.check(x)
+    for weight in layer.weights:
+        weight.data = weight.data.view(torch.bfloat16)
+    with pytest.raises(TypeError, match="a GEMM takes one dtype"):
+        encoder_layer(*layer.arguments(x))
+
+
 def test_layers_of_the_same_shapes_keep_their_weights_apart(bound):
     layers = [Layer(torch.float32) for _ in range(3)]
     x = tokens_of(layers[0])
@@ -224,6 +235,12 @@ def test_errors_are_those_of_the_operations(bound):
         layer.heads = 5
         layer.check(x)
     layer.heads = 2
+    layer.check(x)
+    arguments = list(layer.arguments(x))
+    for number in (2, 8):  # bounds, and the count of tokens, that lie elsewhere
+        elsewhere = [*arguments[:number], arguments[number].to("meta"), *arguments[number + 1 :]]
+        with pytest.raises(ValueError, match="tensors lie on cpu and meta"):
+            encoder_layer(*elsewhere)
     layer.weights[10] = layer.weights[10].half()
     with pytest.raises(TypeError, match="a GEMM takes one dtype"):
         layer.check(x)

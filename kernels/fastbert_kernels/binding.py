@@ -20,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Numbers that stand for a stream and for addresses while a call is recorded: no stride and no size is as large.
 _STREAM, _ADDRESS = 0x7E57 << 40, 0x7E58 << 40
-MOST_DESCRIPTORS = 1024  # of one operand, 128 bytes each and what Python adds; beyond, all are built anew
-MOST_BLOCKS = 4096  # that are remembered of all kernels' operands
+MOST_DESCRIPTORS = 256  # of one operand, 128 bytes each and what Python adds; beyond, all are built anew
+MOST_BLOCKS = 1024  # that are remembered of all kernels' operands
 
 
 class Memory:
@@ -97,7 +97,7 @@ class Binding:
         self._binding = self._launch
         if self._wrapped:
             self._binding = self._launch.__closure__[names.index("launcher")].cell_contents
-        # A descriptor may be of real memory only; what the others stand for is found by their numbers.
+        # Where the binding gets an address is found by a number that stands for it.
         stand_ins = [
             _ADDRESS + number if block is None and address is not None else address
             for number, (block, address) in enumerate(zip(operands.values(), addresses, strict=True))
@@ -114,7 +114,7 @@ class Binding:
                 if known is None:
                     if len(_known) >= MOST_BLOCKS:
                         forget_descriptors()
-                    known = _Descriptors(partial(self._descriptor, number, place, stand_ins))
+                    known = _Descriptors(partial(self._descriptor, place, stand_ins))
                     known = _known.setdefault((compiled, number, block), known)
                 self.descriptors.append((place, number, known))
             elif address is not None:
@@ -159,8 +159,10 @@ class Binding:
         arguments = call[-1] if nested else call[stream + 1 :]
         return call[:stream], call[stream + 1 : -1] if nested else None, list(arguments)
 
-    def _descriptor(self, number: int, place: int, addresses: list[int | None], address: int) -> object:
-        _, _, arguments = self._recorded([*addresses[:number], address, *addresses[number + 1 :]])
+    def _descriptor(self, place: int, addresses: list[int | None], address: int) -> object:
+        # The memory of the other descriptors may be gone.
+        blocks = self._operands.values()
+        _, _, arguments = self._recorded([x if y is None else address for x, y in zip(addresses, blocks, strict=True)])
         return arguments[place]
 
     def on(self, stream: int) -> Callable[[list], None]:

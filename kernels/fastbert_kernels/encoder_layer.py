@@ -32,16 +32,17 @@ X, QKV, CONTEXT, ATTENDED, UP, OUT, CU_SEQLENS, NUM_TOKENS, WEIGHTS = range(9)
 ALIGNMENT = 256  # elements, of the parts of a workspace
 MOST_SHAPES, MOST_LAYERS = 1024, 1024  # that are remembered; beyond, all are forgotten
 
-_nbytes_of = attrgetter("nbytes")
+_nbytes_of, _dtype_of = attrgetter("nbytes"), attrgetter("dtype")
 
 
 class Weights(NamedTuple):
     """What a layer's weights are, and the plans of layers with such weights, by what else varies.
 
-    At one address, in the order of their strides and of as many bytes they are as they were.
+    They count as unchanged if their addresses, sizes in bytes, dtypes and strides are the same.
     """
 
     nbytes: list[int]
+    dtypes: list[torch.dtype]
     strides: list[tuple[int, ...]]
     plans: dict[tuple, "LayerPlan | None"]
 
@@ -59,13 +60,14 @@ def _forget_layers() -> None:
 
 def _plans_for(weights: Sequence[Tensor], addresses: tuple[int, ...]) -> dict[tuple, "LayerPlan | None"]:
     """The plans of layers whose weights are what these are now."""
-    nbytes, strides = list(map(_nbytes_of, weights)), list(map(Tensor.stride, weights))
+    nbytes, dtypes = list(map(_nbytes_of, weights)), list(map(_dtype_of, weights))
+    strides = list(map(Tensor.stride, weights))
     found = _weights.get(addresses)
-    if found is None or found.nbytes != nbytes or found.strides != strides:
+    if found is None or found[:3] != (nbytes, dtypes, strides):
         if len(_weights) >= MOST_LAYERS:
             _forget_layers()
         plans = _plans.setdefault(tuple(map(layout_of, weights)), {})
-        found = _weights[addresses] = Weights(nbytes, strides, plans)
+        found = _weights[addresses] = Weights(nbytes, dtypes, strides, plans)
     return found.plans
 
 
@@ -184,9 +186,10 @@ def encoder_layer(
     addresses = tuple(map(Tensor.data_ptr, weights))
     bounds, count = cu_seqlens.data_ptr(), None if num_tokens is None else num_tokens.data_ptr()
     plans = _plans_for(weights, addresses)
+    of_count = None if count is None else (num_tokens.shape, num_tokens.dtype, num_tokens.device, count % 16)
     key = (
         x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, cu_seqlens.shape, cu_seqlens.stride(),
-        cu_seqlens.dtype, bounds % 16, None if count is None else count % 16, max_seqlen, num_heads, scale, activation,
+        cu_seqlens.dtype, cu_seqlens.device, bounds % 16, of_count, max_seqlen, num_heads, scale, activation,
         eps, torch_precision(x),
     )  # fmt: skip
     plan = plans.get(key)

@@ -346,7 +346,7 @@ def forgotten_with_plans(forget: Callable[[], None]) -> Callable[[], None]:
 
 
 def planned(plan_of: Callable) -> Callable:
-    """Remember what plan_of(*layouts and settings) returned for the last 1024 different arguments: 4 MB at most."""
+    """Remember what plan_of(*layouts and settings) returned for the last 1024 arguments: some kilobytes each."""
 
     @functools.lru_cache(1024)
     @functools.wraps(plan_of)
