@@ -907,7 +907,7 @@ MUTANTS = [
     Mutant(
         "graphs-streams-in-no-order",
         "fastbert/capture.py",
-        "            stream.wait_stream(self._last_stream)\n",
+        "            stream.wait_event(self._done)\n",
         "            pass\n",
         "test_graphs.py::test_what_is_asked_of_a_cuda_device",
     ),
@@ -921,8 +921,8 @@ MUTANTS = [
     Mutant(
         "graphs-without-a-lock",
         "fastbert/graphs.py",
-        "        with self._lock:\n",
-        "        if True:\n",
+        "        with self._lock:\n            outputs = self._replayed(",
+        "        if True:\n            outputs = self._replayed(",
         "test_graphs.py::test_threads_get_their_own_outputs",
     ),
     Mutant(
@@ -949,7 +949,7 @@ MUTANTS = [
     Mutant(
         "binding-descriptors-of-the-first-memory",
         "kernels/fastbert_kernels/binding.py",
-        "[*addresses[:number], address, *addresses[number + 1 :]]",
+        "[x if y is None else address for x, y in zip(addresses, blocks, strict=True)]",
         "addresses",
         "test_compilation.py::test_a_direct_launch_is_given_what_triton_gives[float16]",
     ),
@@ -963,7 +963,7 @@ MUTANTS = [
     Mutant(
         "layer-weights-known-by-their-addresses-alone",
         "kernels/fastbert_kernels/encoder_layer.py",
-        " or found.nbytes != nbytes or found.strides != strides",
+        " or found[:3] != (nbytes, dtypes, strides)",
         "",
         "test_encoder_layer.py::test_weights_that_change[transpose]",
     ),
@@ -1052,6 +1052,41 @@ MUTANTS = [
         "test_automatic_graphs.py::test_a_failed_capture_is_forgotten_and_tried_again_after_a_minute",
     ),
     Mutant(
+        "graphs-with-a-patch-of-the-class-in-them",
+        "fastbert/automatic.py",
+        "return original_forward(type(self.model)).__get__(self.model)",
+        "return type(self.model).forward.__get__(self.model)",
+        "test_automatic_graphs.py::test_a_patch_of_our_class_is_around_the_graph_once",
+    ),
+    Mutant(
+        "graphs-that-a-move-leaves",
+        "fastbert/pretrained.py",
+        "            graphs.free_graphs(self)\n",
+        "            pass\n",
+        "test_automatic_graphs.py::test_a_model_that_moves_frees_what_its_graphs_keep",
+    ),
+    Mutant(
+        "graphs-freed-beside-a-call",
+        "fastbert/graphs.py",
+        "        with self._lock:\n            self._free()\n            self._state = None\n",
+        "        self._free()\n        self._state = None\n",
+        "test_automatic_graphs.py::test_graphs_are_turned_off_while_another_thread_calls",
+    ),
+    Mutant(
+        "graphs-of-any-view-of-their-memory",
+        "fastbert/graph_state.py",
+        "list(map(_nbytes, self._tensors)),\n            list(map(Tensor.is_contiguous, self._matrices)),\n",
+        "\n",
+        "test_automatic_graphs.py::test_another_view_of_the_same_memory",
+    ),
+    Mutant(
+        "layers-called-around-a-patch",
+        "fastbert/layers.py",
+        "layer._compiled_call_impl is None and BertLayer.forward is _OWN_LAYER_FORWARD",
+        "layer._compiled_call_impl is None",
+        "test_automatic_graphs.py::test_patches_of_our_parts_are_called",
+    ),
+    Mutant(
         "graphs-by-themselves-stay-where-they-are-off",
         "fastbert/automatic.py",
         "                free_graphs(each)\n",
@@ -1138,8 +1173,8 @@ MUTANTS = [
     Mutant(
         "graphs-heads-patched-for-every-model",
         "fastbert/graph_state.py",
-        "            self._theirs.forward,\n",
-        "",
+        "(self._theirs.forward, self._kind.forward, ",
+        "(self._kind.forward, ",
         "test_automatic_graphs.py::test_a_forward_of_transformers_that_is_patched_for_every_model",
     ),
     Mutant(
@@ -1334,8 +1369,8 @@ MUTANTS = [
     Mutant(
         "layers-a-hooked-encoder-is-given-a-layout",
         "fastbert/layers.py",
-        "return type(encoder) is BertEncoder and not seen",
-        "return type(encoder) is BertEncoder",
+        "return own and not seen and ",
+        "return own and ",
         "test_parts.py::test_hooks_are_shown_transformers_arguments",
     ),
     Mutant(

@@ -116,8 +116,8 @@ def test_a_planted_difference_is_found(milliseconds, threshold, verdict, status,
     if milliseconds != 2:  # in which a few microseconds might tell
         assert line.endswith(verdict)
     assert f"here {name}-dirty, there {name}; " in printed
-    assert "new         runs here" in printed
-    assert "new         absent there: module 'fastbert' has no attribute 'new'" in printed
+    assert "new           runs here" in printed
+    assert "new           absent there: module 'fastbert' has no attribute 'new'" in printed
 
 
 def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
@@ -127,9 +127,9 @@ def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
     assert compare.main(["HEAD~1", "--workload", "busy", "gone"]) == 1
     printed = capsys.readouterr().out
     assert "-dirty" not in printed
-    assert "busy        absent here: module 'fastbert' has no attribute 'busy'" in printed
-    assert "busy        runs there" in printed
-    assert printed.count("gone        absent") == 2
+    assert "busy          absent here: module 'fastbert' has no attribute 'busy'" in printed
+    assert "busy          runs there" in printed
+    assert printed.count("gone          absent") == 2
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, RuntimeError])
