@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 TRITONS ?= 3.6.0 3.9.0
 # How long `make fuzz` goes on.
 SECONDS ?= 60
-KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py sanitizer.py compilation.py report.py)
+KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py encoder_layer.py sanitizer.py compilation.py report.py)
 # What may differ between versions: what kernels compute, compile again for, and compile to.
 VERSION_TESTS := $(addprefix tests/test_,kernels.py compilation.py report.py)
 
