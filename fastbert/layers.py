@@ -256,7 +256,7 @@ class BertEncoder(hf.BertEncoder):
         parts, reason = (None, refused) if refused else fused_parts(layer, asked=True)
         if parts is not None:
             own = layer._compiled_call_impl is None and BertLayer.forward is _OWN_LAYER_FORWARD
-            if torch.is_grad_enabled() or not own:
+            if torch.is_grad_enabled() or is_tracing() or not own:  # a trace is the same with gradients and without
                 return layer(hidden_states, layout, fused=parts)
             return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts)  # nobody sees the call
         ops.fall_back("an encoder layer", reason, hidden_states.device)
