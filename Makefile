@@ -7,7 +7,6 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 TRITONS ?= 3.6.0 3.9.0
 # How long `make fuzz` goes on.
 SECONDS ?= 60
-KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py encoder_layer.py sanitizer.py compilation.py report.py)
 # What may differ between versions: what kernels compute, compile again for, and compile to.
 VERSION_TESTS := $(addprefix tests/test_,kernels.py compilation.py report.py)
 
@@ -21,10 +20,8 @@ VERSION_TESTS := $(addprefix tests/test_,kernels.py compilation.py report.py)
 demo: .venv/installed
 	$(BIN)/python bench/demo.py
 
-# Measuring coverage, of fastbert/, would double the time of the kernels' tests.
 test: .venv/installed
-	$(PYTEST) $(KERNEL_TESTS)
-	$(PYTEST) $(KERNEL_TESTS:%=--ignore=%) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # Other versions lie over .venv. Triton 3.6's interpreter fails with numpy 2.4.
 .venv/triton-%/installed: .venv/installed
