@@ -135,8 +135,7 @@ class cuda_graphs:
     those of progress bars, data loaders and notebooks; they replay on every thread. "on" lets them capture beside other
     threads, too, none of which may meanwhile wait for the whole device, as `torch.cuda.synchronize` does, or draw
     random numbers on it. "off" captures and replays nothing, nor does `fastbert.graphed`; for a model it frees its
-    graphs. Raises ValueError for another name, TypeError for a module
-    without a model of ours.
+    graphs. Raises ValueError for another name, TypeError for a module without a model of ours.
     """
 
     def __init__(self, mode: str, model: nn.Module | None = None):

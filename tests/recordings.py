@@ -1,7 +1,10 @@
 """CUDA graphs on a GPU, or with the capture replaced by a recording that, like a graph, knows addresses only."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
+import pytest
 import torch
 from cases import VOCAB
 from torch import nn
@@ -68,6 +71,25 @@ def recorded(monkeypatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(graphs.CudaGraphs, "capture", counted)
     return buckets
+
+
+def capturing_nothing_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording keeps what it recorded, as a graph does not: on a CPU it now gives its first outputs again."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs.CudaGraphs, "capture", lambda self, run: (lambda: None, run()))
+
+
+def assert_freed_at_once(owned: list[nn.Module]) -> None:
+    """The model in the list, which nobody else may hold, is freed without the garbage collector."""
+    weight = weakref.ref(owned[0].pooler.dense.weight)
+    Recordings.model = None
+    gc.collect()
+    gc.disable()
+    try:
+        owned.clear()
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def texts(batch_size: int, seq_len: int, *, seed: int = 0, on: torch.device = DEVICE) -> dict[str, torch.Tensor]:

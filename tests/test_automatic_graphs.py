@@ -16,7 +16,16 @@ import pytest
 import torch
 import transformers
 from cases import HEADS, pair, tiny_config
-from recordings import DEVICE, LAYERS, Recordings, assert_same, recorded, texts
+from recordings import (
+    DEVICE,
+    LAYERS,
+    Recordings,
+    assert_freed_at_once,
+    assert_same,
+    capturing_nothing_of_the_model,
+    recorded,
+    texts,
+)
 from torch import nn
 
 import fastbert
@@ -445,20 +454,13 @@ def test_copies_have_graphs_of_their_own(captures):
 
 def test_a_model_that_is_dropped_is_freed(captures, monkeypatch):
     model = made()
-    if DEVICE.type == "cpu":  # a recording keeps what it recorded, as a graph does not
-        monkeypatch.setattr(graphs.CudaGraphs, "capture", lambda self, run: (lambda: None, run()))
+    capturing_nothing_of_the_model(monkeypatch)
     for _ in range(2):
         model(**texts(2, 16))
-    weight = weakref.ref(model.pooler.dense.weight)
     assert automatic.graphs_of(model)
-    Recordings.model = None
-    gc.collect()
-    gc.disable()
-    try:
-        del model
-        assert weight() is None
-    finally:
-        gc.enable()
+    owned = [model]
+    del model
+    assert_freed_at_once(owned)
 
 
 def test_replicas_of_data_parallel_are_launched(captures):

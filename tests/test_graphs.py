@@ -1,12 +1,10 @@
 """`fastbert.graphed`: models whose forward replays CUDA graphs."""
 
 import copy
-import gc
 import inspect
 import io
 import logging
 import pickle
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -14,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import HEADS, VOCAB, pair, tiny_config
-from recordings import DEVICE, LAYERS, Recordings, assert_same, recorded, texts
+from recordings import (
+    DEVICE,
+    LAYERS,
+    Recordings,
+    assert_freed_at_once,
+    assert_same,
+    capturing_nothing_of_the_model,
+    recorded,
+    texts,
+)
 from torch import nn
 
 import fastbert
@@ -500,18 +507,11 @@ def test_outputs_too_large_to_be_kept_run_without(captures, caplog, monkeypatch)
 
 def test_a_model_that_is_dropped_is_freed(captures, monkeypatch):
     model, _ = models()
-    if DEVICE.type == "cpu":  # a recording keeps what it recorded, as a graph does not
-        monkeypatch.setattr(graphs.CudaGraphs, "capture", lambda self, run: (lambda: None, run()))
+    capturing_nothing_of_the_model(monkeypatch)
     model(**texts(1, 16))
-    weight = weakref.ref(model.pooler.dense.weight)
-    Recordings.model = None
-    gc.collect()
-    gc.disable()
-    try:
-        del model
-        assert weight() is None
-    finally:
-        gc.enable()
+    owned = [model]
+    del model
+    assert_freed_at_once(owned)
 
 
 def test_training_between_calls_keeps_the_graphs(captures):
