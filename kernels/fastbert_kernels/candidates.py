@@ -19,7 +19,7 @@ ALL_MODELS = MODELS | FURTHER_MODELS
 # Which launcher reads an operation's configurations, where it is not called the same.
 LAUNCHERS = {"linear_residual": "linear_residual_layer_norm"}
 # Sizes up to which one choice serves: tokens, but for two operations the width of a row or of a head.
-TOKEN_CLASSES = (128, 1024, None)
+TOKEN_CLASSES = (16, 128, 512, 1024, 4096, None)
 CLASSES = {"linear_residual_layer_norm": (384,), "attention": (32, 64, configuration.LARGEST_HEAD)}
 
 
@@ -67,25 +67,36 @@ def replaced(table: dict, operation: str, width: str, config: dict | None) -> di
 def grid(operation: str, chip: Chip, itemsize: int) -> list[dict]:
     """Configurations worth compiling for operands of so many bytes, one program a multiprocessor.
 
-    Tiles of 16 to 128 accumulators a thread, 64 to 256 bytes of K, as many stages as shared memory holds; how tiles
-    come in (TMA or not) follows from the chip.
+    Tiles of 8 to 128 accumulators a thread, 64 to 512 bytes of K, as many stages as shared memory holds; how tiles
+    come in (TMA or not) follows from the chip. Only of large tiles the epilogue takes long enough to try all kinds.
     """
     instruction = chip.matrix_instruction if itemsize == 2 else chip.matrix_instruction_fp32
     # wgmma and tcgen05 take 64 rows; with fewer, another instruction would sum in another order.
     rows = (64, 128) if instruction in ("HGMMA", "tcgen05") else (16, 32, 64, 128)
-    stages = (2, 3, 4, 5) if chip.target.backend == "cuda" else (1, 2, 3)
+    stages = (2, 3, 4, 5, 6) if chip.target.backend == "cuda" else (1, 2, 3)
     if operation == "attention":
         keys = configuration.ATTENTION_KEYS
         return [dict(zip(keys, values, strict=True)) for values in product(rows, (32, 64, 128), (4, 8), (1, *stages))]
     tiles = 3 if operation == "linear_residual_layer_norm" else 1  # side by side
     found = []
-    for values in product(rows, (128,) if tiles > 1 else (32, 64, 128, 256), (32, 64, 128), (4, 8), stages):
+    for values in product(rows, (128,) if tiles > 1 else (16, 32, 64, 128, 256), (32, 64, 128, 256), (4, 8), stages):
         block_t, block_n, block_k, num_warps, num_stages = values
         accumulators = tiles * block_t * block_n // (32 * num_warps)
         shared_bytes = num_stages * (block_t + tiles * block_n) * block_k * itemsize
-        if 16 <= accumulators <= 128 and 64 <= block_k * itemsize <= 256 and shared_bytes <= chip.program_shared_bytes:
-            found.append(dict(zip(configuration.GEMM_KEYS, (*values, 1, _has_tma(chip)), strict=True)))
+        if 8 <= accumulators <= 128 and 64 <= block_k * itemsize <= 512 and shared_bytes <= chip.program_shared_bytes:
+            config = dict(zip(configuration.MAIN_LOOP_KEYS, (*values, 1, _has_tma(chip)), strict=True))
+            found += [config] if tiles > 1 else [config | epilogue for epilogue in _epilogues(config)]
     return found
+
+
+def _epilogues(config: dict) -> list[dict]:
+    """The kinds of epilogue worth compiling for a tile; where tiles come in by TMA they may go out by it."""
+    keys = [key for key in configuration.GEMM_KEYS if key not in config]
+    plain = dict.fromkeys(keys, False)
+    if config["BLOCK_T"] * config["BLOCK_N"] < 128 * 128:
+        return [plain]
+    by = (False, True) if config["descriptors"] else (False,)
+    return [dict(zip(keys, values, strict=True)) for values in product((False, True), (False, True), by)]
 
 
 def _has_tma(chip: Chip) -> bool:

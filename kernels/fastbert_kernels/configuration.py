@@ -2,7 +2,11 @@
 
 A file says in "source" where its choices come from and has, for each operation and operand width in bits ("16", "32"),
 entries {"up_to": size, "config": {...}}: the first whose `up_to` reaches the size serves, null has no end. The tuner
-adds the device, the versions and each entry's "measured_us".
+adds the device, the versions and each entry's "measured_us"; an entry may have a "source" of its own.
+
+Of a GEMM, "descriptors" says whether tiles come in through TMA descriptors, "flatten" whether the loops over tiles and
+over K are one, so that a tile's first loads run under the epilogue before it, "halves" whether the epilogue takes one
+half of a tile's columns after the other, and "store_descriptor" whether it stores through a TMA descriptor.
 """
 
 import json
@@ -12,20 +16,21 @@ import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "configs"
-GEMM_KEYS = ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "programs", "descriptors")
+MAIN_LOOP_KEYS = ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "programs", "descriptors")
+GEMM_KEYS = (*MAIN_LOOP_KEYS, "flatten", "halves", "store_descriptor")
 ATTENTION_KEYS = ("BLOCK_Q", "BLOCK_KEYS", "num_warps", "num_stages")
 KEYS = {
     "qkv_projection": GEMM_KEYS,
     "linear_activation": GEMM_KEYS,
     "linear_residual": GEMM_KEYS,
-    "linear_residual_layer_norm": GEMM_KEYS,
+    "linear_residual_layer_norm": MAIN_LOOP_KEYS,
     "attention": ATTENTION_KEYS,
     "attention_short": ATTENTION_KEYS,
 }
 WIDTHS = ("16", "32")
 LARGEST_HEAD = 128
-# What a file may say beside "source": where and with what it was measured.
-PROVENANCE = ("device", "architecture", "commit", "torch", "triton", "date")
+# What a file may say beside "source": where and with what it was measured, and whether its bits were.
+PROVENANCE = ("device", "architecture", "commit", "torch", "triton", "date", "bits")
 
 
 def path_of(name: str) -> Path:
@@ -59,10 +64,11 @@ def operations(document: dict) -> dict:
 def check(document: dict, path: Path) -> dict:
     """The document itself, if every launch can use it: ValueError with path, operation and field otherwise.
 
-    Of batch invariance it checks what a file alone can tell: operations chosen by tokens have one BLOCK_K, and BLOCK_T
-    is below 64 in all of their entries or in none (wgmma and tcgen05 take 64 rows, so smaller blocks take another
-    matrix instruction; a file may serve any architecture); short sequences as `keeps_bits` says. What the compiler
-    makes of the configurations is for tests and the tuner to compare.
+    Of batch invariance it checks what a file alone can tell: operations chosen by tokens have one BLOCK_K, but for 16
+    bits in a device's file that says "bits": "measured", where equal bits of all entries were seen on that device; and
+    BLOCK_T is below 64 in all of their entries or in none (wgmma and tcgen05 take 64 rows, so smaller blocks take
+    another matrix instruction; a file may serve any architecture); short sequences as `keeps_bits` says. What the
+    compiler makes of the configurations is for tests and the tuner to compare.
     """
 
     def refuse(place: str, problem: str) -> None:
@@ -79,6 +85,10 @@ def check(document: dict, path: Path) -> dict:
                 refuse(place, f"{key!r} is unknown; known are {', '.join((*needed, *allowed))}")
 
     check_keys("", document, ("source", *KEYS), PROVENANCE)
+    if "bits" in document and document["bits"] != "measured":
+        refuse("", f"bits is {document['bits']!r}, expected 'measured' or nothing")
+    if "bits" in document and "device" not in document:
+        refuse("", "bits are measured on a device, and 'device' is missing")
     for operation, keys in KEYS.items():
         check_keys(f"{operation}: ", document[operation], WIDTHS)
         for width, entries in document[operation].items():
@@ -87,14 +97,15 @@ def check(document: dict, path: Path) -> dict:
                 refuse(place, f"expected a list of entries, not {entries!r}")
             for number, entry in enumerate(entries):
                 at = f"{operation}, {width} bits, entry {number}: "
-                check_keys(at, entry, ("up_to", "config"), ("measured_us",))
+                check_keys(at, entry, ("up_to", "config"), ("measured_us", "source"))
                 if entry["up_to"] is not None and not _is_count(entry["up_to"]):
                     refuse(at, f"up_to is {entry['up_to']!r}, expected a positive integer or null")
                 check_keys(at, entry["config"], keys)
                 for key, value in entry["config"].items():
                     if problem := _problem(key, value):
                         refuse(at, f"{key} is {value!r}, expected {problem}")
-            if problem := _problem_of_entries(operation, entries):
+            one_order = width == "32" or "bits" not in document
+            if problem := _problem_of_entries(operation, entries, one_order):
                 refuse(place, problem)
     for width in WIDTHS:
         if not keeps_bits(document["attention"][width], document["attention_short"][width]):
@@ -139,7 +150,7 @@ def _is_count(value: object) -> bool:
 
 def _problem(key: str, value: object) -> str | None:
     """What a value should be instead."""
-    if key == "descriptors":
+    if key in ("descriptors", "flatten", "halves", "store_descriptor"):
         return None if isinstance(value, bool) else "true or false"
     if not _is_count(value):
         return "a positive integer"
@@ -149,7 +160,8 @@ def _problem(key: str, value: object) -> str | None:
     return "a power of two up to 32" if key == "num_warps" and not (power_of_two and value <= 32) else None
 
 
-def _problem_of_entries(operation: str, entries: list[dict]) -> str | None:
+def _problem_of_entries(operation: str, entries: list[dict], one_order: bool) -> str | None:
+    """What is wrong with entries together; one_order: they have to sum over K in the same blocks."""
     limits = [reach(entry["up_to"]) for entry in entries]
     if limits != sorted(set(limits)):
         return f"up_to has to grow from entry to entry, not {[entry['up_to'] for entry in entries]}"
@@ -160,7 +172,7 @@ def _problem_of_entries(operation: str, entries: list[dict]) -> str | None:
             return f"no head size is above {LARGEST_HEAD}: the last up_to is {entries[-1]['up_to']}"
         return None
     blocks = sorted({entry["config"]["BLOCK_K"] for entry in entries})
-    if len(blocks) > 1:
+    if one_order and len(blocks) > 1:
         return f"entries differ in BLOCK_K, {blocks}: a row's bits would depend on its batch"
     if operation == "linear_residual_layer_norm":
         for entry, limit in zip(entries, limits, strict=True):

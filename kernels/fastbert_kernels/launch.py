@@ -221,6 +221,19 @@ def gemm_options(config: dict, block_n: int, unit: int, products: str, descripto
     }
 
 
+def stored_block(config: dict, descriptors: bool, dtype: torch.dtype, width: int) -> list[int] | None:
+    """The block of a contiguous output [T, width] that an epilogue stores through a descriptor: where configured, where
+    the device has descriptors at all and where TMA can address the rows. None: through pointers."""
+    if not (config["store_descriptor"] and descriptors) or width * dtype.itemsize % 16:
+        return None
+    return [config["BLOCK_T"], config["BLOCK_N"] // (2 if config["halves"] else 1)]
+
+
+def epilogue_options(config: dict, block_out: list[int] | None) -> dict:
+    """What the kernels of `finish_tile` take beside `gemm_options`."""
+    return {"FLATTEN": config["flatten"], "HALVES": config["halves"], "STORE_DESCRIPTOR": block_out is not None}
+
+
 def row_stride(x: Layout) -> int:
     """Elements from one row to the next. A single row has none: whatever its stride says, the next would follow it."""
     return x.strides[0] if x.shape[0] > 1 else x.shape[-1]

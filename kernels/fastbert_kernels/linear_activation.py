@@ -18,6 +18,7 @@ from fastbert_kernels.launch import (
     check_shape,
     choose,
     common_unit,
+    epilogue_options,
     gemm_blocks,
     gemm_options,
     layout_of,
@@ -26,6 +27,7 @@ from fastbert_kernels.launch import (
     precision,
     row_stride,
     shape_of,
+    stored_block,
     through_descriptors,
     torch_precision,
     unit_strides,
@@ -36,22 +38,51 @@ from fastbert_kernels.matmul import matmul_tiles
 
 
 @triton.jit
-def _store_tile(
-    tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out,
-    ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
+def _finish_part(
+    part, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first, stride_out,
+    ACTIVATION: tl.constexpr, EXACT: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """activation(tile + bias + residual) to out[row :, col :], in float32 up to the store."""
-    offs_t = (row + tl.arange(0, tile.shape[0])).to(tl.int64)[:, None]
-    offs_n = col + tl.arange(0, tile.shape[1])
+    offs_t = (row + tl.arange(0, part.shape[0])).to(tl.int64)[:, None]
+    offs_n = col + tl.arange(0, part.shape[1])
     mask_n = offs_n < num_outputs
     mask = (offs_t < count) & mask_n[None, :]
-    tile += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    part += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         places = offs_t * stride_residual + offs_n[None, :]
-        tile += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    tile = activate(tile, ACTIVATION, EXACT)
-    places = offs_t * stride_out + offs_n[None, :]
-    tl.store(out_ptr + places, tile.to(out_ptr.dtype.element_ty), mask=mask)
+        part += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    result = activate(part, ACTIVATION, EXACT)
+    if STORE_DESCRIPTOR:
+        # All rows of the buffer, also past the count: a loop that is flattened takes no condition.
+        out.store([row, first + col], result.to(out.dtype))
+    else:
+        places = offs_t * stride_out + (first + offs_n)[None, :]
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_tile(
+    tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first, stride_out,
+    ACTIVATION: tl.constexpr, EXACT: tl.constexpr, HALVES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """activation(tile + bias + residual) to out[row :, first + col :], in float32 up to the store.
+
+    One half of the columns after the other where HALVES: with the residual of a whole tile of 128 columns beside the
+    accumulator, registers would leave room for one program on a multiprocessor instead of two.
+    """
+    BLOCK_T: tl.constexpr = tile.shape[0]
+    BLOCK_N: tl.constexpr = tile.shape[1]
+    if HALVES:
+        halves = tl.split(tl.permute(tl.reshape(tile, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            _finish_part(
+                halves[half], row, col + half * (BLOCK_N // 2), count, num_outputs, bias_ptr, residual_ptr,
+                stride_residual, out, first, stride_out, ACTIVATION, EXACT, STORE_DESCRIPTOR,
+            )  # fmt: skip
+    else:
+        _finish_part(
+            tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first,
+            stride_out, ACTIVATION, EXACT, STORE_DESCRIPTOR,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -63,7 +94,7 @@ def _linear_kernel(
     weight,  # [N, K], pointer or descriptor
     bias_ptr,  # [N]
     residual_ptr,  # [T, N] or None
-    out_ptr,  # [T, N]
+    out,  # [T, N], pointer or descriptor
     num_tokens_ptr,  # int32 [1] or None
     stride_x,  # in UNITs, like every stride and width
     stride_weight,
@@ -80,33 +111,27 @@ def _linear_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    HALVES: tl.constexpr,
+    STORE_DESCRIPTOR: tl.constexpr,
 ):
     num_outputs *= UNIT
     num_inputs *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(num_outputs, BLOCK_N)
+    tiles = tl.cdiv(count, BLOCK_T) * tiles_n
     # What an epilogue needs, hoisted out of this loop, would take registers from the main loop.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_T) * tiles_n, tl.num_programs(0), disable_licm=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
         row = tile // tiles_n * BLOCK_T
         col = tile % tiles_n * BLOCK_N
         result, _, _ = matmul_tiles(
             x, weight, row, col, count, num_outputs, num_inputs, stride_x * UNIT, stride_weight * UNIT,
             BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
-        if residual_ptr is None or BLOCK_N < 128:
-            _store_tile(
-                result, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual * UNIT, out_ptr,
-                stride_out * UNIT, ACTIVATION, EXACT,
-            )  # fmt: skip
-        else:
-            # One half of the columns after the other: with the residual of a whole tile beside the accumulator,
-            # registers would leave room for one program on a multiprocessor instead of two.
-            halves = tl.split(tl.permute(tl.reshape(result, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
-            for half in tl.static_range(2):
-                _store_tile(
-                    halves[half], row, col + half * (BLOCK_N // 2), count, num_outputs, bias_ptr, residual_ptr,
-                    stride_residual * UNIT, out_ptr, stride_out * UNIT, ACTIVATION, EXACT,
-                )  # fmt: skip
+        finish_tile(
+            result, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual * UNIT, out, 0,
+            stride_out * UNIT, ACTIVATION, EXACT, HALVES, STORE_DESCRIPTOR,
+        )  # fmt: skip
 
 
 @planned
@@ -123,6 +148,8 @@ def plan_linear(
     config = choose(operation, x, size)
     descriptors = through_descriptors(config, x, weight)
     block_x, block_weight = gemm_blocks(config, config["BLOCK_N"], descriptors)
+    out_dtype = (x if residual is None else residual).dtype
+    block_out = stored_block(config, descriptors, out_dtype, num_outputs)
     tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(num_outputs, config["BLOCK_N"])
     stride_residual = 0 if residual is None else row_stride(residual)
     stride_x, stride_weight = row_stride(x), row_stride(weight)
@@ -132,7 +159,7 @@ def plan_linear(
         (min(tiles, num_processors(x.device) * config["programs"]),),
         x.device,
         {"x": block_x, "weight": block_weight}
-        | dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr", "num_tokens_ptr")),
+        | {"bias_ptr": None, "residual_ptr": None, "out": block_out, "num_tokens_ptr": None},
         {
             "stride_x": stride_x // unit,
             "stride_weight": stride_weight // unit,
@@ -142,8 +169,9 @@ def plan_linear(
             "num_outputs": num_outputs // unit,
             "num_inputs": num_inputs // unit,
             "ACTIVATION": activation,
-            "EXACT": (x if residual is None else residual).dtype == torch.float32,
+            "EXACT": out_dtype == torch.float32,
             **gemm_options(config, config["BLOCK_N"], unit, precision(x, wanted), descriptors),
+            **epilogue_options(config, block_out),
         },
     )
 

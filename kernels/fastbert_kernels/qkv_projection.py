@@ -15,6 +15,7 @@ from fastbert_kernels.launch import (
     check_shape,
     choose,
     common_unit,
+    epilogue_options,
     gemm_blocks,
     gemm_options,
     layout_of,
@@ -23,12 +24,14 @@ from fastbert_kernels.launch import (
     precision,
     row_stride,
     shape_of,
+    stored_block,
     through_descriptors,
     torch_precision,
     unit_strides,
     with_unit_stride,
 )
 from fastbert_kernels.layer_norm import live_tokens
+from fastbert_kernels.linear_activation import finish_tile
 from fastbert_kernels.matmul import matmul_tiles
 
 
@@ -43,7 +46,7 @@ def _qkv_projection_kernel(
     q_bias_ptr,  # [E]
     k_bias_ptr,  # [E]
     v_bias_ptr,  # [E]
-    out_ptr,  # [T, 3, E]
+    out,  # [T, 3 E], pointer or descriptor
     num_tokens_ptr,  # int32 [1] or None
     stride_x,  # in UNITs, like every stride and width
     stride_weight,
@@ -56,6 +59,9 @@ def _qkv_projection_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    HALVES: tl.constexpr,
+    STORE_DESCRIPTOR: tl.constexpr,
 ):
     width *= UNIT
     num_inputs *= UNIT
@@ -63,7 +69,7 @@ def _qkv_projection_kernel(
     tiles_n = tl.cdiv(width, BLOCK_N)
     # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
     tiles = tl.cdiv(count, BLOCK_T) * tiles_n * 3
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
         row = tile // (tiles_n * 3) * BLOCK_T
         part = tile // tiles_n % 3
         col = tile % tiles_n * BLOCK_N
@@ -82,12 +88,10 @@ def _qkv_projection_kernel(
             x, weight, row, col, count, width, num_inputs, stride_x * UNIT, stride_weight * UNIT,
             BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
-        offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        offs_n = col + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < width
-        result += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        out_ptrs = out_ptr + (offs_t * 3 + part) * width + offs_n[None, :]
-        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=(offs_t < count) & mask_n[None, :])
+        finish_tile(
+            result, row, col, count, width, bias_ptr, None, 0, out, part * width, 3 * width,
+            "none", True, HALVES, STORE_DESCRIPTOR,
+        )  # fmt: skip
 
 
 @planned
@@ -109,6 +113,9 @@ def plan_qkv_projection(
     config = choose("qkv_projection", x, size)
     descriptors = through_descriptors(config, x, q_weight, k_weight, v_weight)
     block_x, block_weight = gemm_blocks(config, config["BLOCK_N"], descriptors)
+    # Of a tile over the end of one part, a descriptor would write the next one's first columns.
+    fits = width % config["BLOCK_N"] == 0
+    block_out = stored_block(config, descriptors, x.dtype, width) if fits else None
     tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
     unit = common_unit(x, stride_x, stride_weight, width, num_inputs)
     return Plan(
@@ -116,7 +123,7 @@ def plan_qkv_projection(
         (min(tiles, num_processors(x.device) * config["programs"]),),
         x.device,
         {"x": block_x, "q_weight": block_weight, "q_bias_ptr": None, "k_weight": block_weight, "k_bias_ptr": None}
-        | {"v_weight": block_weight, "v_bias_ptr": None, "out_ptr": None, "num_tokens_ptr": None},
+        | {"v_weight": block_weight, "v_bias_ptr": None, "out": block_out, "num_tokens_ptr": None},
         {
             "stride_x": stride_x // unit,
             "stride_weight": stride_weight // unit,
@@ -124,6 +131,7 @@ def plan_qkv_projection(
             "width": width // unit,
             "num_inputs": num_inputs // unit,
             **gemm_options(config, config["BLOCK_N"], unit, precision(x, wanted), descriptors),
+            **epilogue_options(config, block_out),
         },
     )
 
@@ -147,6 +155,6 @@ def qkv_projection(
         parts = (tensor.contiguous() for tensor in tensors[1:])
         return qkv_projection(with_unit_stride(x), *parts, num_heads, num_tokens)
     width = q_weight.shape[0]
-    out = x.new_empty(x.shape[0], 3, num_heads, width // num_heads)
+    out = x.new_empty(x.shape[0], 3 * width)
     plan.launch(*tensors, out, num_tokens)
-    return out
+    return out.view(x.shape[0], 3, num_heads, width // num_heads)

@@ -45,7 +45,7 @@ OPS = (
     "unpack",
     "pool",
 )
-SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128), (32, 512), (256, 128))  # batch size, padded length
+SHAPES = ((1, 16), (1, 128), (4, 128), (8, 128), (32, 128), (32, 512), (256, 128))  # batch size, padded length
 # What those models do not reach: rows that TMA cannot address, other head sizes, the widest rows.
 FURTHER_MODELS = {
     "E300": Model(12, 300, 12, 1200),
