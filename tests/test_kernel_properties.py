@@ -3,6 +3,7 @@ what is refused."""
 
 import mmap
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -33,11 +34,15 @@ from torch import Tensor
 
 import fastbert_kernels
 from fastbert_kernels import configuration, packing_plan, take_bad_ids, unpack
+from fastbert_kernels.launch import configured_by
 from fastbert_kernels.layer_norm import layer_norm
 
 pytestmark = MARKS
 
 PROJECTIONS = ("linear_activation", "qkv_projection", "linear_residual_layer_norm", "linear_residual_layer_norm wide")
+TWO_LAUNCHES = [("linear_residual_layer_norm", "linear_residual")]
+# Where TMA does not exist, tiles come and go by pointers.
+DESCRIPTORS = DEVICE.type == "cpu" or torch.cuda.get_device_capability(DEVICE) >= (9, 0)
 LENGTHS = (5, 64, 0, 1, 70, 3)
 
 
@@ -99,6 +104,38 @@ def test_rows_past_the_count_are_neither_read_nor_written(op, num_tokens):
         arguments[name][num_tokens:] = 0
     out = launcher(**arguments, num_tokens=count(num_tokens))
     assert out[num_tokens:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 48])
+@pytest.mark.parametrize(("op", "operation"), [*zip(PROJECTIONS[:2], PROJECTIONS[:2], strict=True), *TWO_LAUNCHES])
+def test_epilogues_change_no_bit(op, operation, width, dtype):
+    """Flattened, in halves, through a descriptor: for every row that counts, whatever lies in the others. Rows of tiles
+    that none of them touches stay as they were, and so does the next part where a tile crosses the end of one."""
+    config = {
+        "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "programs": 1,
+        "descriptors": DESCRIPTORS,
+    }  # fmt: skip
+    launcher, arguments = example(op, dtype)
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and name != "x":
+            arguments[name] = normal(70 if name == "residual" else width, *x.shape[1:], dtype=dtype)
+    if "residual" in arguments:
+        arguments["residual"] = normal(70, width, dtype=dtype)
+    arguments |= {"num_heads": 4} if "num_heads" in arguments else {}
+    arguments["x"][37:] = float("nan")
+    kept = []
+    for epilogue in product((False, True), repeat=3):
+        entry = config | dict(zip(("flatten", "halves", "store_descriptor"), epilogue, strict=True))
+        entries = {bits: [{"up_to": None, "config": entry}] for bits in ("16", "32")}
+        nothing = {"linear_residual_layer_norm": {"16": [], "32": []}}
+        with configured_by(TABLES["sm_90"] | nothing | {operation: entries}):
+            out = launcher(**arguments, num_tokens=count(37))
+        assert out[48:].isnan().all()
+        kept.append(out[:37])
+    assert kept[0].isfinite().all()
+    for out in kept[1:]:
+        assert torch.equal(out, kept[0])
 
 
 @pytest.mark.parametrize("num_tokens", [0, 13, 64])

@@ -3,9 +3,11 @@
 A program takes BLOCK_Q queries of one head of one sequence and goes once over the sequence's keys with the online
 softmax (Milakov and Gimelshein 2018; Dao et al. 2022), so no S x S matrix exists. Scores, their maximum, their sum and
 the output accumulate in float32; probabilities are rounded to the dtype before they meet V. exp2 replaces exp, with
-log2(e) folded into the scale. Sequences of any length, heads of up to 128. A sequence without tokens has no row, and
-its programs end at once.
+log2(e) folded into the scale, which is applied as the maximum is subtracted, in one instruction. Sequences of any
+length, heads of up to 128. A sequence without tokens has no row, and its programs end at once.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -40,6 +42,7 @@ def _attention_fwd_kernel(
     stride_qkv_token,
     stride_qkv_part,
     stride_qkv_head,
+    num_heads,
     query_blocks,
     num_tokens,
     head_size,
@@ -49,13 +52,15 @@ def _attention_fwd_kernel(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // query_blocks
-    head = tl.program_id(1)
+    # Heads of the same tokens side by side: of 32 elements, two share a cache line.
+    head = tl.program_id(0) % num_heads
+    block = tl.program_id(0) // num_heads
+    sequence = block // query_blocks
     # Bounds come from outside: whatever they are, nothing is read or written past the buffer.
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
     end = tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0)
     length = tl.minimum(end, num_tokens) - start
-    first = tl.program_id(0) % query_blocks * BLOCK_Q
+    first = block % query_blocks * BLOCK_Q
     if first < length:
         offs_q = first + tl.arange(0, BLOCK_Q)
         offs_d = tl.arange(0, BLOCK_D)
@@ -76,16 +81,17 @@ def _attention_fwd_kernel(
             mask = live[:, None] & mask_d
             k = tl.load(k_ptr + places, mask=mask, other=0.0)
             scores = dot(q, k.T, tl.zeros((BLOCK_Q, BLOCK_KEYS), tl.float32), PRECISION)
-            scores = tl.where(live[None, :], scores * scale_log2, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_max[:, None])
+            if key + BLOCK_KEYS > length:  # a branch of its own: most blocks are full
+                scores = tl.where(live[None, :], scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
+            weights = tl.exp2(scores * scale_log2 - new_max[:, None])
             shrink = tl.exp2(row_max - new_max)
             row_sum = row_sum * shrink + tl.sum(weights, axis=1)
             v = tl.load(v_ptr + places, mask=mask, other=0.0)
             context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION)
             row_max = new_max
-        context = context / row_sum[:, None]
-        out_places = ((start + offs_q).to(tl.int64)[:, None] * tl.num_programs(1) + head) * head_size + offs_d[None, :]
+        context *= (1.0 / row_sum)[:, None]
+        out_places = ((start + offs_q).to(tl.int64)[:, None] * num_heads + head) * head_size + offs_d[None, :]
         tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
@@ -96,6 +102,8 @@ def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: floa
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
     if not 0 < head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"attention: a scale of {scale} is not served, only positive finite ones")
     if not unit_strides(qkv, cu_seqlens):
         return None
     config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
@@ -103,13 +111,14 @@ def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: floa
     query_blocks = triton.cdiv(max_seqlen, config["BLOCK_Q"]) if num_tokens else 0
     return Plan(
         _attention_fwd_kernel,
-        ((cu_seqlens.shape[0] - 1) * query_blocks, num_heads),
+        ((cu_seqlens.shape[0] - 1) * query_blocks * num_heads,),
         qkv.device,
         dict.fromkeys(("qkv_ptr", "cu_seqlens_ptr", "out_ptr")),
         {
             "stride_qkv_token": qkv.strides[0],
             "stride_qkv_part": qkv.strides[1],
             "stride_qkv_head": qkv.strides[2],
+            "num_heads": num_heads,
             "query_blocks": query_blocks,
             "num_tokens": num_tokens,
             "head_size": head_size,
@@ -128,7 +137,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     """qkv [T, 3, H, D], cu_seqlens int32 [N + 1] on the device -> context [T, H D].
 
     max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
-    Raises ValueError for a head size above 128, TypeError for dtypes.
+    Raises ValueError for a head size above 128 or a scale that is not positive and finite, TypeError for dtypes.
     """
     plan = plan_attention(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
     if plan is None:

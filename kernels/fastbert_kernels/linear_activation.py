@@ -199,7 +199,8 @@ def linear_activation(
     """activation(x W^T + b): x [T, K], weight [N, K], bias [N] -> [T, N].
 
     activation: "gelu" (exact), "gelu_tanh", "relu", "tanh" or "none". num_tokens int32 [1], on the device: rows from it
-    on are neither read nor written. Raises ValueError or TypeError for another activation, shape, dtype or device.
+    on change no other row, and hold anything in the output. Raises ValueError or TypeError for another activation,
+    shape, dtype or device.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear_activation: activation {activation!r} is unknown; choose one of {ACTIVATIONS}")

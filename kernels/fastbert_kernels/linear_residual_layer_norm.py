@@ -207,8 +207,8 @@ def linear_residual_layer_norm(
 ) -> Tensor:  # fmt: skip
     """LayerNorm(x W^T + b + residual): x [T, K], weight [E, K], bias [E], residual [T, E] -> [T, E].
 
-    norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on are neither read nor written.
-    Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
+    norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on change no other row, and hold
+    anything in the output. Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
     """
     plan = plan_linear_residual_layer_norm(
         layout_of(x), layout_of(weight), layout_of(bias), layout_of(residual), layout_of(norm_weight),

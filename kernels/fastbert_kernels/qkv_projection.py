@@ -142,8 +142,8 @@ def qkv_projection(
 ) -> Tensor:  # fmt: skip
     """x [T, K], three weights [E, K] and biases [E] -> queries, keys and values [T, 3, H, D].
 
-    num_tokens int32 [1], on the device: rows from it on are neither read nor written. Raises ValueError or TypeError
-    for tensors whose shapes, dtypes or devices do not fit.
+    num_tokens int32 [1], on the device: rows from it on change no other row, and hold anything in the output. Raises
+    ValueError or TypeError for tensors whose shapes, dtypes or devices do not fit.
     """
     plan = plan_qkv_projection(
         layout_of(x), layout_of(q_weight), layout_of(q_bias), layout_of(k_weight), layout_of(k_bias),
