@@ -16,7 +16,7 @@ import torch
 import triton
 from cases import DTYPES, HEADS, MASKS, VOCAB, at_kept_tokens, batch, inputs_for, pair
 from closeness import check_close
-from kernel_cases import DEVICE, FORMULAS, OPS, bounds, example
+from kernel_cases import DEVICE, FORMULAS, OPS, bounds, example, normal
 from torch import Tensor
 
 import fastbert
@@ -24,6 +24,8 @@ import fastbert_kernels
 from fastbert import ops
 from fastbert.commands.closeness import OP_FACTOR
 from fastbert.commands.texts import docstrings
+from fastbert_kernels import launch
+from fastbert_kernels.linear_activation import linear
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +36,13 @@ SIZES = {
     }
     for name, hidden_size, heads in (("minilm", 384, 12), ("base", 768, 12), ("large", 1024, 16))
 }  # fmt: skip
+LARGE = 20_011  # tokens, beyond all classes
+# Inputs and outputs of an operation's linears, by the width of the model.
+PLACES = {
+    "qkv_projection": lambda width: [(width, width)],
+    "linear_activation": lambda width: [(width, 4 * width)],
+    "linear_residual": lambda width: [(width, width), (4 * width, width)],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +160,34 @@ def test_a_text_has_the_same_bits_in_every_batch(size, dtype):
         for (numbers, *layout), mask_on in product(batches, (DEVICE, "cpu")):
             outputs = encoded(ours, [texts[number] for number in numbers], *layout, mask_on)
             assert all(torch.equal(out, alone[number]) for number, out in zip(numbers, outputs, strict=True)), layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("operation", ["qkv_projection", "linear_activation", "linear_residual"])
+def test_a_text_has_the_same_bits_in_every_class_of_sizes(operation, size, dtype):
+    """Each entry of this device's file serves the same 16 rows: at the start, at an odd place and at the end of a batch
+    of its largest size, of one token more than the class before has, and of sizes beyond all classes."""
+    width = "32" if dtype == torch.float32 else "16"
+    limits = [entry["up_to"] for entry in launch.configurations(launch.configuration_name(DEVICE))[operation][width]]
+    counts = sorted({16, *(count for limit in limits[:-1] for count in (limit, limit + 1)), LARGE})
+    for inputs, outputs in PLACES[operation](SIZES[size]["hidden_size"]):
+        part, bias = normal(outputs, inputs, dtype=dtype) * inputs**-0.5, normal(outputs, dtype=dtype)
+        rows, batch = normal(16, inputs, dtype=dtype), normal(LARGE, inputs, dtype=dtype)
+        residual = normal(16, outputs, dtype=dtype)
+        alone = None
+        for count in counts:
+            for first in {0, min(333, count - 16), count - 16}:
+                x, rest = batch[:count].clone(), torch.zeros(count, outputs, dtype=dtype, device=DEVICE)
+                x[first : first + 16], rest[first : first + 16] = rows, residual
+                if operation == "qkv_projection":
+                    out = fastbert_kernels.qkv_projection(x, *[part, bias] * 3, 12)
+                elif operation == "linear_activation":
+                    out = fastbert_kernels.linear_activation(x, part, bias, "gelu")
+                else:
+                    out = linear("linear_residual", x, part, bias, rest, "none", None)
+                alone = out[:16] if alone is None else alone
+                assert torch.equal(out[first : first + 16], alone), (inputs, outputs, count, first)
 
 
 @pytest.mark.parametrize("mask_on", ["cpu", DEVICE], ids=["host", "device"])

@@ -34,6 +34,15 @@ KEYS = (
     "tma", "code_bytes", "compile_s", "programs", "occupancy", "reasons", "shapes",
 )  # fmt: skip
 
+# Of the architecture, and of a device of it.
+OF_SM_90 = (TABLES["sm_90"], TABLES["nvidia-h200"])
+
+
+def compiled_keys(entry: dict) -> dict:
+    """What a row of the report has of an entry's configuration: all that decides the code where TMA serves."""
+    config = {key: value for key, value in entry["config"].items() if key not in ("programs", "descriptors")}
+    return {key.upper() if isinstance(value, bool) else key: value for key, value in config.items()}
+
 
 def report(*options: str, packages: Path | None = None, interpret: bool = False) -> subprocess.CompletedProcess:
     """Run the command as a user does, without the interpreter; packages: a folder to import it from instead."""
@@ -73,12 +82,10 @@ def test_every_kernel_and_every_shipped_configuration_is_there(sm_90):
     }
     assert {row["kernel"] for row in sm_90} == functions
     of_op = {"linear_residual": "linear_residual_layer_norm", "attention_short": "attention"}
-    for operation, widths in TABLES["sm_90"].items():
-        for width, dtypes in (("16", ("fp16", "bf16")), ("32", ("fp32",))):
-            for dtype, entry in product(dtypes, widths[width]):
-                config = {
-                    key: entry["config"][key] for key in entry["config"] if key not in ("programs", "descriptors")
-                }
+    for operation, (width, dtypes) in product(TABLES["sm_90"], (("16", ("fp16", "bf16")), ("32", ("fp32",)))):
+        for table, dtype in product(OF_SM_90, dtypes):
+            for entry in table[operation][width]:
+                config = compiled_keys(entry)
                 op = of_op.get(operation, operation)
                 served = [row["config"] for row in sm_90 if (row["op"], row["dtype"]) == (op, dtype)]
                 assert any(config.items() <= one.items() for one in served), (operation, dtype, config)
@@ -104,9 +111,9 @@ def test_a_persistent_grid_is_what_a_multiprocessor_holds(sm_90):
         ("linear_residual_layer_norm", "linear_residual_layer_norm", "_linear_residual_layer_norm_kernel"),
     ):
         rows = [row for row in sm_90 if (row["op"], row["kernel"], row["tma"]) == (op, kernel, True)]
-        for width, entries in TABLES["sm_90"][operation].items():
-            for entry in entries:
-                config = {key: entry["config"][key] for key in ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_stages")}
+        for table, width in product(OF_SM_90, ("16", "32")):
+            for entry in table[operation][width]:
+                config = compiled_keys(entry)
                 held = {
                     row["programs"]
                     for row in rows

@@ -34,7 +34,9 @@ SHORT = 64  # tokens: no sequence fills more than half of a block of 128 queries
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["query_blocks", "num_tokens"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
+@triton.jit(
+    do_not_specialize=["num_heads", "query_blocks", "num_tokens"], do_not_specialize_on_alignment=["cu_seqlens_ptr"]
+)
 def _attention_fwd_kernel(
     qkv_ptr,  # [T, 3, H, D]
     cu_seqlens_ptr,  # int32 [N + 1]
