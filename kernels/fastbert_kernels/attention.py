@@ -47,8 +47,8 @@ def _attention_fwd_kernel(
     num_heads,
     query_blocks,
     num_tokens,
-    head_size,
     scale_log2,
+    HEAD_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -67,7 +67,7 @@ def _attention_fwd_kernel(
         offs_q = first + tl.arange(0, BLOCK_Q)
         offs_d = tl.arange(0, BLOCK_D)
         offs_key = tl.arange(0, BLOCK_KEYS)
-        mask_d = (offs_d < head_size)[None, :]
+        mask_d = (offs_d < HEAD_SIZE)[None, :]
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_qkv_token + head * stride_qkv_head
         k_ptr = q_ptr + stride_qkv_part
         v_ptr = k_ptr + stride_qkv_part
@@ -93,7 +93,7 @@ def _attention_fwd_kernel(
             context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION)
             row_max = new_max
         context *= (1.0 / row_sum)[:, None]
-        out_places = ((start + offs_q).to(tl.int64)[:, None] * num_heads + head) * head_size + offs_d[None, :]
+        out_places = ((start + offs_q).to(tl.int64)[:, None] * num_heads + head) * HEAD_SIZE + offs_d[None, :]
         tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
@@ -123,8 +123,8 @@ def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: floa
             "num_heads": num_heads,
             "query_blocks": query_blocks,
             "num_tokens": num_tokens,
-            "head_size": head_size,
             "scale_log2": scale * LOG2_E,
+            "HEAD_SIZE": head_size,
             "PRECISION": precision(qkv, wanted),
             "BLOCK_Q": config["BLOCK_Q"],
             "BLOCK_KEYS": config["BLOCK_KEYS"],
