@@ -100,7 +100,8 @@ def suits(config: dict, up_to: int | None) -> bool:
 class Trial:
     """The trial of an operation's configurations for the classes of sizes that these cases belong to.
 
-    table: the present configurations of all operations; say: takes a line for each one that is dropped.
+    table: the present configurations of all operations; say: takes a line for each one that is dropped, and for
+    what no time was left for.
     """
 
     def __init__(
