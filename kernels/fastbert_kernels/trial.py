@@ -47,16 +47,6 @@ class Timing:
     measured_us: dict[str, float]
 
 
-def _shape(case: Case) -> tuple[int, int]:
-    return case.batch_size, case.seq_len
-
-
-def _fastest(results: list[tuple[Timing, Candidate]], configs: list[dict]) -> list[dict]:
-    """The FINALISTS fastest of these configurations."""
-    ranked = sorted(results, key=lambda result: result[0].ratio)
-    return list(islice((candidate.config for _, candidate in ranked if candidate.config in configs), FINALISTS))
-
-
 def event_seconds(call: Callable) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -95,6 +85,16 @@ def suits(config: dict, up_to: int | None) -> bool:
     if config != plain(config):
         return tokens >= 1024
     return tokens > 128 if tile >= 128 * 128 else tokens <= 1024 or tile >= 64 * 64
+
+
+def _shape(case: Case) -> tuple[int, int]:
+    return case.batch_size, case.seq_len
+
+
+def _fastest(results: list[tuple[Timing, Candidate]], configs: list[dict]) -> list[dict]:
+    """The FINALISTS fastest of these configurations."""
+    ranked = sorted(results, key=lambda result: result[0].ratio)
+    return list(islice((candidate.config for _, candidate in ranked if candidate.config in configs), FINALISTS))
 
 
 class Trial:
@@ -273,8 +273,8 @@ class Trial:
         """Timings in the largest cases of the classes that a configuration suits; another epilogue is heated only where
         its configuration with the plain one, if that is a candidate, is among the FINALISTS fastest."""
         heats = {up_to: [] for up_to in self.cases}
-        first = [candidate.config for candidate in candidates]
-        first = [config for config in first if config == plain(config) or plain(config) not in first]
+        every = [candidate.config for candidate in candidates]
+        first = [config for config in every if config == plain(config) or plain(config) not in every]
         # Where time runs out, it has been spent on all kinds of them.
         mixed = random.Random(0).sample(candidates, len(candidates))
         mixed.sort(key=lambda candidate: candidate.config not in first)
@@ -323,9 +323,9 @@ class Trial:
         return timings
 
     def choose(self, timings: dict[int | None, list[Timing]]) -> dict[int | None, Timing]:
-        """For each class a configuration that is not slower than the present one, all of one family: the one that is
-        fastest over all classes, but instead of the present one's only what is faster by more than the spread. Nothing
-        where no family has a configuration for each class."""
+        """For each class a configuration that is not slower than the present one, all of the family that is fastest
+        over all classes; instead of the present ones only what is faster by more than the spread. Nothing where no
+        family has such a configuration for each class."""
         chosen = {}
         for group in [[up_to] for up_to in timings] if self.alone else [list(timings)]:
             offers = []
