@@ -16,7 +16,7 @@ import triton
 from kernel_cases import DEVICE, MARKS, TABLES, normal
 
 from fastbert_kernels import cases, configuration, launch, linear_activation, report, trial, tune
-from fastbert_kernels.candidates import ALL_MODELS, Candidate
+from fastbert_kernels.candidates import ALL_MODELS, TOKEN_CLASSES, Candidate
 from fastbert_kernels.cases import bits_cases, cases_of
 from fastbert_kernels.launch import launching_by, run
 from fastbert_kernels.roofline import Model
@@ -25,6 +25,7 @@ from fastbert_kernels.trial import Timing, Trial
 OPERATION = "linear_activation"
 PRESENT = {
     "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "programs": 2, "descriptors": False,
+    "flatten": False, "halves": False, "store_descriptor": False,
 }  # fmt: skip
 TABLE = TABLES["sm_90"] | {OPERATION: {"16": [], "32": [{"up_to": None, "config": PRESENT}]}}
 # The planted bugs, by the number of stages, which changes no result by itself.
@@ -37,7 +38,7 @@ def candidate(**config) -> Candidate:
 
 def planted(kernel, grid, arguments):
     run(kernel, grid, arguments)
-    out, stages = arguments["out_ptr"], arguments.get("num_stages")
+    out, stages = arguments["out" if "out" in arguments else "out_ptr"], arguments.get("num_stages")
     if stages == OTHER_BITS or (stages == BATCH_DEPENDENT and len(out) > 150):
         out.copy_(out.nextafter(torch.full_like(out, float("inf"))))
     elif stages == WRONG:
@@ -56,7 +57,8 @@ def times(monkeypatch):
 
     def captured(given, turns):
         given[0]()
-        return launch.configurations("")[OPERATION]["32"][0]["config"], len(given[0].args[0])
+        (entry, *_), *_ = launch.configurations("")[OPERATION].values()
+        return entry["config"], len(given[0].args[0])
 
     monkeypatch.setattr(trial, "captured", captured)
     monkeypatch.setattr(trial, "event_seconds", lambda replay: given_times.of(*replay))
@@ -87,7 +89,7 @@ def test_the_fastest_of_those_that_are_right_wins(times):
         return ["spills"] if config["num_warps"] == 8 else []
 
     chosen = trial_of(lines).run(candidates, refuse, 1000.0)
-    assert set(chosen) == {128, 1024}
+    assert set(chosen) == {16, 512}
     for timing in chosen.values():
         assert (timing.config["num_stages"], timing.config["num_warps"]) == (FINE, 4)
         assert timing.ratio == pytest.approx(0.6)
@@ -107,17 +109,105 @@ def test_only_more_than_the_spread_wins(times):
     assert all(timing.measured_us for timing in chosen.values())
 
 
-def test_a_family_with_other_bits_wins_as_a_whole(times):
-    """Every class takes it, also the one in which it is slower, as long as it is faster in all."""
-    times.of = lambda config, tokens: (0.1 if tokens == 16 else 1.5) if config["num_stages"] == OTHER_BITS else 1.0
+@pytest.mark.parametrize(("slow", "chosen_stages"), [(0.9, OTHER_BITS), (1.0, OTHER_BITS), (1.01, 3)])
+def test_a_family_with_other_bits_wins_where_no_class_gets_slower(slow, chosen_stages, times):
+    """However much faster it is in the other class."""
+    times.of = lambda config, tokens: (0.1 if tokens == 16 else slow) if config["num_stages"] == OTHER_BITS else 1.0
     chosen = trial_of([]).run([candidate(num_stages=OTHER_BITS)], lambda config, up_to: [], 1000.0)
-    assert [timing.config["num_stages"] for timing in chosen.values()] == [OTHER_BITS, OTHER_BITS]
+    assert [timing.config["num_stages"] for timing in chosen.values()] == [chosen_stages, chosen_stages]
+
+
+def test_bits_alone_make_a_family_of_16_bits(times):
+    """Equal bits of other blocks of K serve together; of 32 bits, whose files hold one BLOCK_K, they do not."""
+    times.of = lambda config, tokens: 0.5 if config["BLOCK_K"] == (64 if tokens == 16 else 32) else 1.0
+    for dtype, width, blocks in (("fp16", "16", [64, 32]), ("fp32", "32", [32, 32])):
+        table = TABLE | {OPERATION: {width: [{"up_to": None, "config": PRESENT | {"BLOCK_K": 32}}]}}
+        tried = Trial(OPERATION, cases_of(OPERATION, ["toy"], [dtype]), table, DEVICE, print)
+        # On a GPU, that is: the interpreter's sums over other blocks of K differ.
+        tried.bits = lambda config: [torch.zeros(1)]
+        chosen = tried.run([candidate(BLOCK_K=64, num_stages=FINE)], lambda config, up_to: [], 1000.0)
+        assert [timing.config["BLOCK_K"] for timing in chosen.values()] == blocks
+        few_rows = PRESENT | {"BLOCK_T": 32}
+        assert tried.admit(few_rows)
+        assert not tried.alike(few_rows, PRESENT)
 
 
 def test_without_time_the_present_configuration_stays(times):
     times.of = lambda config, tokens: 1.0 if config == PRESENT else 0.1
-    chosen = trial_of([]).run([candidate(num_stages=FINE)], lambda config, up_to: [], 0.0)
+    lines = []
+    chosen = trial_of(lines).run([candidate(num_stages=FINE)], lambda config, up_to: [], 0.0)
     assert [timing.config for timing in chosen.values()] == [PRESENT, PRESENT]
+    assert lines == ["no time for more than 0 of 1 candidates"]
+
+
+def test_what_the_finals_have_no_time_for_is_said(times, monkeypatch):
+    """An hour passes in the heats."""
+    now = iter((0.0, 0.0))
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: next(now, 3600.0))
+    lines = []
+    chosen = trial_of(lines).run([candidate(num_stages=FINE)], lambda config, up_to: [], 60.0)
+    assert [timing.config for timing in chosen.values()] == [PRESENT, PRESENT]
+    untimed = [PRESENT | {"num_stages": FINE, "programs": count} for count in (2, 1)]
+    assert lines == [f"no time for {config}, up_to {up_to}" for up_to in (16, 512) for config in untimed]
+
+
+def test_heats_are_of_what_may_win(times, monkeypatch):
+    """Large tiles in no small class; beside the plain epilogue another only for many tokens, of the fastest tile."""
+    monkeypatch.setattr(cases, "SHAPES", ((1, 16), (2, 80), (4, 160)))
+    monkeypatch.setattr(trial, "FINALISTS", 1)
+    heated = []
+
+    def of(config, tokens):
+        if config != PRESENT:
+            heated.append((config["BLOCK_T"], config["BLOCK_N"], config["halves"], tokens))
+        return 0.5 if config["BLOCK_T"] == 256 else 1.0
+
+    times.of = of
+    tried = trial_of([])
+    tiles = [{"BLOCK_T": 128, "BLOCK_N": 128}, {"BLOCK_T": 256, "BLOCK_N": 64}, {"BLOCK_T": 64, "BLOCK_N": 16}]
+    given = [candidate(**tile, halves=halves) for halves in (True, False) for tile in tiles[: 2 if halves else 3]]
+    given.append(candidate(BLOCK_T=128, BLOCK_N=256, halves=True))  # of which the plain one is no candidate
+    tried._heats(given, float("inf"))
+    assert set(heated) == {
+        (128, 128, False, 160), (128, 128, False, 640), (256, 64, False, 160), (256, 64, False, 640),
+        (64, 16, False, 16), (64, 16, False, 160), (64, 16, False, 640), (256, 64, True, 640), (128, 256, True, 640),
+    }  # fmt: skip
+    assert [trial.suits(PRESENT | {"BLOCK_N": 32}, up_to) for up_to in (1024, 4096, None)] == [True, False, False]
+
+
+def test_attention_is_tried_on_ragged_batches_too(times):
+    """Their work is that of their texts, the longest of which is as long as the batch is wide."""
+    (of_class,) = cases_of("attention", ["toy"], ["fp32"]).values()
+    assert [str(case) for case in of_class] == [
+        "toy 1x16 attention fp32", "toy 2x80 attention fp32", "toy 2x80 ragged attention fp32"
+    ]  # fmt: skip
+    ragged = of_class[-1]
+    assert ragged.lengths == [cases.LENGTHS[0], 80]
+    call = cases.drawn(ragged, DEVICE, 0)
+    qkv, cu_seqlens, max_seqlen, _ = call.args
+    assert (len(qkv), cu_seqlens.tolist(), max_seqlen) == (ragged.tokens, [0, cases.LENGTHS[0], ragged.tokens], 80)
+    assert ragged.work.flops == 4 * 48 * sum(length**2 for length in ragged.lengths)
+    assert ragged.work.bytes == 4 * 48 * 4 * ragged.tokens
+    full = replace(ragged, ragged=False)
+    assert full.work.flops == 4 * 48 * 2 * 80**2
+    # Each text by itself, in plain PyTorch.
+    parts = [
+        cases.FORMULAS["attention"](part, torch.tensor([0, len(part)]), 80, 0.25) for part in qkv.split(ragged.lengths)
+    ]
+    torch.testing.assert_close(cases.FORMULAS["attention"](qkv, cu_seqlens, 80, 0.25), torch.cat(parts))
+    tried = Trial("attention", {32: of_class}, TABLES["sm_90"], DEVICE, pytest.fail)
+    assert tried.wrong(tried.present[32], ragged) is None
+
+
+def test_lengths_of_real_texts():
+    """A batch of any size has short and long texts, in a mean not far from that of all."""
+    assert len(cases.LENGTHS) == 32
+    assert max(cases.LENGTHS) <= 512
+    for batch_size in (5, 9, 33, 257):
+        lengths = cases.Case("attention", "base", batch_size, 512, "bf16", ragged=True).lengths
+        assert len(lengths) == batch_size
+        assert lengths[-1] == 512
+        assert 30 < sum(lengths[:-1]) / (batch_size - 1) < 80
 
 
 def test_a_present_configuration_that_does_not_launch_ends_no_run(times):
@@ -175,7 +265,7 @@ def test_a_configuration_that_is_wrong_in_the_other_dtype_is_dropped(times):
 
     def of_bfloat16(kernel, grid, arguments):
         run(kernel, grid, arguments)
-        out = arguments["out_ptr"]
+        out = arguments["out"]
         if out.dtype == torch.bfloat16 and len(out) > 150:
             out.mul_(1.5)
 
@@ -189,20 +279,45 @@ def test_a_configuration_that_is_wrong_in_the_other_dtype_is_dropped(times):
     assert tried.admit(PRESENT | {"num_warps": 8})
 
 
-def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
+@pytest.fixture
+def h200(monkeypatch):
     monkeypatch.setattr("fastbert_kernels.tune.knobs.runtime.interpret", False)
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "NVIDIA H200")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "configuration_name", lambda device: "sm_90")
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(h200, tmp_path, capsys):
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
         tune.main(["--out", str(tmp_path / "file" / "own.json")])
     assert "cannot write" in capsys.readouterr().err
 
 
+def test_models_that_are_tuned_unless_some_are_named(h200, monkeypatch):
+    """MiniLM, too, whose rows one launch of LayerNorm serves."""
+    listed = []
+    monkeypatch.setattr(tune, "list_candidates", lambda *options: listed.append(options))
+    tune.main(["--candidates"])
+    tune.main(["--candidates", "--model", "large", "--op", "attention"])
+    assert listed == [
+        (list(tune.OPERATIONS), ["bf16"], ["base", "minilm"], "sm_90"), (["attention"], ["bf16"], ["large"], "sm_90"),
+    ]  # fmt: skip
+
+
+def test_bits_of_another_device_are_refused(h200, tmp_path, capsys):
+    path = tmp_path / "own.json"
+    document = configuration.read(configuration.path_of("sm_90")) | {"device": "NVIDIA H100", "bits": "measured"}
+    path.write_text(json.dumps(document))
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--out", str(path)])
+    assert "bits that were measured on another device, NVIDIA H100" in capsys.readouterr().err
+
+
 def test_one_launch_or_two(times):
-    """LayerNorm in one launch is weighed against the two that need no configuration; formulas and rows are right."""
+    """LayerNorm in one launch is weighed against the two that need no configuration, also where no time is left;
+    formulas and rows are right."""
     table = deepcopy(TABLES["sm_90"])
     fused = table["linear_residual_layer_norm"]["16"][0]["config"]
     table["linear_residual_layer_norm"]["32"] = [{"up_to": 384, "config": fused | {"BLOCK_K": 32, "num_stages": 2}}]
@@ -216,9 +331,10 @@ def test_one_launch_or_two(times):
         patch.setattr(cases, "SHAPES", ((1, 16),))
         patch.setattr(trial, "event_seconds", lambda entries: 1.0 if entries else 0.5)
         given = cases_of("linear_residual_layer_norm", ["toy"], ["fp32"])
-        chosen = Trial("linear_residual_layer_norm", given, table, DEVICE, print).run([], lambda config, up_to: [], 9.0)
+        chosen = Trial("linear_residual_layer_norm", given, table, DEVICE, print).run([], lambda config, up_to: [], 0.0)
     assert chosen[384].config is None
-    assert tune.merged("linear_residual_layer_norm", table["linear_residual_layer_norm"]["32"], chosen) == []
+    before = table["linear_residual_layer_norm"]["32"]
+    assert tune.merged("linear_residual_layer_norm", before, chosen, of_equal_bits) == []
 
 
 @pytest.mark.parametrize("operation", ["qkv_projection", "attention"])
@@ -271,54 +387,77 @@ def test_a_killed_run_keeps_what_it_has_found(times, monkeypatch, tmp_path):
         tune.tune(path, document, [OPERATION, "attention"], ["fp32"], ["toy"], 1000.0, Compilers(), DEVICE)
     written = configuration.check(configuration.read(path), path)
     assert not list(tmp_path.glob("*.unfinished"))
-    small, large = written[OPERATION]["32"]
-    assert (small["up_to"], small["config"]["num_stages"]) == (1024, FINE)
-    assert list(small["measured_us"]) == ["toy 1x16 linear_activation fp32", "toy 2x80 linear_activation fp32"]
-    assert large == {"up_to": None, "config": PRESENT}
+    small, between, large, rest = written[OPERATION]["32"]
+    assert [(entry["up_to"], entry["config"]["num_stages"]) for entry in (small, large)] == [(16, FINE), (512, FINE)]
+    assert [list(entry["measured_us"]) for entry in (small, large)] == [
+        ["toy 1x16 linear_activation fp32"], ["toy 2x80 linear_activation fp32"],
+    ]  # fmt: skip
+    assert [between, rest] == [{"up_to": up_to, "config": PRESENT} for up_to in (128, None)]
     assert written["attention"] == TABLE["attention"]
     assert (written["device"], written["source"]) == ("NVIDIA H200", tune.MEASURED + "guessed")
+    assert written["bits"] == "measured"
     assert tune.provenance(DEVICE, written["source"])["source"] == written["source"]
+
+
+def of_equal_bits(*_):
+    return True
 
 
 def test_neighbours_of_one_configuration_are_one_entry():
     other = PRESENT | {"num_warps": 8}
-    before = [{"up_to": 1024, "config": PRESENT}, {"up_to": None, "config": other}]
-    assert tune.merged("qkv_projection", before, {}) == before
+    before = [{"up_to": 16, "config": PRESENT}, {"up_to": 1024, "config": PRESENT}, {"up_to": None, "config": other}]
     timing = Timing(other, 0.5, 0.6, {"a": 1.0})
-    assert tune.merged("qkv_projection", before, {128: timing}) == [
-        {"up_to": 128, "config": other, "measured_us": {"a": 1.0}}, *before
-    ]  # fmt: skip
-    assert tune.merged("qkv_projection", before, {1024: timing})[1:] == [
+    found = tune.merged("qkv_projection", before, {16: timing, 128: timing}, of_equal_bits)
+    assert found == [{"up_to": 128, "config": other, "measured_us": {"a": 1.0}}, *before[1:]]
+    assert tune.merged("qkv_projection", before, {1024: timing}, of_equal_bits)[1:] == [
         {"up_to": None, "config": other, "measured_us": {"a": 1.0}}
     ]
 
 
 def test_sizes_that_were_not_measured_keep_their_configuration():
-    """129 to 256 tokens lie between the largest sizes of two classes, 128 and 1024."""
+    """129 to 256 tokens lie between the largest sizes of two classes, 128 and 512."""
     small, middle, large, fast = (PRESENT | {"num_warps": count} for count in (1, 2, 4, 8))
     before = [
-        {"up_to": 256, "config": small, "measured_us": {"a": 1.0, "b": 2.0}}, {"up_to": 1024, "config": middle},
+        {"up_to": 256, "config": small, "measured_us": {"a": 1.0, "b": 2.0}}, {"up_to": 512, "config": middle},
         {"up_to": None, "config": large},
     ]  # fmt: skip
-    assert tune.merged("qkv_projection", before, {}) == before
+
+    def merged(up_to, timing, alike=of_equal_bits):
+        return tune.merged("qkv_projection", before, {up_to: timing}, alike)
+
     # What a class is kept at takes the new measurement; the others of the entry stay.
-    kept = tune.merged("qkv_projection", before, {128: Timing(small, 1.0, 1.0, {"a": 3.0})})
-    assert kept == [before[0] | {"measured_us": {"a": 3.0, "b": 2.0}}, *before[1:]]
-    assert tune.merged("qkv_projection", before, {128: Timing(fast, 0.5, 0.5, {"a": 3.0})}) == [
-        {"up_to": 128, "config": fast, "measured_us": {"a": 3.0}},
-        before[0] | {"measured_us": {"b": 2.0}}, *before[1:],
+    assert merged(16, Timing(small, 1.0, 1.0, {"a": 3.0})) == [
+        before[0] | {"measured_us": {"a": 3.0, "b": 2.0}}, *before[1:]
     ]  # fmt: skip
-    kept = tune.merged("qkv_projection", before, {1024: Timing(middle, 1.0, 1.0, {"c": 3.0})})
-    assert [(entry["up_to"], entry["config"]) for entry in kept] == [(256, small), (1024, middle), (None, large)]
+    assert merged(16, Timing(fast, 0.5, 0.5, {"a": 3.0})) == [
+        {"up_to": 16, "config": fast, "measured_us": {"a": 3.0}}, before[0] | {"measured_us": {"b": 2.0}}, *before[1:]
+    ]  # fmt: skip
+    kept = merged(512, Timing(middle, 1.0, 1.0, {"c": 3.0}))
+    assert [(entry["up_to"], entry["config"]) for entry in kept] == [(256, small), (512, middle), (None, large)]
     assert kept[1]["measured_us"] == {"c": 3.0}
-    assert tune.merged("qkv_projection", before, {1024: Timing(fast, 0.5, 0.5, {"c": 3.0})})[1:] == [
-        {"up_to": 1024, "config": fast, "measured_us": {"c": 3.0}}, before[2]
+    assert merged(512, Timing(fast, 0.5, 0.5, {"c": 3.0})) == [
+        before[0] | {"up_to": 128}, {"up_to": 512, "config": fast, "measured_us": {"c": 3.0}}, before[2]
+    ]  # fmt: skip
+    # Other bits are no neighbours.
+    assert merged(512, Timing(middle, 1.0, 1.0, {"c": 3.0}), lambda one, other: one == other) == [
+        before[0] | {"up_to": 128}, {"up_to": 512, "config": middle, "measured_us": {"c": 3.0}}, before[2]
     ]  # fmt: skip
     # Rows beyond the last class.
     before = [{"up_to": 256, "config": small}, {"up_to": 768, "config": large}]
-    assert tune.merged("linear_residual_layer_norm", before, {384: Timing(fast, 0.5, 0.5, {"a": 1.0})}) == [
+    timing = Timing(fast, 0.5, 0.5, {"a": 1.0})
+    assert tune.merged("linear_residual_layer_norm", before, {384: timing}, of_equal_bits) == [
         {"up_to": 384, "config": fast, "measured_us": {"a": 1.0}}, {"up_to": 768, "config": large}
     ]  # fmt: skip
+
+
+def test_an_entry_has_its_source_until_it_is_measured():
+    """Also beside a measured neighbour of the same configuration."""
+    before = [{"up_to": 16, "config": PRESENT}, {"up_to": None, "config": PRESENT, "source": "guessed"}]
+    timing = Timing(PRESENT, 1.0, 1.0, {"a": 1.0})
+    measured = {"config": PRESENT, "measured_us": {"a": 1.0}}
+    assert tune.merged("qkv_projection", before, {16: timing}, of_equal_bits) == [{"up_to": 16} | measured, before[1]]
+    chosen = dict.fromkeys(TOKEN_CLASSES, timing)
+    assert tune.merged("qkv_projection", before, chosen, of_equal_bits) == [{"up_to": None} | measured]
 
 
 def test_what_spills_or_is_too_large_is_cut(tmp_path):

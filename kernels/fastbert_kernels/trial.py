@@ -1,9 +1,9 @@
 """Configurations of one operation on a device: right or wrong, their bits, their time beside the present ones.
 
 All sizes of an operation and dtype have to give a row the same bits, so the choice is first one of families:
-configurations with one BLOCK_K, BLOCK_T below 64 in all or none, whose results for the rows of a text are equal bit
-by bit. Attention and the one-launch
-LayerNorm are chosen by the width of a row, which no batch changes: there each class of sizes stands alone.
+configurations whose results for the rows of a text are equal bit by bit, and which one file may hold. Attention and the
+one-launch LayerNorm are chosen by the width of a row, which no batch changes: there all are one family, and each class
+of sizes stands alone.
 
 A time is the median over replays of a CUDA graph of many launches over inputs that outgrow the L2 cache; the present
 configuration's replays alternate with them, and what counts is the ratio of the two.
@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from fastbert_kernels.report import DTYPES
 # than MOST_SETS.
 ROTATION_BYTES, MOST_SETS, GRAPH_SECONDS, GRAPH_LAUNCHES = 2**28, 64, 1e-3, 200
 # FINALISTS of each family and class, with each number of programs that they may have.
-HEAT_ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 15, 3
+HEAT_ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 15, 6
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,39 @@ def captured(given: list[Callable], turns: int) -> Callable:
     return graph.replay
 
 
+def plain(config: dict) -> dict:
+    """The configuration with the plain epilogue."""
+    return config | {key: False for key in ("flatten", "halves", "store_descriptor") if key in config}
+
+
+def suits(config: dict, up_to: int | None) -> bool:
+    """Whether a configuration may win in a class of tokens: there are too many to heat all in every class.
+
+    Tiles from 128 x 128 on leave most multiprocessors of a large GPU idle up to 128 tokens; up to 512, programs have
+    too few tiles for their epilogues to matter; and beyond 1024 tokens, tiles below 64 x 64 read their operands too
+    often.
+    """
+    tokens, tile = configuration.reach(up_to), config["BLOCK_T"] * config["BLOCK_N"]
+    if config != plain(config):
+        return tokens >= 1024
+    return tokens > 128 if tile >= 128 * 128 else tokens <= 1024 or tile >= 64 * 64
+
+
+def _shape(case: Case) -> tuple[int, int]:
+    return case.batch_size, case.seq_len
+
+
+def _fastest(results: list[tuple[Timing, Candidate]], configs: list[dict]) -> list[dict]:
+    """The FINALISTS fastest of these configurations."""
+    ranked = sorted(results, key=lambda result: result[0].ratio)
+    return list(islice((candidate.config for _, candidate in ranked if candidate.config in configs), FINALISTS))
+
+
 class Trial:
     """The trial of an operation's configurations for the classes of sizes that these cases belong to.
 
-    table: the present configurations of all operations; say: takes a line for each one that is dropped.
+    table: the present configurations of all operations; say: takes a line for each one that is dropped, and for
+    what no time was left for.
     """
 
     def __init__(
@@ -80,7 +110,7 @@ class Trial:
     ):  # fmt: skip
         self.operation, self.cases, self.table, self.device, self.say = operation, cases, table, device, say
         every = [case for of_class in cases.values() for case in of_class]
-        self.width = width_of(every[0].dtype)
+        self.width, self.alone = width_of(every[0].dtype), operation in CLASSES
         self.present = {up_to: self._present(up_to) for up_to in cases}
         self.families: list[tuple[tuple | None, list[Tensor], list[dict | None]]] = []
         self.dropped: list[dict | None] = []
@@ -120,14 +150,18 @@ class Trial:
         if bits is None:
             self.drop(config, "a text's bits depend on its batch")
             return False
-        # As `configuration.check` asks of operations that are chosen by tokens.
-        inner = config and (config.get("BLOCK_K"), config.get("BLOCK_T", 64) < 64)
-        for blocks, others, configs in self.families:
-            if blocks == inner and all(map(torch.equal, others, bits)):
+        # What `configuration.check` asks of operations that are chosen by tokens, whatever bits were measured.
+        blocks = None if self.alone else (config["BLOCK_T"] < 64, self.width == "32" and config["BLOCK_K"])
+        for others, other_bits, configs in self.families:
+            if others == blocks and (self.alone or all(map(torch.equal, other_bits, bits))):
                 configs.append(config)
                 return True
-        self.families.append((inner, bits, [config]))
+        self.families.append((blocks, bits, [config]))
         return True
+
+    def alike(self, one: dict | None, other: dict | None) -> bool:
+        """Whether one file may hold both."""
+        return self.alone or any(one in configs and other in configs for *_, configs in self.families)
 
     def drop(self, config: dict | None, reason: str) -> None:
         """Take a configuration out of the trial, for good."""
@@ -214,6 +248,9 @@ class Trial:
         refuse: reasons why a chosen configuration may not serve its class after all.
         """
         started = time.perf_counter()
+        # Also what serves sizes between two classes: whether it may stay depends on its bits.
+        for entry in [] if self.alone else self.table[self.operation][self.width]:
+            self.admit(entry["config"])
         heats = self._heats(candidates, started + 0.6 * seconds)
         timings = self._finals(heats, started + seconds)
         while True:
@@ -233,16 +270,27 @@ class Trial:
                     self.drop(config, "; ".join(reasons))
 
     def _heats(self, candidates: list[Candidate], end: float) -> dict[int | None, list[tuple[Timing, Candidate]]]:
+        """Timings in the largest cases of the classes that a configuration suits; another epilogue is heated only where
+        its configuration with the plain one, if that is a candidate, is among the FINALISTS fastest."""
         heats = {up_to: [] for up_to in self.cases}
+        every = [candidate.config for candidate in candidates]
+        first = [config for config in every if config == plain(config) or plain(config) not in every]
         # Where time runs out, it has been spent on all kinds of them.
-        for candidate in random.Random(0).sample(candidates, len(candidates)):
+        mixed = random.Random(0).sample(candidates, len(candidates))
+        mixed.sort(key=lambda candidate: candidate.config not in first)
+        for number, candidate in enumerate(mixed):
             config = candidate.variants()[0]
             if time.perf_counter() > end:
+                self.say(f"no time for more than {number} of {len(candidates)} candidates")
                 break
-            if not self.admit(config):
+            classes = [up_to for up_to in self.cases if self.alone or suits(config, up_to)]
+            if candidate.config not in first:
+                classes = [up_to for up_to in classes if plain(candidate.config) in _fastest(heats[up_to], first)]
+            if not classes or not self.admit(config):
                 continue
-            for up_to, cases in self.cases.items():
-                largest = [case for case in cases if case.tokens == cases[-1].tokens]
+            for up_to in classes:
+                cases = self.cases[up_to]
+                largest = [case for case in cases if _shape(case) == _shape(cases[-1])]
                 timing = self.timing(config, up_to, largest, HEAT_ROUNDS)
                 if timing is None:
                     break
@@ -264,45 +312,40 @@ class Trial:
             # The fastest first, of whatever family: where time runs out, the others have not lost much.
             finalists = sorted(chain.from_iterable(of_families), key=lambda result: result[0].ratio)
             entrants = [config for _, candidate in finalists for config in candidate.variants()]
-            # Two launches in the place of one need no configuration.
+            # Two launches in the place of one need no configuration, and always get their time.
             for config in [None, *entrants] if self.operation == "linear_residual_layer_norm" else entrants:
                 if config == self.present[up_to]:
                     continue
-                if time.perf_counter() > stop:
-                    break
-                if self.admit(config) and (timing := self.timing(config, up_to, self.cases[up_to], FINAL_ROUNDS)):
+                if config is not None and time.perf_counter() > stop:
+                    self.say(f"no time for {config}, up_to {up_to}")
+                elif self.admit(config) and (timing := self.timing(config, up_to, self.cases[up_to], FINAL_ROUNDS)):
                     timings[up_to].append(timing)
         return timings
 
     def choose(self, timings: dict[int | None, list[Timing]]) -> dict[int | None, Timing]:
-        """For each class the fastest of the family that is fastest over all classes: instead of the present only what
-        is faster by more than the spread. Nothing where no family has a configuration for each class."""
-        alone = self.operation in CLASSES
+        """For each class a configuration that is not slower than the present one, all of the family that is fastest
+        over all classes; instead of the present ones only what is faster by more than the spread. Nothing where no
+        family has such a configuration for each class."""
         chosen = {}
-        for group in [[up_to] for up_to in timings] if alone else [list(timings)]:
+        for group in [[up_to] for up_to in timings] if self.alone else [list(timings)]:
             offers = []
             for *_, configs in self.families:
-                picks = {}
-                for up_to in group:
-                    of_family = [timing for timing in timings[up_to] if timing.config in configs]
-                    if not of_family:
-                        break
-                    present = next((timing for timing in of_family if timing.config == self.present[up_to]), None)
-                    fastest = min(of_family, key=lambda timing: timing.ratio)
-                    picks[up_to] = present if present and fastest.upper >= 1 else fastest
-                else:
-                    offers.append(picks)
+                picks = {
+                    up_to: self._pick(up_to, [x for x in timings[up_to] if x.config in configs]) for up_to in group
+                }
+                if all(picks.values()):
+                    of = "ratio" if all(self.present[up_to] in configs for up_to in group) else "upper"
+                    mean = statistics.geometric_mean(getattr(timing, of) for timing in picks.values())
+                    offers.append((mean, picks))
             if offers:
-                chosen |= self._fastest(offers)
+                chosen |= min(offers, key=itemgetter(0))[1]
         return chosen
 
-    def _fastest(self, offers: list[dict[int | None, Timing]]) -> dict[int | None, Timing]:
-        def mean(offer: dict[int | None, Timing], of: str) -> float:
-            return statistics.geometric_mean(getattr(timing, of) for timing in offer.values())
-
-        fastest = min(offers, key=lambda offer: mean(offer, "ratio"))
-        for offer in offers:
-            own = next(configs for *_, configs in self.families if next(iter(offer.values())).config in configs)
-            if all(self.present[up_to] in own for up_to in offer) and mean(fastest, "upper") >= mean(offer, "ratio"):
-                return offer
-        return fastest
+    def _pick(self, up_to: int | None, of_family: list[Timing]) -> Timing | None:
+        """The fastest, or the present configuration where that is as fast within the spread. One that was dropped is no
+        measure: it does not launch, so that ratios are to the floor, or is wrong."""
+        present = next((timing for timing in of_family if timing.config == self.present[up_to]), None)
+        fastest = min(of_family, key=lambda timing: timing.ratio, default=None)
+        if present and fastest.upper >= 1:
+            return present
+        return fastest if fastest and (fastest.ratio <= 1 or self.present[up_to] in self.dropped) else None

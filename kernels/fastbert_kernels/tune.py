@@ -3,7 +3,7 @@
 Candidates of every operation are compiled and cut as the report would cut them (`candidates`), then checked and timed
 beside the present configuration at the shapes of BERT models (`trial`). What wins is written to the user's own file
 (FASTBERT_CONFIGS), or to `configs/<device>.json` of this package, after each operation: a run that is killed keeps what
-it has found.
+it has found. Models are, if none is named, base and MiniLM, whose layer rerankers share.
 """
 
 import argparse
@@ -78,34 +78,36 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def merged(operation: str, before: list[dict], chosen: dict[int | None, Timing]) -> list[dict]:
+def merged(
+    operation: str, before: list[dict], chosen: dict[int | None, Timing],
+    alike: Callable[[dict | None, dict | None], bool],
+) -> list[dict]:  # fmt: skip
     """The entries of an operation and width with these choices for their classes.
 
-    Sizes outside of these classes keep what they had, and so do all sizes of a class for which the present
-    configuration of its largest size is chosen: that alone has been measured. Neighbours of one configuration are one
-    entry.
+    Sizes outside of these classes keep what they had, with its source, and so do those of a class for which the present
+    configuration of its largest size is chosen, which alone has been measured, as long as both are alike. Neighbours of
+    one configuration and source are one entry.
     """
-    if not chosen:
-        return before
     classes = CLASSES.get(operation, TOKEN_CLASSES)
     measured = {case for timing in chosen.values() for case in timing.measured_us}
     entries = []
     for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configuration.reach):
         of_class = next((limit for limit in classes if configuration.reach(up_to) <= configuration.reach(limit)), None)
         entry, present = configuration.serving(before, up_to), configuration.serving(before, of_class)
-        config = entry and entry["config"]
-        measured_us = {
-            case: time for case, time in (entry or {}).get("measured_us", {}).items() if case not in measured
-        }
+        entry = entry or {"config": None}
+        config, source = entry["config"], {key: entry[key] for key in ("source",) if key in entry}
+        measured_us = {case: time for case, time in entry.get("measured_us", {}).items() if case not in measured}
         timing = chosen.get(of_class)
-        kept = timing and present and timing.config == present["config"]
+        kept = timing and present and timing.config == present["config"] and alike(config, timing.config)
         if timing and (not kept or up_to == of_class):
-            config, measured_us = timing.config, timing.measured_us
+            config, source, measured_us = timing.config, {}, timing.measured_us
         if config is None:
             continue
-        if entries and entries[-1]["config"] == config:
+        last = entries[-1] if entries else {}
+        if last.get("config") == config and last.get("source") == source.get("source"):
             measured_us = entries.pop().get("measured_us", {}) | measured_us
-        entries.append({"up_to": up_to, "config": config} | ({"measured_us": measured_us} if measured_us else {}))
+        times = {"measured_us": measured_us} if measured_us else {}
+        entries.append({"up_to": up_to, "config": config} | times | source)
     return entries
 
 
@@ -123,7 +125,7 @@ def commit() -> str | None:
 
 
 def provenance(device: torch.device, source: str) -> dict:
-    """Where, with what, of which commit and when (UTC)."""
+    """Where, with what, of which commit and when (UTC); bits are compared of all configurations that are chosen."""
     found = {
         "source": source if source.startswith(MEASURED) else MEASURED + source,
         "device": torch.cuda.get_device_name(device),
@@ -132,6 +134,7 @@ def provenance(device: torch.device, source: str) -> dict:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "bits": "measured",
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -167,8 +170,9 @@ def tune(
             )
             say(f"  up_to {up_to}: {timing.config}, {kept}")
         if not chosen:
-            say("  nothing chosen: no family of candidates was timed in every class")
-        entries = merged(operation, document[operation][width], chosen)
+            say("  nothing chosen: no family was timed in every class and nowhere slower than at present")
+            continue
+        entries = merged(operation, document[operation][width], chosen, trial.alike)
         document = document | {operation: document[operation] | {width: entries}}
         # What serves short sequences is not searched: it goes with the configuration that it was made for.
         if not configuration.keeps_bits(document["attention"][width], document["attention_short"][width]):
@@ -202,17 +206,20 @@ def list_candidates(operations: list[str], dtypes: list[str], models: list[str],
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastbert_kernels.tune", description=__doc__.split("\n\n")[1])
-    for name, choices in (("model", MODELS), ("dtype", DTYPES), ("op", OPERATIONS)):
-        parser.add_argument(f"--{name}", action="append", choices=list(choices), help="may be repeated")
+    for name, choices, default in (
+        ("model", MODELS, "base and minilm"), ("dtype", DTYPES, "bf16"), ("op", OPERATIONS, "all"),
+    ):  # fmt: skip
+        text = f"may be repeated (default: {default})"
+        parser.add_argument(f"--{name}", action="append", choices=list(choices), help=text)
     parser.add_argument("--out", type=Path, help="the file to write, and to begin from where it exists")
-    parser.add_argument("--seconds", type=float, default=200, help="for checks and timings (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=900, help="for checks and timings (default: %(default)s)")
     parser.add_argument("--candidates", action="store_true", help="only list what would be timed: needs no GPU")
     parser.add_argument("--target", choices=list(CHIPS), help="the architecture for --candidates (default: sm_90)")
     options = parser.parse_args(argv)
     if knobs.runtime.interpret:
         parser.error("nothing compiles in Triton's interpreter: unset TRITON_INTERPRET")
     operations = [operation for operation in OPERATIONS if operation in (options.op or OPERATIONS)]
-    dtypes, models = options.dtype or ["bf16"], options.model or ["base"]
+    dtypes, models = options.dtype or ["bf16"], options.model or ["base", "minilm"]
     if options.candidates:
         list_candidates(operations, dtypes, models, options.target or "sm_90")
         return 0
@@ -230,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     path = options.out or (Path(own) if own else configuration.path_of(torch.cuda.get_device_name(device)))
     begin = path if path.exists() else configuration.shipped(configuration_name(device))
     document = configuration.check(configuration.read(begin), begin)
+    if "bits" in document and document["device"] != torch.cuda.get_device_name(device):
+        parser.error(f"{begin} holds bits that were measured on another device, {document['device']}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
