@@ -165,10 +165,10 @@ def test_atomics():
 
 def test_kernels_write_their_outputs_only():
     written = {
-        "_linear_kernel": ["out_ptr"],
+        "_linear_kernel": ["out"],
         "_layer_norm_kernel": ["out_ptr"],
         "_linear_residual_layer_norm_kernel": ["out_ptr"],
-        "_qkv_projection_kernel": ["out_ptr"],
+        "_qkv_projection_kernel": ["out"],
         "_attention_fwd_kernel": ["out_ptr"],
         "_embed_layer_norm_kernel": ["out_ptr", "bad_ids_ptr"],
         "_row_lengths_kernel": ["lengths_ptr"],

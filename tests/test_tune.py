@@ -351,7 +351,7 @@ def test_other_operations_are_checked_by_their_formulas(operation, times, monkey
 @pytest.mark.parametrize(("keys", "left"), [(64, 1), (32, 0)])
 def test_short_sequences_keep_no_configuration_of_other_bits(keys, left, times, monkeypatch, tmp_path, capsys):
     document = configuration.read(configuration.path_of("sm_90"))
-    (entry,) = document["attention"]["16"]
+    entry, _ = document["attention"]["16"]
     config = entry["config"] | {"BLOCK_KEYS": keys, "num_stages": 1}
     found = trial.Timing(config, 0.5, 0.5, {"a case": 1.0})
     monkeypatch.setattr(trial.Trial, "run", lambda self, *_: {32: found})
@@ -591,9 +591,19 @@ FIRST = ("qkv_projection", "16", 0)
         (changed(*FIRST, "config", "num_stages", to=0), "entry 0: num_stages is 0, expected a positive integer"),
         (changed(*FIRST, "config", "programs", to=1.5), "entry 0: programs is 1.5, expected a positive integer"),
         (changed(*FIRST, "config", "descriptors", to=1), "entry 0: descriptors is 1, expected true or false"),
+        (changed(*FIRST, "config", "flatten", to=0), "entry 0: flatten is 0, expected true or false"),
+        (changed(*FIRST, "config", "halves"), "qkv_projection, 16 bits, entry 0: 'halves' is missing"),
+        (changed("linear_residual_layer_norm", "16", 0, "config", "halves", to=True), "entry 0: 'halves' is unknown"),
+        (changed(*FIRST, "because", to="it won"), "entry 0: 'because' is unknown; known are up_to, config, "),
+        (changed("bits", to="equal") | {"device": "H"}, "bits is 'equal', expected 'measured' or nothing"),
+        (changed("bits", to="measured"), "bits are measured on a device, and 'device' is missing"),
+        (changed("qkv_projection", "32", 0, "config", "BLOCK_K", to=64) | {"device": "H", "bits": "measured"},
+         "qkv_projection, 32 bits: entries differ in BLOCK_K, [32, 64]"),
+        (changed(*FIRST, "config", "BLOCK_T", to=32) | {"device": "H", "bits": "measured"},
+         "qkv_projection, 16 bits: BLOCK_T is below 64 and not"),
         (changed(*FIRST, "up_to", to="many"), "entry 0: up_to is 'many', expected a positive integer or null"),
-        (changed("qkv_projection", "16", 1), "qkv_projection, 16 bits: the last up_to has to be null"),
-        (changed("qkv_projection", "16", 1, "up_to", to=64), "up_to has to grow from entry to entry, not [256, 64]"),
+        (changed("qkv_projection", "16", 2), "qkv_projection, 16 bits: the last up_to has to be null"),
+        (changed("qkv_projection", "16", 1, "up_to", to=64), "up_to has to grow from entry to entry, not [256, 64, "),
         (changed("attention_short", "16", 0, "config", "BLOCK_KEYS", to=32), "attention_short, 16 bits: BLOCK_KEYS, "),
         (changed("attention_short", "16", 0, "config", "num_warps", to=8), "attention_short, 16 bits: BLOCK_KEYS, "),
         (changed("attention_short", "16", 0, "up_to", to=256), "attention_short, 16 bits: no head size is above 128"),
@@ -611,6 +621,15 @@ def test_what_a_file_may_not_hold(document, message, forgetful, monkeypatch, tmp
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         linear_activation(normal(5, 48), normal(7, 48), normal(7), "none")
     assert str(error.value).startswith(f"launch configurations {path}: ")
+
+
+def test_a_device_whose_bits_were_measured_may_mix_orders():
+    document = changed(*FIRST, "config", "BLOCK_K", to=128)
+    path = configuration.path_of("sm_90")
+    with pytest.raises(ValueError, match="entries differ in BLOCK_K"):
+        configuration.check(document, path)
+    measured = document | {"device": "NVIDIA H200", "bits": "measured"}
+    assert configuration.check(measured, path) is measured
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])
