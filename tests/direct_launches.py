@@ -20,7 +20,9 @@ from triton.runtime import driver
 import fastbert_kernels
 from fastbert_kernels.ahead_of_time import CHIPS, launching_into
 
-HIDDEN, HEADS, TOKENS = 64, 2, 40
+HEADS = 2
+# Tokens and width: few, and so many that results are stored through descriptors.
+LAYERS = {"encoder_layer": (40, 64), "encoder_layer of many tokens": (1100, 128)}
 
 
 class Descriptor:
@@ -47,16 +49,16 @@ def behind_tritons_launcher(launched) -> None:
     driver.active.launcher_cls = nvidia.CudaLauncher
 
 
-def layer_example(dtype: torch.dtype) -> tuple:
+def layer_example(dtype: torch.dtype, tokens: int, width: int) -> tuple:
     def linear(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         module = nn.Linear(inputs, outputs, dtype=dtype)
         return module.weight.detach(), module.bias.detach()
 
-    projections = [linear(HIDDEN, HIDDEN) for _ in range(4)]
-    norm = torch.ones(HIDDEN, dtype=dtype), torch.zeros(HIDDEN, dtype=dtype)
-    parts = *projections, norm, linear(HIDDEN, 4 * HIDDEN), linear(4 * HIDDEN, HIDDEN), tuple(x.clone() for x in norm)
+    projections = [linear(width, width) for _ in range(4)]
+    norm = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    parts = *projections, norm, linear(width, 4 * width), linear(4 * width, width), tuple(x.clone() for x in norm)
     weights = [x for part in parts for x in part]
-    x, bounds = torch.randn(TOKENS, HIDDEN, dtype=dtype), torch.tensor([0, 16, 37], dtype=torch.int32)
+    x, bounds = torch.randn(tokens, width, dtype=dtype), torch.tensor([0, 16, 37], dtype=torch.int32)
     arguments = {
         "x": x, "weights": weights, "cu_seqlens": bounds, "max_seqlen": 30, "num_heads": HEADS, "scale": 0.125,
         "activation": "gelu", "eps": (1e-12, 1e-12), "num_tokens": bounds[-1:],
@@ -78,14 +80,14 @@ def main(dtype: str) -> None:
 
     with launching_into(CHIPS["sm_90"].target, launched):
         behind_tritons_launcher(launched)
-        for op in (*OPS, "encoder_layer"):
+        for op in (*OPS, *LAYERS):
             calls = []
             given_tensors.clear()
             kept = []  # so that the second call's tensors lie elsewhere
             for _ in range(2):
                 torch.manual_seed(0)
                 dtype_of = getattr(torch, dtype)
-                launcher, arguments = layer_example(dtype_of) if op == "encoder_layer" else example(op, dtype_of)
+                launcher, arguments = layer_example(dtype_of, *LAYERS[op]) if op in LAYERS else example(op, dtype_of)
                 kept.append(arguments)
                 given = {x.data_ptr(): name for name, x in tensors_of(arguments).items()}
                 seen.clear()
@@ -99,7 +101,7 @@ def main(dtype: str) -> None:
             half = len(given_tensors) // 2  # the first call's launches get tensors, the second's their addresses
             first, second = given_tensors[:half], given_tensors[half:]
             # A layer launches some kernels twice, on tensors of the same layouts.
-            as_meant = not any(second) and (first[0] if op == "encoder_layer" else all(first))
+            as_meant = not any(second) and (first[0] if op in LAYERS else all(first))
             found.append((op, *calls, as_meant, all(x() is None for x in inputs)))
     print(json.dumps(found))
 

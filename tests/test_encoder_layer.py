@@ -152,6 +152,35 @@ def test_bits(dtype, width, bound):
         assert torch.equal(found[: sum(LENGTHS)], expected[: sum(LENGTHS)])
 
 
+def test_results_through_descriptors(bound):
+    """In memory of the workspace and of the output, which lie elsewhere in each call."""
+    config = {
+        "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "programs": 1,
+        "descriptors": True, "flatten": True, "halves": True, "store_descriptor": True,
+    }  # fmt: skip
+    entries, in_one_launch = {"16": [{"up_to": None, "config": config}]}, {"16": []}
+    gemms = dict.fromkeys(("qkv_projection", "linear_activation", "linear_residual"), entries)
+    table = launch.configurations("sm_90") | gemms | {"linear_residual_layer_norm": in_one_launch}
+    with launch.configured_by(table):
+        layer = Layer(torch.float16, width=64, heads=4, feed_forward=96)
+        kept = []
+        for _ in range(3):
+            kept.append(torch.empty(7 * CAPACITY * 64, dtype=torch.float16))
+            layer.check(tokens_of(layer))
+        assert len(bound) >= 2 * 7
+        stored = [step.plan.operands["out"] for step in steps_of(layer) if "out" in step.plan.operands]
+        assert stored == [[16, 16]] * 4
+
+
+def steps_of(layer: Layer) -> list:
+    """The steps of a layer's plan, made again."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KERNELS, "LayerPlan", lambda steps, *_: made.extend(steps))
+        KERNELS._planned(*layer.arguments(tokens_of(layer)))
+    return made
+
+
 def test_everything_that_varies(bound):
     """Of one layer, in an order in which each call meets the plans of those before."""
     layer = Layer(torch.bfloat16)

@@ -122,7 +122,7 @@ def test_minilm(padding, dtype, minilm, transformers_minilm, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_sequences_of_512_tokens(size, batch_size, dtype):
-    """Fewer and more than the 1024 tokens above which the last launch configurations begin."""
+    """Fewer and more than 1024 tokens, which other launch configurations serve."""
     inputs = ragged(batch_size, 512)
     with torch.no_grad():
         outputs = [model(**inputs) for model in trio(dtype=dtype, **SIZES[size])]

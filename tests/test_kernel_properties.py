@@ -34,7 +34,7 @@ from torch import Tensor
 
 import fastbert_kernels
 from fastbert_kernels import configuration, packing_plan, take_bad_ids, unpack
-from fastbert_kernels.launch import configured_by
+from fastbert_kernels.launch import configured_by, launching_by
 from fastbert_kernels.layer_norm import layer_norm
 
 pytestmark = MARKS
@@ -93,6 +93,7 @@ def test_rows_of_nan_stay_where_they_are(op, dtype):
 @pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65, 70, 1000])
 @pytest.mark.parametrize("op", PROJECTIONS)
 def test_rows_past_the_count_are_neither_read_nor_written(op, num_tokens):
+    """Through pointers. A descriptor, which no configuration has for few tokens, writes the last tile as a whole."""
     launcher, arguments, rows = projection(op, torch.bfloat16, 70)
     expected = launcher(**arguments)
     for name in rows:
@@ -110,8 +111,8 @@ def test_rows_past_the_count_are_neither_read_nor_written(op, num_tokens):
 @pytest.mark.parametrize("width", [64, 48])
 @pytest.mark.parametrize(("op", "operation"), [*zip(PROJECTIONS[:2], PROJECTIONS[:2], strict=True), *TWO_LAUNCHES])
 def test_epilogues_change_no_bit(op, operation, width, dtype):
-    """Flattened, in halves, through a descriptor: for every row that counts, whatever lies in the others. Rows of tiles
-    that none of them touches stay as they were, and so does the next part where a tile crosses the end of one."""
+    """Flattened, in halves, through a descriptor, also for a residual of another dtype. A descriptor writes the other
+    rows of the last tile, pointers and tiles over the end of a part do not."""
     config = {
         "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "programs": 1,
         "descriptors": DESCRIPTORS,
@@ -121,9 +122,8 @@ def test_epilogues_change_no_bit(op, operation, width, dtype):
         if isinstance(x, Tensor) and name != "x":
             arguments[name] = normal(70 if name == "residual" else width, *x.shape[1:], dtype=dtype)
     if "residual" in arguments:
-        arguments["residual"] = normal(70, width, dtype=dtype)
+        arguments["residual"] = normal(70, width, dtype=torch.float32 if dtype == torch.float16 else dtype)
     arguments |= {"num_heads": 4} if "num_heads" in arguments else {}
-    arguments["x"][37:] = float("nan")
     kept = []
     for epilogue in product((False, True), repeat=3):
         entry = config | dict(zip(("flatten", "halves", "store_descriptor"), epilogue, strict=True))
@@ -131,11 +131,30 @@ def test_epilogues_change_no_bit(op, operation, width, dtype):
         nothing = {"linear_residual_layer_norm": {"16": [], "32": []}}
         with configured_by(TABLES["sm_90"] | nothing | {operation: entries}):
             out = launcher(**arguments, num_tokens=count(37))
+        by_descriptor = DESCRIPTORS and entry["store_descriptor"] and not (op == "qkv_projection" and width == 48)
+        assert out[37:48].isfinite().all() if by_descriptor else out[37:48].isnan().all()
         assert out[48:].isnan().all()
         kept.append(out[:37])
     assert kept[0].isfinite().all()
     for out in kept[1:]:
         assert torch.equal(out, kept[0])
+
+
+@pytest.mark.parametrize(("heads", "stored_by_descriptor"), [(4, True), (3, False)])
+def test_only_whole_tiles_of_a_part_are_stored_through_a_descriptor(heads, stored_by_descriptor):
+    """A tile over the end of the queries would write the first keys, in a race with the program that they belong to."""
+    config = {
+        "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "programs": 1,
+        "descriptors": True, "flatten": False, "halves": False, "store_descriptor": True,
+    }  # fmt: skip
+    width, seen = 16 * heads, []
+    arguments = [normal(70, width), *[normal(width, width), normal(width)] * 3, heads]
+    with (
+        configured_by({"qkv_projection": {"32": [{"up_to": None, "config": config}]}}),
+        launching_by(lambda kernel, grid, given: seen.append(given["STORE_DESCRIPTOR"])),
+    ):
+        fastbert_kernels.qkv_projection(*arguments)
+    assert seen == [stored_by_descriptor]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 13, 64])
@@ -263,6 +282,17 @@ def test_offsets_past_2_to_the_31(op, name):
     if op == "packing_plan":
         outputs = [torch.cat(plan) for plan in outputs]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU holds all of it: test_gpu.py")
+def test_heads_past_2_to_the_31():
+    """Strides are below it, what they are multiplied by is not."""
+    qkv, stride = normal(9, 3, 3, 16, dtype=torch.float16), 3 * 2**29
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, (2 * stride + 2048) * 2, flags), dtype=torch.float16)
+    far = memory.as_strided(qkv.shape, (48, 16, stride, 1)).copy_(qkv)
+    arguments = bounds((5, 4)), 5, 0.25
+    assert torch.equal(fastbert_kernels.attention(far, *arguments), fastbert_kernels.attention(qkv, *arguments))
 
 
 def rows_far_apart(rows: int, width: int) -> Tensor:
@@ -516,3 +546,7 @@ def test_configurations(name):
     timed = "measured_us" in path.read_text()
     assert timed == ("device" in document)
     assert timed or document["source"].endswith("; not measured")
+    if timed:
+        for operation, width in product(TABLES[name], ("16", "32")):
+            for entry in document[operation][width]:
+                assert "measured_us" in entry or entry["source"].endswith("; not measured"), (operation, width, entry)

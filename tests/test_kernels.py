@@ -2,6 +2,7 @@
 
 import logging
 from copy import deepcopy
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -264,6 +265,36 @@ def test_attention_to_a_long_tail(dtype, score):
     qkv = torch.zeros(21 * 64, 3, 1, 16)
     qkv[:, 0, 0, 0], qkv[64:, 1, 0, 0], qkv[:, 2] = 1, score, 1
     check("attention", qkv=qkv.to(DEVICE, dtype), cu_seqlens=bounds((21 * 64,)), max_seqlen=21 * 64, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-0.25, 0.0, 1e-40, -1e-40])
+def test_attention_of_any_scale(scale, dtype):
+    """With keys past the end of a sequence: minus infinity times zero is no number."""
+    qkv = normal(85, 3, 3, 16, dtype=dtype)
+    check("attention", qkv=qkv, cu_seqlens=bounds((5, 0, 64, 16)), max_seqlen=64, scale=scale)
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_attention_masks_the_same_with_and_without_a_branch(branch, monkeypatch):
+    qkv = normal(200, 3, 2, 16, dtype=torch.float16)
+    arguments = {"cu_seqlens": bounds((5, 0, 64, 131)), "max_seqlen": 131, "scale": 0.25}
+    expected = fastbert_kernels.attention(qkv, **arguments)
+    module = import_module("fastbert_kernels.attention")
+    monkeypatch.setattr(module, "architecture", lambda device: "sm_90" if branch else "sm_80")
+    launch.forget_plans()
+    assert torch.equal(fastbert_kernels.attention(qkv, **arguments), expected)
+    launch.forget_plans()
+
+
+def test_attention_of_too_many_programs():
+    """One for each head and block of queries of 67 million texts: only planned."""
+    qkv = (torch.Size((9, 3, 16, 64)), (3072, 1024, 64, 1), torch.float16, DEVICE, 0)
+    cu_seqlens = (torch.Size((2**26 + 1,)), (1,), torch.int32, DEVICE, 0)
+    plan_attention = import_module("fastbert_kernels.attention").plan_attention
+    with pytest.raises(ValueError, match="programs are not served, only less than 2.31"):
+        plan_attention(qkv, cu_seqlens, 512, 0.125, None)
+    assert plan_attention(qkv, cu_seqlens, 16, 0.125, None).grid == (2**30,)
 
 
 @pytest.mark.parametrize("max_seqlen", [10, 128, 129, 500])

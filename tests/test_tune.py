@@ -16,7 +16,8 @@ import triton
 from kernel_cases import DEVICE, MARKS, TABLES, normal
 
 from fastbert_kernels import cases, configuration, launch, linear_activation, report, trial, tune
-from fastbert_kernels.candidates import ALL_MODELS, TOKEN_CLASSES, Candidate
+from fastbert_kernels.ahead_of_time import CHIPS
+from fastbert_kernels.candidates import ALL_MODELS, TOKEN_CLASSES, Candidate, grid
 from fastbert_kernels.cases import bits_cases, cases_of
 from fastbert_kernels.launch import launching_by, run
 from fastbert_kernels.roofline import Model
@@ -351,7 +352,7 @@ def test_other_operations_are_checked_by_their_formulas(operation, times, monkey
 @pytest.mark.parametrize(("keys", "left"), [(64, 1), (32, 0)])
 def test_short_sequences_keep_no_configuration_of_other_bits(keys, left, times, monkeypatch, tmp_path, capsys):
     document = configuration.read(configuration.path_of("sm_90"))
-    entry, _ = document["attention"]["16"]
+    entry, *_ = document["attention"]["16"]
     config = entry["config"] | {"BLOCK_KEYS": keys, "num_stages": 1}
     found = trial.Timing(config, 0.5, 0.5, {"a case": 1.0})
     monkeypatch.setattr(trial.Trial, "run", lambda self, *_: {32: found})
@@ -621,6 +622,27 @@ def test_what_a_file_may_not_hold(document, message, forgetful, monkeypatch, tmp
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         linear_activation(normal(5, 48), normal(7, 48), normal(7), "none")
     assert str(error.value).startswith(f"launch configurations {path}: ")
+
+
+@pytest.mark.parametrize("operation", ["qkv_projection", "linear_activation", "linear_residual", "attention"])
+def test_what_serves_an_h200_is_among_the_candidates(operation):
+    tried = grid(operation, CHIPS["sm_90"], 2)
+    for entry in TABLES["nvidia-h200"][operation]["16"]:
+        assert entry["config"] | ({"programs": 1} if "programs" in entry["config"] else {}) in tried, entry
+
+
+@pytest.mark.parametrize("names", [[], ["NVIDIA H200"], ["NVIDIA H200", "NVIDIA H100"]], ids=str)
+def test_measured_bits_serve_their_device_alone(names, forgetful, monkeypatch, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(configuration.path_of("NVIDIA H200").read_text())
+    monkeypatch.setenv("FASTBERT_CONFIGS", str(path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device])
+    if "NVIDIA H100" in names:
+        with pytest.raises(ValueError, match="bits were measured on NVIDIA H200, and this process has NVIDIA H100"):
+            launch.configurations("sm_90")
+    else:
+        assert launch.configurations("sm_90") == TABLES["nvidia-h200"]
 
 
 def test_a_device_whose_bits_were_measured_may_mix_orders():

@@ -7,8 +7,6 @@ log2(e) folded into the scale, which is applied as the maximum is subtracted, in
 length, heads of up to 128. A sequence without tokens has no row, and its programs end at once.
 """
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from fastbert_kernels.launch import (
     Layout,
     Plan,
+    architecture,
     check,
     check_shape,
     choose,
@@ -32,6 +31,7 @@ from fastbert_kernels.matmul import dot
 MAX_HEAD_SIZE = 128
 SHORT = 64  # tokens: no sequence fills more than half of a block of 128 queries
 LOG2_E = 1.4426950408889634
+SMALLEST = 2.0**-126  # of float32's normal numbers
 
 
 @triton.jit(
@@ -53,6 +53,8 @@ def _attention_fwd_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NEGATE: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     # Heads of the same tokens side by side: of 32 elements, two share a cache line.
     head = tl.program_id(0) % num_heads
@@ -68,11 +70,13 @@ def _attention_fwd_kernel(
         offs_d = tl.arange(0, BLOCK_D)
         offs_key = tl.arange(0, BLOCK_KEYS)
         mask_d = (offs_d < HEAD_SIZE)[None, :]
-        q_ptr = qkv_ptr + start.to(tl.int64) * stride_qkv_token + head * stride_qkv_head
+        q_ptr = qkv_ptr + start.to(tl.int64) * stride_qkv_token + head.to(tl.int64) * stride_qkv_head
         k_ptr = q_ptr + stride_qkv_part
         v_ptr = k_ptr + stride_qkv_part
         mask_q = (offs_q < length)[:, None] & mask_d
         q = tl.load(q_ptr + offs_q.to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :], mask=mask_q, other=0.0)
+        if NEGATE:
+            q = (-q.to(tl.float32)).to(q.dtype)  # the interpreter has no minus in bfloat16
         row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_Q,), tl.float32)
         context = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -83,7 +87,8 @@ def _attention_fwd_kernel(
             mask = live[:, None] & mask_d
             k = tl.load(k_ptr + places, mask=mask, other=0.0)
             scores = dot(q, k.T, tl.zeros((BLOCK_Q, BLOCK_KEYS), tl.float32), PRECISION)
-            if key + BLOCK_KEYS > length:  # a branch of its own: most blocks are full
+            # Most blocks are full. Only on sm_90 a branch pays: elsewhere it costs registers or shared memory.
+            if key + BLOCK_KEYS > length or not BRANCH:
                 scores = tl.where(live[None, :], scores, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
             weights = tl.exp2(scores * scale_log2 - new_max[:, None])
@@ -104,16 +109,17 @@ def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: floa
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
     if not 0 < head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"attention: a scale of {scale} is not served, only positive finite ones")
     if not unit_strides(qkv, cu_seqlens):
         return None
     config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
     config = config or choose("attention", qkv, head_size)
     query_blocks = triton.cdiv(max_seqlen, config["BLOCK_Q"]) if num_tokens else 0
+    programs = (cu_seqlens.shape[0] - 1) * query_blocks * num_heads
+    if programs >= 2**31:
+        raise ValueError(f"attention: {programs} programs are not served, only less than 2^31: make batches smaller")
     return Plan(
         _attention_fwd_kernel,
-        ((cu_seqlens.shape[0] - 1) * query_blocks * num_heads,),
+        (programs,),
         qkv.device,
         dict.fromkeys(("qkv_ptr", "cu_seqlens_ptr", "out_ptr")),
         {
@@ -123,12 +129,16 @@ def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: floa
             "num_heads": num_heads,
             "query_blocks": query_blocks,
             "num_tokens": num_tokens,
-            "scale_log2": scale * LOG2_E,
+            # Never zero, of which minus infinity times would be NaN.
+            "scale_log2": max(abs(scale) * LOG2_E, SMALLEST),
             "HEAD_SIZE": head_size,
             "PRECISION": precision(qkv, wanted),
             "BLOCK_Q": config["BLOCK_Q"],
             "BLOCK_KEYS": config["BLOCK_KEYS"],
             "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+            # The largest score is the largest after scaling only where the scale is positive.
+            "NEGATE": scale < 0,
+            "BRANCH": architecture(qkv.device) == "sm_90",
             "num_warps": config["num_warps"],
             "num_stages": config["num_stages"],
         },
@@ -139,7 +149,8 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     """qkv [T, 3, H, D], cu_seqlens int32 [N + 1] on the device -> context [T, H D].
 
     max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
-    Raises ValueError for a head size above 128 or a scale that is not positive and finite, TypeError for dtypes.
+    Raises ValueError for a head size above 128 or 2^31 programs, one for each head and block of queries, and TypeError
+    for dtypes.
     """
     plan = plan_attention(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
     if plan is None:

@@ -85,18 +85,21 @@ def grid(operation: str, chip: Chip, itemsize: int) -> list[dict]:
         shared_bytes = num_stages * (block_t + tiles * block_n) * block_k * itemsize
         if 8 <= accumulators <= 128 and 64 <= block_k * itemsize <= 512 and shared_bytes <= chip.program_shared_bytes:
             config = dict(zip(configuration.MAIN_LOOP_KEYS, (*values, 1, _has_tma(chip)), strict=True))
-            found += [config] if tiles > 1 else [config | epilogue for epilogue in _epilogues(config)]
+            found += [config] if tiles > 1 else [config | epilogue for epilogue in _epilogues(operation, config)]
     return found
 
 
-def _epilogues(config: dict) -> list[dict]:
-    """The kinds of epilogue worth compiling for a tile; where tiles come in by TMA they may go out by it."""
+def _epilogues(operation: str, config: dict) -> list[dict]:
+    """The kinds of epilogue worth compiling for a tile; where tiles come in by TMA they may go out by it.
+
+    With a residual a tile of 128 columns is always halved: whole, it takes the registers of a second program.
+    """
     keys = [key for key in configuration.GEMM_KEYS if key not in config]
-    plain = dict.fromkeys(keys, False)
+    halved = operation == "linear_residual" and config["BLOCK_N"] >= 128
     if config["BLOCK_T"] * config["BLOCK_N"] < 128 * 128:
-        return [plain]
-    by = (False, True) if config["descriptors"] else (False,)
-    return [dict(zip(keys, values, strict=True)) for values in product((False, True), (False, True), by)]
+        return [dict(zip(keys, (False, halved, False), strict=True))]
+    halves, by = (True,) if halved else (False, True), (False, True) if config["descriptors"] else (False,)
+    return [dict(zip(keys, values, strict=True)) for values in product((False, True), halves, by)]
 
 
 def _has_tma(chip: Chip) -> bool:

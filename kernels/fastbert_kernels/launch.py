@@ -72,10 +72,22 @@ def configurations(name: str) -> dict:
     if path == configuration.path_of("default"):
         logger.warning("no launch configurations for %s: using %s, which nobody has tuned for it", name, path)
     document = configuration.read(path)
-    # What is shipped is checked by the tests.
-    return configuration.operations(
-        document if path.parent == configuration.FOLDER else configuration.check(document, path)
-    )
+    if path.parent != configuration.FOLDER:  # what is shipped is checked by the tests, and serves its device alone
+        configuration.check(document, path)
+        _check_devices(document, path)
+    return configuration.operations(document)
+
+
+def _check_devices(document: dict, path: Path) -> None:
+    """Raise ValueError for a user's file that serves a GPU beside the one on which its bits were measured."""
+    if "bits" not in document:
+        return
+    for device in range(torch.cuda.device_count()):
+        if (name := torch.cuda.get_device_name(device)) != document["device"]:
+            raise ValueError(
+                f"launch configurations {path}: bits were measured on {document['device']}, and this process has "
+                f"{name}, on which a row's bits could depend on its batch"
+            )
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """LayerNorm(x W^T + b + residual): x [T, K], W [E, K], residual [T, E] -> [T, E] in the residual's dtype.
 
-One launch where a program can hold whole rows of the output, so that the sum before LayerNorm never leaves the chip:
-in 16 bits up to E = 384 (three accumulators of 128 columns). For 768 columns and more, or in float32 with its three
-products, the accumulators spill; there a GEMM with bias and residual in its epilogue writes the sum, rounded as eager
-PyTorch rounds it, and a second launch normalizes it in place. Which of the two runs depends on E, the dtype and the
-device alone, so that a row's bits do not depend on the batch.
+One launch where a program can hold whole rows of the output, so that the sum before LayerNorm never leaves the chip,
+and the device's configurations have an entry for it: in 16 bits up to E = 384 (three accumulators of 128 columns). For
+768 columns and more, or in float32 with its three products, the accumulators spill. Elsewhere a GEMM with bias and
+residual in its epilogue writes the sum, rounded as eager PyTorch rounds it, and a second launch normalizes it in place.
+Which of the two runs depends on E, the dtype and the device alone, so that a row's bits do not depend on the batch.
 """
 
 import triton
