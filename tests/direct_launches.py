@@ -93,8 +93,15 @@ def main(dtype: str) -> None:
                 seen.clear()
                 results = launcher(**arguments)
                 results = results if isinstance(results, tuple) else (results,)
-                names = given | {x.data_ptr(): f"result {number}" for number, x in enumerate(results)}
-                calls.append([(name, grid, [named(x, names) for x in values]) for name, grid, values in seen])
+                final = given | {x.data_ptr(): f"result {number}" for number, x in enumerate(results)}
+                # Where a layer's output lies now, what came before it may have lain.
+                names = [given if op in LAYERS else final] * (len(seen) - 1) + [final]
+                calls.append(
+                    [
+                        (name, grid, [named(x, known) for x in values])
+                        for (name, grid, values), known in zip(seen, names, strict=True)
+                    ]
+                )
             inputs = [weakref.ref(x) for each in kept for x in tensors_of(each).values()]
             del arguments, kept, launcher
             gc.collect()

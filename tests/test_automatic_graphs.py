@@ -700,7 +700,8 @@ def test_a_forked_process_has_no_graphs():
 
 def test_a_fork_before_anything_was_captured_changes_nothing():
     code = "import os, fastbert.automatic as a; pid = os.fork(); m = a.graph_rules.forked\n"
-    code += "print(m, flush=True)\nos._exit(0) if not pid else os.waitpid(pid, 0)"
+    # In one piece: what Python prints may come in two, and the other process between them.
+    code += "os.write(1, f'{m}\\n'.encode())\nos._exit(0) if not pid else os.waitpid(pid, 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.split() == ["None", "None"], run.stderr
 
