@@ -287,6 +287,18 @@ def test_attention_masks_the_same_with_and_without_a_branch(branch, monkeypatch)
     launch.forget_plans()
 
 
+def test_a_row_of_queries_keys_and_values_is_below_2_to_the_31():
+    """Only planned: three widths of 2^30."""
+
+    def layout(*shape):
+        return torch.Size(shape), (shape[-1], 1)[-len(shape) :], torch.float16, DEVICE, 0
+
+    weight, bias = layout(2**30, 16), layout(2**30)
+    plan = import_module("fastbert_kernels.qkv_projection").plan_qkv_projection
+    with pytest.raises(ValueError, match="a stride or width of 3221225472 elements is not served"):
+        plan(layout(5, 16), weight, bias, weight, bias, weight, bias, None, 16, None)
+
+
 def test_attention_of_too_many_programs():
     """One for each head and block of queries of 67 million texts: only planned."""
     qkv = (torch.Size((9, 3, 16, 64)), (3072, 1024, 64, 1), torch.float16, DEVICE, 0)

@@ -117,7 +117,7 @@ def plan_qkv_projection(
     fits = width % config["BLOCK_N"] == 0
     block_out = stored_block(config, descriptors, x.dtype, width) if fits else None
     tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
-    unit = common_unit(x, stride_x, stride_weight, width, num_inputs)
+    unit = common_unit(x, stride_x, stride_weight, width, 3 * width, num_inputs)  # 3 width: a row of the output
     return Plan(
         _qkv_projection_kernel,
         (min(tiles, num_processors(x.device) * config["programs"]),),
