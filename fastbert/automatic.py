@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import graph_rules, graphs, ops
-from fastbert.capture import Graph
+from fastbert.capture import Graph, Packed, Padded
 from fastbert.graph_rules import MINUTE, Set, check_mode, mode_of, thread
 from fastbert.graph_state import State, Unseen
 from fastbert.graphs import GraphedForward, Refusal, free_graphs, of_models
@@ -42,7 +42,7 @@ class ItsGraphs(GraphedForward):
 
     def begin_anew(self) -> None:
         super().begin_anew()
-        self._came: set[tuple[int, int]] = set()
+        self._came: set[Padded | Packed] = set()
 
     def __call__(self, *args, **kwargs):
         model = self._model()
@@ -62,13 +62,14 @@ class ItsGraphs(GraphedForward):
     def most_places(self) -> int:
         return MOST_PLACES
 
-    def _why_not_from(self, device: torch.device, input_ids: Tensor, token_type_ids: Tensor | None) -> Refusal | None:
+    def _why_not_from(self, device: torch.device, given: dict) -> Refusal | None:
         # Where the plain call raises an error, this one has to.
+        input_ids, token_type_ids = given["input_ids"], given.get("token_type_ids")
         if input_ids.device != device or (token_type_ids is not None and token_type_ids.device != device):
             return Refusal(f"inputs are not on {device}")
-        return None
+        return super()._why_not_from(device, given)
 
-    def _why_no_capture(self, bucket: tuple[int, int]) -> Refusal | None:
+    def _why_no_capture(self, bucket: Padded | Packed) -> Refusal | None:
         if bucket not in self._came:
             return Refusal("", bucket)
         if bucket in self._failed:
@@ -79,14 +80,14 @@ class ItsGraphs(GraphedForward):
         reason = graphs.CudaGraphs.why_unmeasured() or graph_rules.why_no_capture(mode_of(self.model))
         return Refusal(reason, bucket) if reason else None
 
-    def _within_memory(self, bucket: tuple[int, int], graph: Graph) -> Graph | Refusal:
+    def _within_memory(self, bucket: Padded | Packed, graph: Graph) -> Graph | Refusal:
         if self._device.memory() <= MOST_MEMORY:
             return graph
         alone = len(self._graphs) == 1
         self._free()
         limit = f"{MOST_MEMORY >> 20} MiB"
         if alone:
-            problem = f"a graph of {bucket[0]} x {bucket[1]} places takes more than {limit}"
+            problem = f"a graph of {bucket} takes more than {limit}"
             # For good, as long as the model stays what it is.
             self._failed[bucket] = problem, math.inf
             return Refusal(problem)
@@ -180,7 +181,7 @@ def told(model: nn.Module) -> str:
     """The mode of a model's graphs, what is captured and the memory it takes; or why nothing is."""
     mode = mode_of(model)
     if found := graphs_of(model):
-        buckets = ", ".join(f"{batch_size}x{seq_len}" for batch_size, seq_len in found.buckets())
+        buckets = ", ".join(map(str, found.buckets()))
         return f"{mode}, {found.num_graphs} captured ({buckets}), {found.memory() / 2**20:.0f} MiB"
     if mode == "off":
         reason = graph_rules.forked or "they are turned off"

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from fastbert.graph_rules import Set
 from fastbert.outputs import output_of
 from fastbert.tokens import copied_to
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the rows of a graph's input buffer
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of padded batches
+PACKED_INPUTS = ("input_ids", "token_type_ids", "cu_seq_lens_q")
 # Outputs of two dimensions that have a value for every token; those of three all do.
 PER_TOKEN = ("start_logits", "end_logits")
 
@@ -89,20 +91,79 @@ class CudaGraphs:
         self._done.synchronize()
 
 
-class Graph:
-    """The captured forward for batches of up to [B, S]."""
+class Padded(NamedTuple):
+    """The bucket of batches of up to [B, S]."""
 
-    def __init__(self, forward: Callable, graphs: CudaGraphs, batch_size: int, seq_len: int):
-        with torch.inference_mode(False):  # a tensor that may be written in any mode
-            self._inputs = torch.zeros(len(INPUTS), batch_size, seq_len, dtype=torch.int64, device=graphs.device)
-        self._size = None
+    batch_size: int
+    seq_len: int
+
+    @property
+    def places(self) -> int:
+        return self.batch_size * self.seq_len
+
+    def __str__(self) -> str:
+        return f"{self.batch_size}x{self.seq_len}"
+
+
+class Packed(NamedTuple):
+    """The bucket of up to N texts laid end to end, of up to T tokens in all, none of more than `longest`."""
+
+    num_tokens: int
+    num_texts: int
+    longest: int
+
+    @property
+    def places(self) -> int:
+        return self.num_tokens
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens} tokens of {self.num_texts} texts of up to {self.longest}"
+
+
+class Graph:
+    """The captured forward for the batches of a bucket."""
+
+    def __init__(self, forward: Callable, graphs: CudaGraphs, bucket: Padded | Packed):
+        self.bucket = bucket
+        with torch.inference_mode(False):  # tensors that may be written in any mode
+            given = self._buffers(graphs.device)
 
         def run():
             with Set("owned", True), torch.inference_mode(False), torch.no_grad():
-                return forward(**dict(zip(INPUTS, self._inputs, strict=True)), return_dict=True)
+                return forward(**given, return_dict=True)
 
         self._replay, self._outputs = graphs.capture(run)
         self.output_bytes = sum(x.nbytes for x in self._outputs.values())
+
+    def _buffers(self, device: torch.device) -> dict[str, Tensor | int]:
+        """The arguments of the captured call, which `launch` writes."""
+        raise NotImplementedError
+
+    def launch(self, *inputs: Tensor | None) -> None:
+        """Replay the graph for these inputs of one call."""
+        raise NotImplementedError
+
+    def _keep(self, num_texts: int, batch_size: int, seq_len: int) -> None:
+        """Cut from the outputs what belongs to the call: [N, ...] of texts, [B, S, ...] of tokens."""
+        self._results = {
+            name: x[:batch_size, :seq_len] if x.ndim > 2 or name in PER_TOKEN else x[:num_texts]
+            for name, x in self._outputs.items()
+        }
+
+    def outputs(self) -> ModelOutput:
+        """Copies of what the last launch gives, which share no memory."""
+        return output_of(type(self._outputs), **{name: x.clone() for name, x in self._results.items()})
+
+
+class PaddedGraph(Graph):
+    """Inputs are input_ids, attention_mask and token_type_ids [B, S]."""
+
+    bucket: Padded
+
+    def _buffers(self, device):
+        self._inputs = torch.zeros(len(INPUTS), *self.bucket, dtype=torch.int64, device=device)
+        self._size = None
+        return dict(zip(INPUTS, self._inputs, strict=True))
 
     def launch(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
         if input_ids.shape != self._size:
@@ -139,12 +200,31 @@ class Graph:
         self._num_given = 1
         # By the number of inputs that are given.
         self._batches = [self._inputs[:count, :batch_size, :seq_len] for count in range(len(INPUTS) + 1)]
-        self._results = {
-            name: x[:batch_size, :seq_len] if x.ndim > 2 or name in PER_TOKEN else x[:batch_size]
-            for name, x in self._outputs.items()
-        }
+        self._keep(batch_size, batch_size, seq_len)
         self._size = size
 
-    def outputs(self) -> ModelOutput:
-        """Copies of what the last launch gives, which share no memory."""
-        return output_of(type(self._outputs), **{name: x.clone() for name, x in self._results.items()})
+
+class PackedGraph(Graph):
+    """Inputs are input_ids and token_type_ids [1, T], and cu_seq_lens_q [N + 1]."""
+
+    bucket: Packed
+
+    def _buffers(self, device):
+        self._inputs = torch.zeros(2, self.bucket.num_tokens, dtype=torch.int64, device=device)
+        self._bounds = torch.zeros(self.bucket.num_texts + 1, dtype=torch.int32, device=device)
+        input_ids, token_type_ids = self._inputs[:, None]
+        given = (input_ids, token_type_ids, self._bounds, self.bucket.longest)
+        return dict(zip((*PACKED_INPUTS, "max_length_q"), given, strict=True))
+
+    def launch(self, input_ids: Tensor, token_type_ids: Tensor | None, cu_seqlens: Tensor) -> None:
+        (_, size), num_bounds = input_ids.shape, cu_seqlens.shape[0]
+        self._inputs[:1, :size].copy_(input_ids)
+        if token_type_ids is None:
+            self._inputs[1, :size].zero_()
+        else:
+            self._inputs[1:, :size].copy_(token_type_ids)
+        self._bounds[:num_bounds].copy_(cu_seqlens)
+        # The texts that a bucket has room for beside these are empty.
+        self._bounds[num_bounds:].copy_(cu_seqlens[-1:])
+        self._keep(num_bounds - 1, 1, size)
+        self._replay()

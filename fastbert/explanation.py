@@ -59,7 +59,7 @@ def explain(obj) -> Explanation:
     obj is a model or what holds one, as `optimize` takes. backend is "triton" (our kernels), "eager" (the ops' twins in
     plain PyTorch), "modules" (the block's own modules, one after another, which is where hooks fire and adapters
     count), or "refused" where "triton" was asked for and a call would raise. A note below names each module of no
-    library we know that calls the model; the last lines have the CUDA graphs of each model: their mode, buckets (B, S)
+    library we know that calls the model; the last lines have the CUDA graphs of each model: their mode, buckets
     and memory, or why there are none. Raises TypeError for an object without such blocks.
     """
     root = module_of(obj)

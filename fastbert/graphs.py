@@ -1,8 +1,8 @@
 """CUDA graphs that unpad: a model's whole forward as one launch, whatever the lengths of the texts.
 
-A graph is captured for a bucket, the smallest powers of two (B, S) that hold a batch. The mask is data and the number
-of tokens stays on the device, so that one graph serves every mix of lengths inside its bucket, and tiles past the
-tokens cost nothing.
+A graph is captured for a bucket, the smallest powers of two (B, S) that hold a batch, or for texts that come packed,
+those of their tokens, their number and the longest. The mask, or the bounds, are data and the number of tokens stays on
+the device, so that one graph serves every mix of lengths inside its bucket, and tiles past the tokens cost nothing.
 """
 
 import inspect
@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from fastbert import graph_rules, ops
-from fastbert.capture import INPUTS, CudaGraphs, Graph, forget_locks
+from fastbert.capture import (
+    INPUTS,
+    PACKED_INPUTS,
+    CudaGraphs,
+    Graph,
+    Packed,
+    PackedGraph,
+    Padded,
+    PaddedGraph,
+    forget_locks,
+)
 from fastbert.eager import is_tracing, is_transforming, is_watched
 from fastbert.graph_rules import mode_of
 from fastbert.graph_state import State, Unseen
@@ -29,12 +39,14 @@ from fastbert.pretrained import BertPreTrainedModel
 from fastbert.replaying import plain_forward
 
 DEVICE_TYPE = "cuda"
-SHORTEST = 16  # places of a bucket's texts
+SHORTEST = 16  # places of a bucket's texts, tokens of a packed one
+# Tokens of the longest packed text: below, attention makes no difference.
+SHORTEST_PACKED = 64
 MOST_PLACES = 2**15  # of a bucket: beyond them launches cost nothing beside the work
 MOST_OUTPUT_BYTES = 2**28  # of a graph, which keeps its outputs' memory
 INTEGERS = (torch.int64, torch.int32)
 MASKS = (*INTEGERS, torch.int16, torch.int8, torch.uint8, torch.bool)
-KNOWN_TO_GRAPHS = {*INPUTS, "return_dict"}
+KNOWN_TO_GRAPHS = {*INPUTS, *PACKED_INPUTS, "max_length_q", "return_dict"}
 _all: weakref.WeakSet["GraphedForward"] = weakref.WeakSet()
 # What models capture by themselves.
 of_models: weakref.WeakKeyDictionary[nn.Module, "GraphedForward"] = weakref.WeakKeyDictionary()
@@ -45,7 +57,8 @@ _inherited: list = []
 def graphed(model: nn.Module, max_graphs: int = 32) -> nn.Module:
     """Let a model's forward replay CUDA graphs; in place, returns the model.
 
-    A call takes input_ids, attention_mask and token_type_ids, integers [B, S] on any device; outputs are the model's
+    A call takes input_ids, attention_mask and token_type_ids, integers [B, S] on any device, or texts packed on the
+    model's device: input_ids and token_type_ids [1, T], cu_seq_lens_q [N + 1] and max_length_q. Outputs are the model's
     own, on its device, and nothing overwrites them later. The first call of a bucket captures it, which takes about as
     long as a few calls without a graph and the compilation of what is not compiled (`fastbert.warmup` does it before);
     of more than max_graphs buckets the least recently used is dropped. Graphs share the memory of what they compute,
@@ -83,7 +96,7 @@ class Refusal(NamedTuple):
     a coming of; None where the plain call is none of this model's, and a model inside of it may replay a graph."""
 
     reason: str
-    bucket: tuple[int, int] | None = None
+    bucket: Padded | Packed | None = None
 
 
 class GraphedForward:
@@ -105,9 +118,9 @@ class GraphedForward:
         self._lock = threading.Lock()  # the graphs' buffers are for one call at a time
         self._state: State | Unseen | None = None
         self._device: CudaGraphs | None = None
-        self._graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
+        self._graphs: OrderedDict[Padded | Packed, Graph] = OrderedDict()
         # Why a capture failed, and when.
-        self._failed: dict[tuple[int, int], tuple[str, float]] = {}
+        self._failed: dict[Padded | Packed, tuple[str, float]] = {}
         self.last_reason = ""
 
     @property
@@ -147,7 +160,7 @@ class GraphedForward:
         if reason is not None:
             return Refusal(reason)
         with self._lock:
-            outputs = self._replayed(*map(given.get, INPUTS))
+            outputs = self._replayed(given)
         if type(outputs) is Refusal:
             self.last_reason = outputs.reason
             return outputs
@@ -193,24 +206,33 @@ class GraphedForward:
             return "attention_mask is not integers [B, S]"
         if token_type_ids is not None and not _is_like(token_type_ids, shape, INTEGERS):
             return "token_type_ids is not integers [B, S]"
+        return None if given.get("cu_seq_lens_q") is None else self._why_not_packed(given)
+
+    def _why_not_packed(self, given: dict) -> str | None:
+        """The same for texts that come packed, whose ids and types are as they should be."""
+        bounds = given["cu_seq_lens_q"]
+        if given.get("attention_mask") is not None or given["input_ids"].shape[0] != 1:
+            return ""
+        if type(bounds) is not Tensor or bounds.ndim != 1 or len(bounds) < 2 or bounds.dtype not in INTEGERS:
+            return ""
+        if type(given.get("max_length_q")) is not int:
+            return "cu_seq_lens_q is given without max_length_q"
         return None
 
-    def _replayed(
-        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
-    ) -> ModelOutput | Refusal:
+    def _replayed(self, given: dict) -> ModelOutput | Refusal:
         state = self._state
         if state is None or ((state.refusal or not state.has_its_tables()) and not state.is_current()):
             state = self._renewed()
+        inputs = [given.get(name) for name in (INPUTS if given.get("cu_seq_lens_q") is None else PACKED_INPUTS)]
         for _ in range(3):
             if state.refusal:
                 return Refusal(state.refusal)
-            if why_not := self._why_not_from(state.device, input_ids, token_type_ids):
+            if why_not := self._why_not_from(state.device, given):
                 return why_not
-            batch_size, seq_len = input_ids.shape
-            if seq_len > state.num_positions:
+            bucket = _bucket(given, state.num_positions)
+            if bucket is None:
                 return Refusal("")  # an error, which the model itself words
-            bucket = _power_of_two(batch_size), min(max(SHORTEST, _power_of_two(seq_len)), state.num_positions)
-            if bucket[0] * bucket[1] > self.most_places:
+            if bucket.places > self.most_places:
                 return Refusal(f"beyond {self.most_places} places a batch, launches cost nothing beside the work")
             ops.raise_bad_ids(state.device)
             # Check the model before a capture; for an existing graph, check while the replay runs.
@@ -219,7 +241,7 @@ class GraphedForward:
                 if type(graph) is Refusal:
                     return graph
                 self._device.in_order()
-                graph.launch(input_ids, attention_mask, token_type_ids)
+                graph.launch(*inputs)
                 outputs = graph.outputs() if state.is_current() else None
                 self._device.done()
                 if outputs is not None:
@@ -231,11 +253,14 @@ class GraphedForward:
     def most_places(self) -> int:
         return MOST_PLACES
 
-    def _why_not_from(self, device: torch.device, input_ids: Tensor, token_type_ids: Tensor | None) -> Refusal | None:
-        """Whether inputs lie where they may not; the rows of a graph may be copied from anywhere."""
+    def _why_not_from(self, device: torch.device, given: dict) -> Refusal | None:
+        """Whether inputs lie where they may not; the rows of a padded batch may be copied from anywhere."""
+        bounds = given.get("cu_seq_lens_q")
+        if bounds is not None and {bounds.device, given["input_ids"].device} != {device}:
+            return Refusal(f"packed texts and their bounds are not on {device}")
         return None
 
-    def _graph(self, bucket: tuple[int, int]) -> Graph | Refusal:
+    def _graph(self, bucket: Padded | Packed) -> Graph | Refusal:
         """The graph of a bucket, captured if need be and possible."""
         if bucket in self._graphs:
             self._graphs.move_to_end(bucket)
@@ -246,14 +271,15 @@ class GraphedForward:
             self._device = CudaGraphs(self._state.device)
         failed_at = math.inf  # what is too large stays so
         try:
-            graph = Graph(self.plain, self._device, *bucket)
+            kind = PackedGraph if type(bucket) is Packed else PaddedGraph
+            graph = kind(self.plain, self._device, bucket)
             problem = self._too_large(graph)
         except torch.OutOfMemoryError:  # whose message has numbers, and each reason is said once
-            problem = f"there was no memory to capture {bucket[0]} x {bucket[1]} places"
+            problem = f"there was no memory to capture {bucket}"
             failed_at = graph_rules.clock()
         # CUDA refuses something, or it is an error of the model's, which comes again from the plain call.
         except Exception as error:
-            problem = f"capturing {bucket[0]} x {bucket[1]} places failed: {type(error).__name__}: {error}"
+            problem = f"capturing {bucket} failed: {type(error).__name__}: {error}"
             failed_at = graph_rules.clock()
             if isinstance(error, RuntimeError):
                 graph_rules.broken = problem
@@ -269,7 +295,7 @@ class GraphedForward:
             ops.say_once(self.level, f"{limit}: the least recently used graph makes room for each new one")
         return self._within_memory(bucket, graph)
 
-    def _why_no_capture(self, bucket: tuple[int, int]) -> Refusal | None:
+    def _why_no_capture(self, bucket: Padded | Packed) -> Refusal | None:
         return Refusal(self._failed[bucket][0]) if bucket in self._failed else None
 
     def _too_large(self, graph: Graph) -> str | None:
@@ -277,11 +303,11 @@ class GraphedForward:
             return f"the outputs of a bucket take more than {MOST_OUTPUT_BYTES >> 20} MiB"
         return None
 
-    def _within_memory(self, bucket: tuple[int, int], graph: Graph) -> Graph | Refusal:
+    def _within_memory(self, bucket: Padded | Packed, graph: Graph) -> Graph | Refusal:
         return graph
 
-    def buckets(self) -> list[tuple[int, int]]:
-        """The shapes (B, S) that are captured, the least recently used first."""
+    def buckets(self) -> list[Padded | Packed]:
+        """What is captured, the least recently used first."""
         return list(self._graphs)
 
     def memory(self) -> int:
@@ -314,6 +340,23 @@ class GraphedForward:
 
 def _is_like(x: object, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> bool:
     return type(x) is Tensor and x.shape == shape and x.dtype in dtypes
+
+
+def _bucket(given: dict, num_positions: int) -> Padded | Packed | None:
+    """The smallest bucket that holds a call's inputs; None for texts of more tokens than there are positions."""
+    (batch_size, seq_len), bounds = given["input_ids"].shape, given.get("cu_seq_lens_q")
+    if bounds is None:
+        if seq_len > num_positions:
+            return None
+        return Padded(_power_of_two(batch_size), min(max(SHORTEST, _power_of_two(seq_len)), num_positions))
+    longest = given["max_length_q"]
+    if not 0 < longest <= num_positions:
+        return None
+    return Packed(
+        max(SHORTEST, _power_of_two(seq_len)),
+        _power_of_two(len(bounds) - 1),
+        min(max(SHORTEST_PACKED, _power_of_two(longest)), num_positions),
+    )
 
 
 def _power_of_two(size: int) -> int:

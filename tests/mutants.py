@@ -982,6 +982,27 @@ MUTANTS = [
         "test_graphs.py::test_inputs_of_every_kind",
     ),
     Mutant(
+        "graphs-types-of-packed-texts-of-before",
+        "fastbert/capture.py",
+        "            self._inputs[1, :size].zero_()\n",
+        "            pass\n",
+        "test_graphs.py::test_packed_inputs_of_every_kind",
+    ),
+    Mutant(
+        "graphs-packed-texts-of-before",
+        "fastbert/capture.py",
+        "        self._bounds[num_bounds:].copy_(cu_seqlens[-1:])\n",
+        "",
+        "test_graphs.py::test_one_graph_serves_every_mix_of_packed_texts_of_a_bucket",
+    ),
+    Mutant(
+        "graphs-of-packed-texts-past-the-positions",
+        "fastbert/graphs.py",
+        "if not 0 < longest <= num_positions:",
+        "if False:",
+        "test_graphs.py::test_packed_texts_that_no_graph_serves",
+    ),
+    Mutant(
         "graphs-outputs-of-the-pool",
         "fastbert/capture.py",
         "{name: x.clone() for name, x in self._results.items()}",
@@ -1019,7 +1040,7 @@ MUTANTS = [
     Mutant(
         "graphs-buckets-past-the-positions",
         "fastbert/graphs.py",
-        "min(max(SHORTEST, _power_of_two(seq_len)), state.num_positions)",
+        "min(max(SHORTEST, _power_of_two(seq_len)), num_positions)",
         "max(SHORTEST, _power_of_two(seq_len))",
         "test_graphs.py::test_buckets_are_powers_of_two_within_the_positions",
     ),

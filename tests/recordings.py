@@ -65,8 +65,11 @@ def recorded(monkeypatch) -> list[tuple[int, ...]]:
     buckets, capture = [], graphs.CudaGraphs.capture
 
     def counted(self, run):
-        (inputs,) = (cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, graphs.Graph))
-        buckets.append(tuple(inputs._inputs.shape[1:]))
+        (given,) = (cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, dict))
+        size = tuple(given["input_ids"].shape)
+        if "cu_seq_lens_q" in given:
+            size = size[1], len(given["cu_seq_lens_q"]) - 1, given["max_length_q"]
+        buckets.append(size)
         return capture(self, run)
 
     monkeypatch.setattr(graphs.CudaGraphs, "capture", counted)

@@ -155,9 +155,11 @@ def test_inputs_that_lie_elsewhere_meet_the_models_own_errors(captures):
     call(model)
     ids, types = batch["input_ids"], batch["token_type_ids"].to("meta")
     its, elsewhere = graphs.of_models[model], "inputs are not on"
-    assert its._why_not_from(torch.device("meta"), ids, None).reason.startswith(elsewhere)
-    assert its._why_not_from(DEVICE, ids, types).reason.startswith(elsewhere)
-    assert its._why_not_from(DEVICE, ids, batch["token_type_ids"]) is None
+    assert its._why_not_from(torch.device("meta"), {"input_ids": ids}).reason.startswith(elsewhere)
+    assert its._why_not_from(DEVICE, {"input_ids": ids, "token_type_ids": types}).reason.startswith(elsewhere)
+    packed = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 2], device="meta")}
+    assert "bounds are not on" in its._why_not_from(DEVICE, packed).reason
+    assert its._why_not_from(DEVICE, {"input_ids": ids, "token_type_ids": batch["token_type_ids"]}) is None
 
 
 def with_memory(monkeypatch, bytes_of_a_graph: int) -> None:
@@ -189,7 +191,7 @@ def test_a_graph_that_alone_takes_too_much_is_captured_once(captures, monkeypatc
     model = made()
     call(model, 5)
     assert captures == [(2, 16)]
-    assert "a graph of 2 x 16 places takes more than 1024 MiB" in caplog.text
+    assert "a graph of 2x16 takes more than 1024 MiB" in caplog.text
     assert automatic.graphs_of(model) is None
 
 
@@ -222,7 +224,7 @@ def test_a_failed_capture_is_forgotten_and_tried_again_after_a_minute(captures, 
         patch.setattr(graphs.CudaGraphs, "capture", full)
         call(model, 4)
     assert len(tries) == 1
-    assert "there was no memory to capture 2 x 16 places" in caplog.text
+    assert "there was no memory to capture 2x16" in caplog.text
     assert len(graph_rules._captured_at) == 1  # it counts as a capture
     its = graphs.of_models[model]
     assert its._device is None
@@ -347,8 +349,8 @@ def test_a_worker_thread_replays_and_does_not_capture(captures):
 
 def replays(monkeypatch) -> list[int]:
     """An entry for each launch of a graph."""
-    made, launch = [], graphs.Graph.launch
-    monkeypatch.setattr(graphs.Graph, "launch", lambda self, *inputs: made.append(1) or launch(self, *inputs))
+    made, launch = [], graphs.PaddedGraph.launch
+    monkeypatch.setattr(graphs.PaddedGraph, "launch", lambda self, *inputs: made.append(1) or launch(self, *inputs))
     return made
 
 

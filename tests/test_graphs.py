@@ -79,6 +79,80 @@ def test_heads(head, captures):
     assert captures == ([] if of_choices else [(4, 32)])
 
 
+def packed(lengths: list[int], *, seed: int = 0, bounds: torch.dtype = torch.int32) -> dict:
+    """Texts of these lengths, laid end to end."""
+    given = texts(1, sum(lengths), seed=seed)
+    del given["attention_mask"]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, bounds)
+    return given | {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
+
+
+def test_one_graph_serves_every_mix_of_packed_texts_of_a_bucket(captures):
+    model, plain = models()
+    mixes = [[5, 9, 3], [5, 9, 3, 14], [30], [1, 1, 1, 30 - 3], [5, 9, 3], [0, 8, 0, 20], [17]]
+    for seed, lengths in enumerate(mixes):
+        given = packed(lengths, seed=seed)
+        assert_same(model(**given), plain(**given))
+    # 64 tokens are more than the 40 positions.
+    assert captures == [(32, 4, 40), (32, 1, 40)]
+    given = packed([5, 9, 3])
+    assert_same(model(**given), plain(**packed([5, 9, 3])))
+    given = packed([30, 3])
+    assert_same(model(**given), plain(**given))
+    assert captures[2:] == [(64, 2, 40)]
+    assert [str(bucket) for bucket in model.forward.buckets()] == [
+        "32 tokens of 1 texts of up to 40",
+        "32 tokens of 4 texts of up to 40",
+        "64 tokens of 2 texts of up to 40",
+    ]
+
+
+def test_packed_inputs_of_every_kind(captures):
+    """Each after one with types: nothing of an earlier call may be left in the buffers."""
+    model, plain = models()
+    full = packed([5, 9, 3], seed=9)
+    ids, types, bounds, longest = full.values()
+    short = torch.tensor([0, 5, 9], dtype=torch.int32, device=DEVICE)
+    others = [
+        {"input_ids": ids, "cu_seq_lens_q": bounds, "max_length_q": longest},
+        full | {"input_ids": ids.int(), "token_type_ids": types.int()},
+        full | {"cu_seq_lens_q": bounds.long()},
+        full | {"cu_seq_lens_q": short},  # the rest of the row is no text
+    ]
+    for other in others:
+        assert_same(model(**full), plain(**full))
+        assert_same(model(**other), plain(**other))
+    assert captures == [(32, 4, 40), (32, 2, 40)]
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "BertForMultipleChoice"])
+def test_heads_of_packed_texts(head, captures):
+    model, plain = models(head)
+    given = packed([5, 9, 3])
+    for _ in range(2):
+        assert_same(model(**given), plain(**given))
+    assert captures == [(32, 4, 40)]
+
+
+def test_packed_texts_that_no_graph_serves(captures, caplog):
+    model, plain = models()
+    given = packed([5, 9, 3])
+    others = [
+        {name: value for name, value in given.items() if name != "max_length_q"},
+        given | {"position_ids": torch.arange(17, device=DEVICE)[None]},
+        given | {"cu_seq_lens_k": given["cu_seq_lens_q"]},
+    ]
+    for other in others:
+        assert_same(model(**other), plain(**other))
+    for reason in ("without max_length_q", "position_ids is given", "cu_seq_lens_k is given"):
+        assert reason in caplog.text
+    with pytest.raises(ValueError, match="longer than max_position_embeddings=40"):
+        model(**packed([41]))
+    with pytest.raises(ValueError, match="exclude each other"):
+        model(**given, attention_mask=torch.ones(1, 17, dtype=torch.int64, device=DEVICE))
+    assert captures == []
+
+
 def test_hidden_sizes_like_the_bucket_are_not_cut(captures):
     model, plain = models(hidden_size=32, num_attention_heads=2)
     batch = texts(3, 20)
@@ -489,7 +563,7 @@ def test_a_failed_capture_is_not_tried_again(captures, caplog, monkeypatch):
             assert_same(model(**texts(2, 16)), plain(**texts(2, 16)))
         assert_same(model(**texts(1, 16)), plain(**texts(1, 16)))
     assert tries == [1]
-    assert "there was no memory to capture 2 x 16 places" in caplog.text
+    assert "there was no memory to capture 2x16" in caplog.text
     assert captures == [(1, 16)]
     model.bfloat16()
     model(**texts(2, 16))
