@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert import automatic, ops, sentences
+from fastbert import automatic, inference, ops, sentences
 from fastbert.fusion import FusableBlock, class_name, fused_linear, fused_parts, why_eager
 from fastbert.heads import PARTS, PROJECTIONS, Head
 from fastbert.pretrained import BertPreTrainedModel
@@ -58,9 +58,10 @@ def explain(obj) -> Explanation:
 
     obj is a model or what holds one, as `optimize` takes. backend is "triton" (our kernels), "eager" (the ops' twins in
     plain PyTorch), "modules" (the block's own modules, one after another, which is where hooks fire and adapters
-    count), or "refused" where "triton" was asked for and a call would raise. A note below names each module of no
-    library we know that calls the model; the last lines have the CUDA graphs of each model: their mode, buckets
-    and memory, or why there are none. Raises TypeError for an object without such blocks.
+    count), or "refused" where "triton" was asked for and a call would raise. Notes below tell whether texts go packed
+    to a model of sentence-transformers', and name each module of no library we know that calls the model; the last
+    lines have the CUDA graphs of each model: their mode, buckets and memory, or why there are none. Raises TypeError
+    for an object without such blocks.
     """
     root = module_of(obj)
     if not any(isinstance(module, FusableBlock) for module in root.modules()):
@@ -80,6 +81,10 @@ def explain(obj) -> Explanation:
         for op, backend, reason in served:
             rows.append(Served(name, op, "refused" if chosen == "triton" != backend else backend, reason))
     for name, module in root.named_modules():
+        if (kind := inference.kind_of(module)) in inference.MODELS:
+            why = inference.why_unserved(module)
+            through = f"through sentence-transformers' own code: {why}" if why else "tokenized ahead and packed"
+            rows.notes.append(f"the texts of {name or kind} go {through}")
         if _is_own_code(module) and not any(_is_own_code(part) for part in module.modules() if part is not module):
             what = f"{name or type(module).__qualname__}, a {class_name(module)}"
             rows.notes.append(f"{what}, calls BertModel: {OWN_CODE}")

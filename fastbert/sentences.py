@@ -4,6 +4,7 @@ Methods are patched on the instances, so that classes, and with them saved folde
 """
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops
+from fastbert import inference, ops
 from fastbert.eager import is_tracing
+from fastbert.inference import kind_of
 from fastbert.inputs import KEYWORDS
+from fastbert.tokenization import Unserved
 from fastbert.tokens import layout_from_mask
 
 # Pooling's names of modes -> those of `ops.pool`.
 MODES = {"cls": "first", "mean": "mean"}
 # What changes how Pooling weighs tokens: it then does its own work.
-WEIGHED = ("cu_seq_lens_q", "cls_token_embeddings", "token_weights_sum")
+WEIGHED = ("cls_token_embeddings", "token_weights_sum")
 # The feature that is the mask of a batch on the host.
 HOST_MASK = "attention_mask_on_host"
 # Whether nobody comes between `preprocess` and `forward`, who might change the mask or the order of a batch.
@@ -80,6 +83,25 @@ def _inference(encoder: nn.Module, *args, **kwargs):
         return type(encoder)._inference(encoder, *args, **kwargs)
 
 
+def _encode(encoder: nn.Module, *args, **kwargs):
+    """SentenceTransformer._inference: by packed batches, or where these do not serve a call, as it is."""
+    return _served(inference.encode, encoder, *args, **kwargs)
+
+
+def _predict(encoder: nn.Module, *args, **kwargs):
+    """CrossEncoder._inference, likewise."""
+    return _served(inference.predict, encoder, *args, **kwargs)
+
+
+def _served(function: Callable, encoder: nn.Module, *args, **kwargs):
+    try:
+        return function(encoder, *args, **kwargs)
+    except Unserved as error:
+        if reason := str(error):
+            ops.say_once(logging.INFO, f"texts go through sentence-transformers' own code: {reason}")
+    return _inference(encoder, *args, **kwargs)
+
+
 def _preprocess(transformer: nn.Module, *args, **kwargs) -> dict:
     """Transformer.preprocess, which while `carrying` leaves the mask on the host, for a model of ours on a device."""
     features = type(transformer).preprocess(transformer, *args, **kwargs)
@@ -128,13 +150,18 @@ def _taken_by(model_class: type) -> frozenset[str]:
 
 
 def _pool(pooling: nn.Module, features: dict, **kwargs) -> dict:
-    """Pooling.forward, where no gradients are recorded in the op: token_embeddings [B, S, E] -> sentence_embedding
-    [B, E]."""
+    """Pooling.forward, where no gradients are recorded in the op: token_embeddings [B, S, E], or of N packed texts
+    [1, T, E] -> sentence_embedding [B, E] or [N, E]."""
     hidden, mask = features["token_embeddings"], features.get("attention_mask")
-    mode = _only_mode(pooling)
-    served = mode is not None and mask is not None and hidden.ndim == 3 and mask.shape == hidden.shape[:2]
+    mode, bounds = _only_mode(pooling), features.get("cu_seq_lens_q")
+    served = mode is not None and hidden.ndim == 3 and (bounds is None) != (mask is None)
     excludes_prompt = not pooling.include_prompt and "prompt_length" in features
     if _records() or not served or excludes_prompt or not features.keys().isdisjoint(WEIGHED):
+        return type(pooling).forward(pooling, features, **kwargs)
+    if bounds is not None:
+        features["sentence_embedding"] = ops.pool(hidden.flatten(0, 1), bounds.to(torch.int32), mode)
+        return features
+    if mask.shape != hidden.shape[:2]:
         return type(pooling).forward(pooling, features, **kwargs)
     batch_size, seq_len, _ = hidden.shape
     layout = layout_from_mask(mask, batch_size, seq_len, hidden.device)
@@ -165,12 +192,11 @@ def _records() -> bool:
 
 
 # A class of sentence-transformers' -> what takes the place of its methods.
-ENCODER = {"_inference": _inference}
 PATCHES = {
-    "SentenceTransformer": ENCODER,
-    "SparseEncoder": ENCODER,
-    "MultiVectorEncoder": ENCODER,
-    "CrossEncoder": ENCODER,
+    "SentenceTransformer": {"_inference": _encode},
+    "SparseEncoder": {"_inference": _inference},
+    "MultiVectorEncoder": {"_inference": _inference},
+    "CrossEncoder": {"_inference": _predict},
     "Transformer": {"preprocess": _preprocess, "forward": _forward, "_replicate_for_data_parallel": _replicate},
     "Pooling": {"forward": _pool, "_replicate_for_data_parallel": _replicate},
     "Normalize": {"forward": _normalize, "_replicate_for_data_parallel": _replicate},
@@ -179,9 +205,8 @@ PATCHES = {
 
 def _kind(module: nn.Module) -> str | None:
     """The name of a class of sentence-transformers' that is patched."""
-    kind = type(module)
-    known = kind.__module__.startswith("sentence_transformers.") and kind.__name__ in PATCHES
-    return kind.__name__ if known else None
+    kind = kind_of(module)
+    return kind if kind in PATCHES else None
 
 
 def patch(root: nn.Module) -> None:

@@ -1,0 +1,278 @@
+"""`encode` and `predict` of sentence-transformers at the device's speed: packed batches of texts tokenized ahead.
+
+The modules do their own work on what is packed, [1, T, E] and the bounds of the texts. What this does not serve raises
+`Unserved` with the reason, and goes through sentence-transformers' own code as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from itertools import chain, pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastbert import heads, model, patches
+from fastbert.fusion import FusableBlock, class_name, fused_parts, has_hooks, why_no_block
+from fastbert.graphs import GraphedForward
+from fastbert.layers import runs_packed
+from fastbert.tokenization import PackingTokenizer, Texts, Unserved, why_wrapper
+from fastbert.windows import CPU_TOKENS, TOKENS, Window, windows
+
+# The class of a whole model of sentence-transformers' -> ours in its Transformer, and the modules that may follow. Of
+# these, all but Pooling look at one vector a text.
+MODELS = {"SentenceTransformer": model.BertModel, "CrossEncoder": heads.BertForSequenceClassification}
+AFTER = {"SentenceTransformer": ("Pooling", "Dense", "Dropout", "LayerNorm", "Normalize"), "CrossEncoder": ()}
+OPTIONS = {"padding", "truncation", "max_length", "return_tensors"}
+# What `encode` and `predict` may be given for `preprocess`.
+KEYWORDS = {"task", "processing_kwargs"}
+
+
+def why_unserved(encoder: nn.Module) -> str | None:
+    """Why texts go through sentence-transformers' own code whatever the arguments; None if they need not."""
+    kind, (transformer, *after) = kind_of(encoder), encoder.children()
+    if kind not in MODELS:
+        return f"it is a {class_name(encoder)}"
+    if kind_of(transformer) != "Transformer":
+        return f"its first module is a {class_name(transformer)}"
+    for name, module in encoder.named_children():
+        if module is not transformer and kind_of(module) not in AFTER[kind]:
+            return f"module {name}, a {class_name(module)}, may look at padded batches"
+    if kind_of(next(iter(after), None)) != ("Pooling" if kind == "SentenceTransformer" else None):
+        return "the first module is not followed by Pooling"
+    for module in after:
+        if getattr(module, "module_input_name", "sentence_embedding") != "sentence_embedding":
+            return f"a {class_name(module)} takes {module.module_input_name}"
+    for module in (encoder, transformer, *after):
+        if reason := _why_not_its_own(module):
+            return reason
+    if "message" in transformer.modality_config or transformer.modality_config["text"]["method"] != "forward":
+        return "its texts are messages"
+    taken = transformer.model_forward_params
+    if taken is not None and not {"cu_seq_lens_q", "max_length_q"} <= taken:
+        return "its first module hands no bounds of packed texts on"
+    return _why_padded(transformer.model, MODELS[kind]) or why_wrapper(transformer.processor)
+
+
+def kind_of(module: nn.Module | None) -> str | None:
+    """The name of a class of sentence-transformers' own."""
+    own = type(module).__module__.startswith("sentence_transformers.")
+    return type(module).__name__ if own else None
+
+
+def _why_not_its_own(module: nn.Module) -> str | None:
+    """Why a module of sentence-transformers' might do something of somebody's."""
+    if has_hooks(module):
+        return f"a {class_name(module)} has hooks"
+    if module._compiled_call_impl is not None:
+        return f"a {class_name(module)} is compiled"
+    for name in ("forward", "preprocess", "tokenize"):
+        patched = vars(module).get(name)
+        own = getattr(type(module), name, None)
+        if patched is not None and not type(patched).__module__.startswith("fastbert."):
+            return f"a {class_name(module)} has a patched {name}"
+        if own is not None and not own.__module__.startswith("sentence_transformers."):
+            return f"{class_name(module)}.{name} is patched for every model"
+    return None
+
+
+def _why_padded(bert: nn.Module, expected: type) -> str | None:
+    """Why a model needs padded batches: what is no fused block sees all texts as one, with a mask of [T, T]."""
+    if type(bert) is not expected:
+        return f"its model is a {class_name(bert)}, not a {class_name(expected)}"
+    if has_hooks(bert) or not isinstance(vars(bert).get("forward"), GraphedForward | None):
+        return "its model has hooks or a patched forward"
+    base = bert.base_model
+    if any(x._compiled_call_impl is not None for x in (bert, base)):
+        return "its model is compiled"
+    if base is not bert and (has_hooks(base) or "forward" in vars(base)):
+        return "its encoder has hooks or a patched forward"
+    reason = why_no_block() or patches.replaced_in_models() or patches.replaced_for_masks(base)
+    if reason:
+        return reason
+    if base.config.output_hidden_states or base.config.output_attentions:
+        return "the configuration asks for hidden states or attention weights"
+    if base.config.is_decoder or not runs_packed(base.encoder):
+        return "its encoder needs padded batches"
+    blocks = (base.embeddings, *base.encoder.layer)
+    if not all(isinstance(block, FusableBlock) for block in blocks):
+        return "a layer is of another class"
+    return next(filter(None, (fused_parts(block, asked=True)[1] for block in blocks)), None)
+
+
+@torch.inference_mode()
+def encode(
+    encoder: nn.Module, inputs: list, *, prompt: str | None, batch_size: int, show_progress_bar: bool,
+    output_value: str | None, save_to_cpu: bool, normalize_embeddings: bool, truncate_dim: int | None,
+    device: str | torch.device | None = None, **kwargs,
+) -> Tensor | list[Tensor]:  # fmt: skip
+    """SentenceTransformer._inference: vectors [N, dim] on the host or the device, or token embeddings, N of [S, E]."""
+    if output_value not in ("sentence_embedding", "token_embeddings"):
+        raise Unserved(f"output_value={output_value!r} is asked for")
+    run = _Run(encoder, inputs, prompt, batch_size, show_progress_bar, device, kwargs)
+    if output_value == "token_embeddings":
+        return _token_embeddings(run)
+    rows = Rows(len(inputs), torch.device("cpu") if save_to_cpu else run.device)
+    for window, outputs in run.outputs("sentence_embedding"):
+        vectors = torch.cat(outputs)
+        if truncate_dim is not None:
+            vectors = vectors[:, :truncate_dim]
+        rows.put(window.rows, F.normalize(vectors, dim=1) if normalize_embeddings else vectors)
+    return rows.filled()
+
+
+def _token_embeddings(run: "_Run") -> list[Tensor]:
+    found: list[Tensor | None] = [None] * len(run)
+    for window, outputs in run.outputs("token_embeddings"):
+        lengths = (window.lengths[first:last].tolist() for first, last in pairwise(window.cuts))
+        texts = chain.from_iterable(x[0].split(size) for x, size in zip(outputs, lengths, strict=True))
+        for row, embeddings in zip(window.rows.tolist(), texts, strict=True):
+            found[row] = embeddings
+    return found
+
+
+@torch.inference_mode()
+def predict(
+    encoder: nn.Module, inputs: list, *, prompt: str | None, batch_size: int, show_progress_bar: bool,
+    activation_fn: Callable | None, apply_softmax: bool | None, device: str | torch.device | None = None, **kwargs,
+) -> Tensor:  # fmt: skip
+    """CrossEncoder._inference: scores [N], or [N, labels] of several labels, on the device."""
+    run = _Run(encoder, inputs, prompt, batch_size, show_progress_bar, device, kwargs)
+    rows = Rows(len(inputs), run.device)
+    for window, outputs in run.outputs("scores"):
+        scores = torch.cat(outputs)
+        scores = scores.float() if scores.dtype.itemsize < 4 else scores
+        scores = scores if activation_fn is None else activation_fn(scores)
+        if encoder.num_labels == 1 and scores.ndim > 1:
+            scores = scores.squeeze(-1)
+        rows.put(window.rows, scores.softmax(1) if apply_softmax and scores.ndim > 1 else scores)
+    return rows.filled()
+
+
+class _Run:
+    """One call of `encode` or `predict`. Raises Unserved, and what sentence-transformers and its tokenizer raise."""
+
+    def __init__(
+        self, encoder: nn.Module, inputs: list, prompt: str | None, batch_size: int, show_progress_bar: bool,
+        device: str | torch.device | None, kwargs: dict,
+    ):  # fmt: skip
+        if not inputs:
+            raise Unserved("")
+        if others := kwargs.keys() - KEYWORDS:
+            raise Unserved(f"{', '.join(sorted(others))} is given")
+        self._texts_of = partial(_prompted, inputs, prompt, _are_pairs(inputs))
+        self.device = encoder._resolve_inference_device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise Unserved(f"the model is on {self.device.type!r}")
+        if any(module.training for module in encoder.modules()):  # asking takes a third of setting
+            encoder.eval()
+        if reason := why_unserved(encoder):
+            raise Unserved(reason)
+        transformer = encoder[0]
+        options = _options(transformer, **kwargs)
+        self._tokenizer = PackingTokenizer(transformer.processor, **options)
+        self._constant = {"modality": "text"}
+        if prompt and not all(getattr(module, "include_prompt", True) for module in encoder.children()):
+            if options != _options(transformer):
+                raise Unserved("a prompt is left out where the call has a max_length of its own")
+            self._constant["prompt_length"] = self._length_of(prompt, transformer.processor.all_special_ids)
+        self._encoder, self._kwargs, self._batch_size = encoder, kwargs, batch_size
+        self._bar = tqdm(total=len(inputs), desc="Texts", unit=" texts", disable=not show_progress_bar)
+        self._count = len(inputs)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _length_of(self, prompt: str, special_ids: list[int]) -> int:
+        """The tokens of a prompt without the special one at its end, as sentence-transformers counts them."""
+        ids = self._tokenizer([prompt]).input_ids
+        return len(ids) - (len(ids) > 0 and ids[-1] in special_ids)
+
+    def outputs(self, name: str) -> Iterator[tuple[Window, list[Tensor]]]:
+        """The windows, each with the feature of this name that each of its batches ends with."""
+        most_tokens = CPU_TOKENS if self.device.type == "cpu" else TOKENS
+        found = windows(self._tokenizer, self._texts_of, self._count, self._batch_size, most_tokens)
+        with self._bar, closing(found):
+            for window in found:
+                if not window.lengths[-1]:
+                    raise Unserved("a text has no token at all")
+                outputs = []
+                for count, given in window.batches(self.device):
+                    # Only what is asked for is kept until the window's end.
+                    outputs.append(self._encoder(given | self._constant, **self._kwargs)[name])
+                    self._bar.update(count)
+                yield window, outputs
+
+
+def _are_pairs(inputs: list) -> bool:
+    """Whether the inputs are pairs of texts. Raises Unserved for what is neither pairs nor texts alone."""
+    if all(isinstance(x, str) for x in inputs):
+        return False
+    if all(isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(y, str) for y in x) for x in inputs):
+        return True
+    raise Unserved("the inputs are neither texts alone nor pairs of texts alone")
+
+
+def _prompted(inputs: list, prompt: str | None, paired: bool, start: int, stop: int) -> Texts:
+    texts = inputs[start:stop]
+    if not prompt:
+        return texts
+    return [(prompt + a, b) for a, b in texts] if paired else [prompt + text for text in texts]
+
+
+def _options(transformer: nn.Module, task: str | None = None, processing_kwargs: dict | None = None) -> dict:
+    """What sentence-transformers' Transformer calls its tokenizer with, but for the kind of tensors."""
+    if task == "query" and transformer.query_expansion is not None:
+        raise Unserved("queries are expanded by sentence-transformers")
+    if others := (processing_kwargs or {}).keys() - {"text", "common"}:
+        raise Unserved(f"processing_kwargs holds {', '.join(map(str, others))}")
+    options = {"padding": True, "truncation": "longest_first", "return_tensors": "pt"}
+    lengths = {"query": transformer.query_length, "document": transformer.document_length}
+    if lengths.get(task) is not None:
+        options["max_length"] = lengths[task]
+    for kind in ("text", "common"):
+        for given in (transformer.processing_kwargs, processing_kwargs or {}):
+            options |= given.get(kind) or {}
+    if others := options.keys() - OPTIONS:
+        raise Unserved(f"the tokenizer is called with {', '.join(others)}")
+    if options.pop("return_tensors") != "pt":
+        raise Unserved("other tensors than torch's are asked for")
+    return options
+
+
+class Rows:
+    """A tensor [count, ...] that windows fill in whichever order. From a GPU to the host, values go through pinned
+    memory and are waited for only when the next window is on its way."""
+
+    def __init__(self, count: int, device: torch.device):
+        self._count, self._device = count, device
+        self._rows: Tensor | None = None
+        self._pending: tuple[np.ndarray, Tensor, torch.cuda.Event] | None = None
+
+    def put(self, rows: np.ndarray, values: Tensor) -> None:
+        """Row rows[i] becomes values[i]; rows int64 [n], values [n, ...]."""
+        if self._rows is None:
+            self._rows = torch.empty(self._count, *values.shape[1:], dtype=values.dtype, device=self._device)
+        if values.device == self._device:
+            self._rows.index_copy_(0, torch.from_numpy(rows).to(self._device, non_blocking=True), values)
+            return
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(values.device))
+        self._collect()
+        self._pending = rows, on_host, done
+
+    def _collect(self) -> None:
+        if self._pending is not None:
+            rows, on_host, done = self._pending
+            done.synchronize()
+            self._rows.index_copy_(0, torch.from_numpy(rows), on_host)
+            self._pending = None
+
+    def filled(self) -> Tensor:
+        self._collect()
+        return self._rows
