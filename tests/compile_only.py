@@ -23,8 +23,8 @@ def main(dtype: str) -> None:
     fastbert_kernels.INTERPRETED = True  # so that CPU tensors are served
     config = transformers.BertConfig(vocab_size=100, num_hidden_layers=1, hidden_size=128, num_attention_heads=4)
     model = fastbert.BertModel(config).eval().to(getattr(torch, dtype))
-    # Of the masks, all on the CPU, those of int32 stand for masks on the host.
-    tokens.shapes_may_depend_on_data = lambda tensor: tensor.dtype == torch.int32
+    # Of the masks, all on the CPU, those of int32 stand for masks on the host. Bounds of texts are the device's.
+    tokens.shapes_may_depend_on_data = lambda tensor: tensor.dtype == torch.int32 and tensor.ndim == 2
 
     def forward(shape):
         mask = torch.ones(shape, dtype=torch.int32)
@@ -35,6 +35,11 @@ def main(dtype: str) -> None:
             for types in (None, ids):
                 for attention_mask in (None, mask, mask.long()):
                     model(ids, attention_mask, types)
+                packed, (batch_size, seq_len) = ids.int().view(1, -1), shape
+                bounds = torch.arange(batch_size + 1, dtype=torch.int32) * seq_len
+                model(
+                    packed, token_type_ids=None if types is None else packed, cu_seq_lens_q=bounds, max_length_q=seq_len
+                )
 
     with compiling_for(CHIPS["sm_90"].target) as launches:
         with ThreadPoolExecutor(8) as pool:

@@ -35,7 +35,9 @@ def test_sizes_that_vary_compile_nothing_new_and_nothing_spills(dtype, tmp_path)
     assert served["_qkv_projection_kernel"] == (6 if dtype == "float16" else 4)
     # For short sequences in 16 bits, and for all.
     assert served["_attention_fwd_kernel"] == (2 if dtype == "float16" else 1)
-    assert served["_packing_plan_kernel"] == served["_pool_kernel"] == 1
+    assert served["_packing_plan_kernel"] == 1
+    # For padded batches, and for texts that come packed.
+    assert served["_pool_kernel"] == 2
     for kernel, spill_bytes, matrix_instruction in machine_code:
         assert spill_bytes == 0, f"{kernel} spills {spill_bytes} bytes a thread"
         assert matrix_instruction == ("HGMMA" if kernel in PRODUCTS else "none"), f"{kernel}: {matrix_instruction}"

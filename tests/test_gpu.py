@@ -384,6 +384,10 @@ def test_sizes_that_vary_do_not_compile_again(dtype):
             for mask in (None, inputs["attention_mask"], inputs["attention_mask"].cpu()):
                 ours(inputs["input_ids"], mask)
                 assert num_variants() == expected, (batch_size, seq_len)
+            packed = inputs["input_ids"].int().view(1, -1)
+            bounds = torch.arange(batch_size + 1, dtype=torch.int32, device=DEVICE) * seq_len
+            ours(packed, cu_seq_lens_q=bounds, max_length_q=seq_len)
+            assert num_variants() == expected, (batch_size, seq_len)
 
 
 def gradients(model, inputs, autocast):

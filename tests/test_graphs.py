@@ -667,9 +667,10 @@ def test_what_cannot_be_graphed():
 def test_warmup_captures(captures, capsys):
     model, _ = models()
     fastbert.warmup(model, [(1, 9), (2, 16)])
-    assert captures == [(1, 16), (2, 16)]
+    assert captures == [(1, 16), (16, 1, 40), (2, 16), (32, 2, 40)]
     model(**texts(2, 12))
-    assert len(captures) == 2
+    model(**packed([9, 13]))
+    assert len(captures) == 4
 
 
 class FakeCuda:
