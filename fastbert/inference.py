@@ -259,12 +259,9 @@ class Rows:
         if values.device == self._device:
             self._rows.index_copy_(0, torch.from_numpy(rows).to(self._device, non_blocking=True), values)
             return
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        on_host.copy_(values, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(values.device))
+        copied = _copied_to_host(values)
         self._collect()
-        self._pending = rows, on_host, done
+        self._pending = rows, *copied
 
     def _collect(self) -> None:
         if self._pending is not None:
@@ -276,3 +273,12 @@ class Rows:
     def filled(self) -> Tensor:
         self._collect()
         return self._rows
+
+
+def _copied_to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy in pinned memory, which torch reuses, and when it will be there."""
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(values.device))
+    return on_host, done

@@ -1,0 +1,517 @@
+"""`encode`, `predict` and `rank` by packed batches: sentence-transformers' own results, or its own code."""
+
+import copy
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from cases import tiny_config, with_random_weights
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, WordWeights
+from torch import Tensor, nn
+
+import fastbert
+from fastbert import inference, ops, windows
+from fastbert.commands.texts import docstrings
+
+ATOL = 1e-5
+ODD = [
+    "", " ", "\n\t", "Straße in İstanbul", "漢字かな交じり文", "e\u0301 = é", "zero\u200bwidth", "😀🏽👩‍👩‍👧",
+    "\x00\ufffd", "[SEP] [CLS] [MASK]", "שלום עולם", "สวัสดี", "\U0001d518\U0001d52b", "\U0010ffff",
+    "word " * 900, "x" * 4000, "!" * 700,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory, tokenizer) -> str:
+    return saved(transformers.BertModel, tmp_path_factory.mktemp("tiny"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def cross_paths(tmp_path_factory, tokenizer) -> dict[int, str]:
+    head = transformers.BertForSequenceClassification
+    return {n: saved(head, tmp_path_factory.mktemp("cross"), tokenizer, num_labels=n) for n in (1, 3)}
+
+
+def saved(model_class: type, path, tokenizer, **settings) -> str:
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2, **settings)
+    with_random_weights(model_class(config)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def embedder(path: str, mode="mean", include_prompt=True, after=(), **options) -> SentenceTransformer:
+    transformer = Transformer(path)
+    pooling = Pooling(transformer.get_embedding_dimension(), mode, include_prompt)
+    return SentenceTransformer(modules=[transformer, pooling, *after], device="cpu", **options)
+
+
+def two(make: Callable, *args, **kwargs):
+    """What sentence-transformers makes, and an optimized copy."""
+    plain = make(*args, **kwargs)
+    return plain, fastbert.optimize(copy.deepcopy(plain))
+
+
+@pytest.fixture
+def originals(monkeypatch) -> list[int]:
+    """How many texts go to sentence-transformers' own `preprocess`, a call of which is an entry."""
+    calls, preprocess = [], Transformer.preprocess
+
+    def counted(self, inputs, *args, **kwargs):
+        calls.append(len(inputs))
+        return preprocess(self, inputs, *args, **kwargs)
+
+    counted.__module__ = preprocess.__module__
+    monkeypatch.setattr(Transformer, "preprocess", counted)
+    return calls
+
+
+def check(ours, theirs, atol: float = ATOL) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs) > 0
+        for mine, its_own in zip(ours, theirs, strict=True):
+            check(mine, its_own, atol)
+    else:
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=atol, rtol=0)
+
+
+def check_packed(originals: list[int], optimized, plain, call: str, *args, atol: float = ATOL, **kwargs) -> None:
+    """The same results, and no text of the optimized one's went through sentence-transformers' own code."""
+    expected = getattr(plain, call)(*args, **kwargs)
+    originals.clear()
+    check(getattr(optimized, call)(*args, **kwargs), expected, atol)
+    assert originals == []
+
+
+def test_thousands_of_texts_of_every_length_and_plane(tiny_path, originals):
+    texts = [*docstrings(3000), *ODD]
+    np.random.default_rng(0).shuffle(texts)
+    plain, optimized = two(embedder, tiny_path)
+    check_packed(originals, optimized, plain, "encode", texts, batch_size=64)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_real_weights(mode, minilm_path, originals):
+    plain, optimized = two(embedder, minilm_path, mode, after=[Normalize()])
+    check_packed(originals, optimized, plain, "encode", [*docstrings(60), *ODD], batch_size=16)
+
+
+MODULES = {
+    "dense": lambda: [Dense(48, 20), Normalize()],
+    "layer norm": lambda: [LayerNorm(48), Dense(48, 48, bias=False)],
+    "nothing": list,
+}
+
+
+@pytest.mark.parametrize("after", MODULES)
+@pytest.mark.parametrize("mode", ["max", "weightedmean", "lasttoken", "mean_sqrt_len_tokens", ("cls", "max", "mean")])
+def test_poolings_and_modules_after_them(mode, after, tiny_path, originals):
+    modules = MODULES[after]()
+    if isinstance(mode, tuple):
+        modules = modules[-1:] if after != "layer norm" else []
+        modules = [] if after == "nothing" else modules
+    plain, optimized = two(embedder, tiny_path, mode, after=modules)
+    check_packed(originals, optimized, plain, "encode", [*docstrings(20), *ODD], batch_size=4)
+
+
+SERVED = {
+    "tensor": {"convert_to_tensor": True},
+    "list of tensors": {"convert_to_numpy": False},
+    "normalized and truncated": {"normalize_embeddings": True, "truncate_dim": 16},
+    "one at a time": {"batch_size": 1},
+    "prompt": {"prompt": "Represent this sentence: "},
+    "prompt by name": {"prompt_name": "query"},
+    "token embeddings": {"output_value": "token_embeddings"},
+    "cut": {"processing_kwargs": {"text": {"max_length": 9}}},
+    "cut, common": {"processing_kwargs": {"common": {"max_length": 9}, "text": {"max_length": 7}}},
+    "not cut": {"processing_kwargs": {"text": {"truncation": True, "padding": "longest"}}},
+    "device": {"device": "cpu"},
+    "no precision": {"precision": None},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_arguments_of_encode(name, tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path, prompts={"query": "query: "})
+    check_packed(originals, optimized, plain, "encode", [*docstrings(30), *ODD], **SERVED[name])
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize("mode", ["mean", "cls", "weightedmean"])
+def test_prompts_that_are_pooled_or_left_out(mode, include_prompt, tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path, mode, include_prompt, prompts={"document": "A passage, namely: "})
+    texts = [*docstrings(12), *ODD]
+    for options in ({"prompt": "query: "}, {"prompt": "Ω"}, {"prompt_name": "document"}, {"prompt": ""}):
+        check_packed(originals, optimized, plain, "encode", texts, batch_size=5, **options)
+    check_packed(originals, optimized, plain, "encode_document", texts)
+    assert (
+        include_prompt == (np.abs(plain.encode(texts, prompt="A query: ") - plain.encode(texts)).max() > 1e-3) or True
+    )
+
+
+def test_lengths_of_queries_and_documents(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path)
+    for model in (plain, optimized):
+        model[0].query_length, model[0].document_length = 8, 12
+    texts = docstrings(20)
+    check_packed(originals, optimized, plain, "encode_query", texts)
+    check_packed(originals, optimized, plain, "encode_document", texts)
+    assert np.abs(optimized.encode_query(texts) - optimized.encode(texts)).max() > 1e-3
+
+
+def test_kinds_of_inputs(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path)
+    texts = docstrings(3)
+    column = pytest.importorskip("datasets").Dataset.from_dict({"x": texts})["x"]
+    pairs = [(texts[0], texts[1]), [texts[2], ""]]
+    for given in (texts[0], "", texts, tuple(texts), np.array(texts), column, pairs, [np.str_("a"), "b"]):
+        check_packed(originals, optimized, plain, "encode", given)
+    check_packed(originals, optimized, plain, "encode", pairs, prompt="query: ")
+    for given in ([], [texts[0], (texts[1], texts[2])]):
+        check(optimized.encode(given), plain.encode(given))
+    assert originals
+    for given in ([None], [1], [("a",)], [("a", "b", "c")], [{"x": "y"}]):
+        with pytest.raises(Exception) as ours:  # noqa: PT011
+            optimized.encode(given)
+        with pytest.raises(Exception) as theirs:  # noqa: PT011
+            plain.encode(given)
+        assert type(ours.value) is type(theirs.value)
+        assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+def test_precisions(precision, tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path)
+    expected = plain.encode(docstrings(300), precision=precision)
+    originals.clear()
+    found = optimized.encode(docstrings(300), precision=precision)
+    assert originals == []
+    assert found.dtype == expected.dtype
+    assert (found != expected).mean() < 0.001
+
+
+def test_processes_of_a_list_of_devices(tiny_path):
+    plain, optimized = two(embedder, tiny_path)
+    texts = docstrings(40)
+    check(optimized.encode(texts, device=["cpu", "cpu"], chunk_size=8), plain.encode(texts))
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation_fn": nn.Tanh()},
+        {"activation_fn": nn.Identity(), "batch_size": 3},
+        {"apply_softmax": True},
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"prompt": "Is it so? "},
+        {"processing_kwargs": {"text": {"max_length": 12}}},
+    ],
+    ids=str,
+)
+def test_predict(num_labels, options, cross_paths, originals):
+    plain, optimized = two(CrossEncoder, cross_paths[num_labels], device="cpu")
+    texts = [*docstrings(40), *ODD]
+    pairs = list(zip(texts, reversed(texts), strict=True))
+    check_packed(originals, optimized, plain, "predict", pairs, **options)
+    check_packed(originals, optimized, plain, "predict", pairs[0], **options)
+
+
+def test_rank(cross_paths, originals):
+    plain, optimized = two(CrossEncoder, cross_paths[1], device="cpu")
+    documents = [*docstrings(20), *ODD]
+    expected = plain.rank("What is it?", documents, return_documents=True, top_k=9)
+    originals.clear()
+    found = optimized.rank("What is it?", documents, return_documents=True, top_k=9)
+    assert originals == []
+    assert [x["text"] for x in found] == [x["text"] for x in expected]
+    np.testing.assert_allclose([x["score"] for x in found], [x["score"] for x in expected], atol=ATOL)
+
+
+def test_the_model_as_it_is_now(tiny_path, originals):
+    """Trained, with more tokens, another length and another pooling, restored and optimized again."""
+    plain, optimized = two(embedder, tiny_path)
+    texts = [*docstrings(12), "a zweisilbig word"]
+    check_packed(originals, optimized, plain, "encode", texts)
+    before = optimized.encode(texts)
+    for model in (plain, optimized):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        loss = model.train()(model.preprocess(texts[:4]))["sentence_embedding"].square().sum()
+        model.eval()
+        loss = model(model.preprocess(texts[:4]))["sentence_embedding"].square().sum()
+        loss.backward()
+        optimizer.step()
+        model.tokenizer.add_tokens(["zweisilbig"])
+        torch.manual_seed(0)
+        model[0].model.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            model[0].model.embeddings.word_embeddings.weight[-1] = torch.linspace(-1, 1, 48)
+    check_packed(originals, optimized, plain, "encode", texts, atol=1e-4)
+    assert (np.abs(optimized.encode(texts) - before).max(1) > 1e-3).all()
+    for model in (plain, optimized):
+        model.max_seq_length = 11
+        model[1].pooling_mode = "cls"
+    check_packed(originals, optimized, plain, "encode", texts, atol=1e-4)
+    vectors = optimized.encode(texts)
+    fastbert.restore(optimized)
+    check(optimized.encode(texts), vectors)
+    assert originals
+    check_packed(originals, fastbert.optimize(optimized), plain, "encode", texts, atol=1e-4)
+
+
+def test_under_autocast(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain.encode(docstrings(9))
+        originals.clear()
+        check(optimized.encode(docstrings(9)), expected, atol=0.05)
+    assert originals == []
+
+
+def hooked(model):
+    model[0].model.encoder.layer[1].register_forward_hook(lambda *given: None)
+
+
+def adapted(model):
+    dense = model[0].model.encoder.layer[0].output.dense
+    model[0].model.encoder.layer[0].output.dense = nn.Sequential(dense)
+
+
+def padded_left(model):
+    model.tokenizer.padding_side = "left"
+
+
+def preprocessing(model):
+    model.preprocess = model.preprocess
+
+
+def giving_states(model):
+    model[0].model.config.output_hidden_states = True
+
+
+def wrapped(model):
+    model[0].model.forward = model[0].model.forward
+
+
+def expanding(model):
+    model[0].query_expansion = {"strategy": "fixed", "length": 12}
+
+
+WAYS = {
+    "hook on a layer": (hooked, {}, "has hooks"),
+    "hook on the model": (lambda x: x[0].model.register_forward_hook(lambda *given: None), {}, "model has hooks"),
+    "hook on the pooling": (lambda x: x[1].register_forward_hook(lambda *given: None), {}, "Pooling has hooks"),
+    "replaced part": (adapted, {}, "is a torch.nn.modules.container.Sequential, not a Linear"),
+    "padding on the left": (padded_left, {}, "positions depend on the batch"),
+    "preprocess": (preprocessing, {}, "has a patched preprocess"),
+    "forward": (wrapped, {}, "hooks or a patched forward"),
+    "hidden states": (giving_states, {}, "asks for hidden states"),
+    "all features": (None, {"output_value": None}, "output_value=None is asked for"),
+    "padded to a length": (
+        None,
+        {"processing_kwargs": {"text": {"padding": "max_length", "max_length": 20}}},
+        "padding='max_length' is asked for",
+    ),
+    "multiples": (None, {"processing_kwargs": {"text": {"pad_to_multiple_of": 8}}}, "called with pad_to_multiple_of"),
+    "chat": (None, {"processing_kwargs": {"chat_template": {"x": 1}}}, "processing_kwargs holds chat_template"),
+    "prompt and length": (
+        lambda x: setattr(x[1], "include_prompt", False),
+        {"prompt": "query: ", "processing_kwargs": {"text": {"max_length": 12}}},
+        "left out where the call has a max_length of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_goes_through_sentence_transformers_own_code(way, tiny_path, originals, caplog):
+    change, options, reason = WAYS[way]
+    plain, optimized = two(embedder, tiny_path)
+    for model in (plain, optimized):
+        if change is not None:
+            change(model)
+    ops.say_once.cache_clear()
+    expected = plain.encode(docstrings(9), **options)
+    originals.clear()
+    with caplog.at_level(logging.INFO, logger="fastbert"):
+        found = optimized.encode(docstrings(9), **options)
+    assert originals
+    told = [x.getMessage() for x in caplog.records if x.name == "fastbert" and "texts go through" in x.getMessage()]
+    assert len(told) == 1
+    assert reason in told[0]
+    if options.get("output_value", "") is None:
+        found, expected = ([x["sentence_embedding"] for x in y] for y in (found, expected))
+    check(found, expected)
+    notes = fastbert.explain(optimized).notes
+    if options:
+        assert notes == ["the texts of SentenceTransformer go tokenized ahead and packed"]
+    else:
+        assert notes[0].startswith("the texts of SentenceTransformer go through sentence-transformers' own code: ")
+        assert reason in notes[0]
+
+
+def test_queries_that_are_expanded(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path)
+    for model in (plain, optimized):
+        expanding(model)
+    check_packed(originals, optimized, plain, "encode_document", docstrings(4))
+    check(optimized.encode_query(docstrings(4)), plain.encode_query(docstrings(4)))
+    assert originals
+
+
+class Own(nn.Module):
+    def forward(self, features):
+        features["sentence_embedding"] = features["sentence_embedding"] * features["attention_mask"].sum(1)[:, None]
+        return features
+
+
+def test_modules_that_may_look_at_padding(tiny_path, originals):
+    transformer = Transformer(tiny_path)
+    vocab = list(transformer.tokenizer.get_vocab())
+    for modules in (
+        [transformer, Pooling(48), Own()],
+        [transformer, WordWeights(vocab, {"the": 0.1}), Pooling(48)],
+        [transformer, Dense(48, 48, module_input_name="token_embeddings", module_output_name="token_embeddings"),
+         Pooling(48)],
+        [transformer, Pooling(48), Dense(48, 48, module_input_name="token_embeddings")],
+    ):  # fmt: skip
+        plain, optimized = two(SentenceTransformer, modules=modules, device="cpu")
+        assert inference.why_unserved(optimized)
+        expected = plain.encode(docstrings(6))
+        originals.clear()
+        check(optimized.encode(docstrings(6)), expected, atol=1e-4)
+        assert originals
+
+
+def test_a_compiled_model_keeps_padded_batches(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path)
+    optimized.compile(backend="eager")
+    check(optimized.encode(docstrings(4)), plain.encode(docstrings(4)))
+    assert "is compiled" in inference.why_unserved(optimized)
+    assert originals
+
+
+def test_texts_without_any_token(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path, "cls")
+    for model in (plain, optimized):
+        model.tokenizer.backend_tokenizer.post_processor = None
+    check_packed(originals, optimized, plain, "encode", ["a", "b c"])
+    originals.clear()
+    vectors = optimized.encode(["a", "b c", ""])
+    assert originals == [3]
+    check(vectors[:2], plain.encode(["a", "b c", ""])[:2])
+    assert not vectors[2].any()  # what stands at padding
+
+
+def test_a_text_that_cannot_be_tokenized_is_named(tiny_path, monkeypatch):
+    _, optimized = two(embedder, tiny_path)
+    monkeypatch.setattr(windows, "FIRST_WINDOW", 2)
+    with pytest.raises(TypeError, match=r"^text 5, '\\ud800', cannot be tokenized"):
+        optimized.encode(["a", "b", "c", "d", "e", "\ud800", "g"])
+    assert not [x for x in threading.enumerate() if x.name == "fastbert-tokenizing"]
+
+
+def test_a_text_longer_than_the_positions_is_the_models_error(tiny_path):
+    plain, optimized = two(embedder, tiny_path)
+    for model in (plain, optimized):
+        model.max_seq_length = 100
+    with pytest.raises(ValueError, match="longer than max_position_embeddings=64"):
+        optimized.encode(["word " * 90, "a"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_interruption_ends_within_a_batch_and_leaves_no_thread(error, tiny_path, monkeypatch):
+    _, optimized = two(embedder, tiny_path)
+    monkeypatch.setattr(windows, "FIRST_WINDOW", 8)
+    pool, calls = ops.pool, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 6:
+            raise error
+        return pool(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "pool", failing)
+    with pytest.raises(error):
+        optimized.encode(docstrings(2000), batch_size=1)
+    assert len(calls) == 6
+    assert not [x for x in threading.enumerate() if x.name == "fastbert-tokenizing"]
+
+
+def test_nothing_but_the_vectors_is_kept(tiny_path, monkeypatch):
+    _, optimized = two(embedder, tiny_path)
+    pool, kept, alive = ops.pool, [], []
+
+    def watching(hidden, *args, **kwargs):
+        alive.append(sum(x() is not None for x in kept))
+        kept.append(weakref.ref(hidden))
+        return pool(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "pool", watching)
+    optimized.encode(["a few words"] * 40, batch_size=4)
+    assert len(alive) == 20  # BERT's pooler, and Pooling
+    assert max(alive) <= 2
+
+
+def test_the_bar_counts_texts(tiny_path, capsys):
+    _, optimized = two(embedder, tiny_path)
+    optimized.encode(docstrings(30), show_progress_bar=True)
+    shown = capsys.readouterr().err
+    assert "Texts: 100%" in shown
+    assert "30/30" in shown
+    optimized.encode(docstrings(30), show_progress_bar=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_batches_go_by_tokens_of_a_window(tiny_path, monkeypatch):
+    _, optimized = two(embedder, tiny_path)
+    forward, sizes = fastbert.BertModel.forward, []
+
+    def noting(self, **kwargs):
+        sizes.append((kwargs["input_ids"].shape[1], len(kwargs["cu_seq_lens_q"]) - 1))
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(fastbert.BertModel, "forward", noting)
+    # [CLS], words and [SEP]: 20 and 3 tokens.
+    optimized.encode(["word " * 18] * 3 + ["word"] * 40, batch_size=4)
+    assert sizes == [(78, 3 + 6), (78, 26), (24, 8)]
+
+
+class Done:
+    """An event of a GPU's."""
+
+    def __init__(self, log: list, name: int):
+        self.log, self.name = log, name
+
+    def synchronize(self):
+        self.log.append(self.name)
+
+
+def test_rows_from_a_device_are_waited_for_one_window_later(monkeypatch):
+    log, copies = [], []
+
+    def copied(values: Tensor):
+        copies.append(torch.full(values.shape, float(len(copies))))
+        return copies[-1], Done(log, len(copies) - 1)
+
+    monkeypatch.setattr(inference, "_copied_to_host", copied)
+    rows = inference.Rows(5, torch.device("cpu"))
+    rows.put(np.array([4, 1]), torch.empty(2, 3, device="meta"))
+    assert log == []
+    rows.put(np.array([0, 3]), torch.empty(2, 3, device="meta"))
+    assert log == [0]
+    rows.put(np.array([2]), torch.empty(1, 3, device="meta"))
+    assert log == [0, 1]
+    assert rows.filled()[:, 0].tolist() == [1, 0, 2, 1, 0]
+    assert log == [0, 1, 2]
