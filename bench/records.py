@@ -9,7 +9,8 @@ does), of_roof (the least time the measured roofs allow / the median) and the ro
 this run, what it sustained, and torch's float32_precision. Records without "sustained" have medians in the roofs'
 place, and a copy by memcpy.
 clock, calls and host_s are those of `fastbert.commands.timing.Measured`, first_call_s is the first call's, compilation
-included, graph_breaks torch.compile's; requests add p50_s, p90_s and p99_s, encode texts_per_s; memory has peak_bytes
+included, graph_breaks torch.compile's; requests add p50_s, p90_s and p99_s; encode texts_per_s, what decides over the
+tokenizer's threads, and without the model of_tokenizer, times what tokenizing alone takes; memory has peak_bytes
 and baseline_peak_bytes; the host's launches have layer_s, what one layer takes, and baseline_layer_s, its replays
 until_replay_s.
 """

@@ -210,6 +210,7 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
         "a layer, us": f"{record['layer_s'] * 1e6:.1f}" if "layer_s" in record else None,
         "until the replay, us": f"{record['until_replay_s'] * 1e6:.1f}" if "until_replay_s" in record else None,
         "texts/s": f"{record['texts_per_s']:.0f}" if "texts_per_s" in record else None,
+        "ours / tokenizer alone": f"{record['of_tokenizer']:.2f}" if "of_tokenizer" in record else None,
         "best peer": peer,
         f"its {unit}": text(value * comparison.beside_best(name)),
         "best peer / ours": beside_best,

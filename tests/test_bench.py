@@ -475,9 +475,8 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
         (record,) = (record for record in recorded() if record["suite"] == "model" and record["provider"] == name)
         assert statistics.median(benchmark.shown) == pytest.approx(record["median_s"])
         bench_latency.test_latency(Benchmark(), Case("toy", 1, 16), "host", name)
-        bench_encode.test_encode(
-            Benchmark(), bench_encode.TOY[0][0], bench_encode.BASELINE if name == BASELINE else name
-        )
+        for case in (bench_encode.TOY[-1][0], bench_encode.TOY[0][0]):
+            bench_encode.test_encode(Benchmark(), case, bench_encode.BASELINE if name == BASELINE else name)
         config = SimpleNamespace(getoption=lambda _: False)
         bench_memory.test_memory(SimpleNamespace(config=config), bench_memory.TOY[0][0], name)
     found = {(record["suite"], record["provider"]): record for record in recorded()}
@@ -489,6 +488,9 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
     assert request["p50_s"] == pytest.approx(request["median_s"])
     assert request["p50_s"] <= request["p90_s"] <= request["p99_s"]
     assert found["encode", "fastbert"]["texts_per_s"] == pytest.approx(8 / found["encode", "fastbert"]["median_s"])
+    (host,) = (x for x in recorded() if x["case"].get("call") == "host" and x["provider"] == "fastbert")
+    assert host["of_tokenizer"] > 0.5
+    assert host["tokenizer_threads"] >= 1
     assert found["memory", "fastbert"]["peak_bytes"] > 0
 
     readme = tmp_path / "README.md"
@@ -500,7 +502,7 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
     for heading in ("The model's forward", "One text, as a user waits for it", "Sentences", "Peak memory"):
         assert f"## {heading}" in page
     assert "toy 1x16 full, ids on the host" in page
-    assert "| minilm texts 8 batch 4 sorted float32 |" in page
+    assert "| encode minilm texts 8 mean tokens 50 batch 4 sorted float32 |" in page
     assert "\n| toy 3x24 50% filled | 1.00 |" in page.replace(f"{found['model', 'fastbert']['ratio']:.2f}", "1.00")
     assert "The roof" not in page
     assert "## Absent" not in page
