@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -26,11 +27,16 @@ from recordings import (
     recorded,
     texts,
 )
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 import fastbert
 import fastbert_kernels
 from fastbert import automatic, compilation, graph_rules, graph_state, graphs, ops
+
+SENTENCES = ["The cat sits outside.", "A man plays.", "Why?", "Nobody listens to it."]
 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
@@ -723,6 +729,25 @@ def test_explain_tells_of_graphs(captures, monkeypatch):
     monkeypatch.setattr(graph_rules, "_other_thread", lambda: "somebody waits")
     call(model)
     assert fastbert.explain(model).graphs[0].endswith("auto, none captured: somebody waits")
+
+
+def test_encode_replays(captures, tmp_path, tokenizer):
+    """The first call runs plainly, the second captures, the third replays."""
+    model = transformers.BertModel(
+        tiny_config(vocab_size=len(tokenizer), max_position_embeddings=40, num_hidden_layers=1)
+    )
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    transformer = Transformer(str(tmp_path))
+    embedder = SentenceTransformer(modules=[transformer, Pooling(48)], device=str(DEVICE))
+    expected = embedder.encode(SENTENCES)
+    fastbert.optimize(embedder)
+    Recordings.model = transformer.model
+    for _ in range(3):
+        np.testing.assert_allclose(embedder.encode(SENTENCES), expected, atol=1e-5)
+    assert captures == [(32, 4, 40)]
+    np.testing.assert_allclose(embedder.encode(SENTENCES[:3]), expected[:3], atol=1e-5)
+    assert "1 captured (32 tokens of 4 texts of up to 40)" in fastbert.explain(embedder).graphs[0]
 
 
 def test_explain_tells_of_a_cpu():

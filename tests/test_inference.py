@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from cases import tiny_config, with_random_weights
+from closeness import check_close
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, WordWeights
@@ -515,3 +516,51 @@ def test_rows_from_a_device_are_waited_for_one_window_later(monkeypatch):
     assert log == [0, 1]
     assert rows.filled()[:, 0].tolist() == [1, 0, 2, 1, 0]
     assert log == [0, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_vectors_from_a_gpu(dtype, minilm_path, originals, monkeypatch):
+    """Several windows, with graphs: the second time most batches replay what the first captured, to the bit."""
+    monkeypatch.setattr(windows, "FIRST_WINDOW", 128)
+    texts = [*docstrings(1000), *ODD]
+    plain = embedder(minilm_path, after=[Normalize()]).to("cuda", dtype)
+    optimized = fastbert.optimize(copy.deepcopy(plain))
+    truth = copy.deepcopy(plain).double().encode(texts, convert_to_tensor=True)
+    expected = plain.encode(texts, convert_to_tensor=True)
+    originals.clear()
+    with fastbert.cuda_graphs("on"):
+        found = [optimized.encode(texts, batch_size=64, convert_to_tensor=True) for _ in range(3)]
+        on_host = optimized.encode(texts, batch_size=64)
+    assert originals == []
+    assert "tokens of" in fastbert.explain(optimized).graphs[0]
+    assert all(torch.equal(x, found[0]) for x in found)
+    assert found[0].device.type == "cuda"
+    assert np.array_equal(on_host, found[0].cpu().numpy())
+    check_close("vectors", found[0], expected, truth)
+
+
+@pytest.mark.gpu
+def test_scores_from_a_gpu(cross_paths, originals):
+    texts = [*docstrings(400), *ODD]
+    pairs = list(zip(texts, reversed(texts), strict=True))
+    plain = CrossEncoder(cross_paths[1], device="cuda")
+    optimized, truth = fastbert.optimize(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    expected = [model.predict(pairs, convert_to_tensor=True) for model in (plain, truth)]
+    originals.clear()
+    check_close("scores", optimized.predict(pairs, convert_to_tensor=True), *expected)
+    assert originals == []
+
+
+@pytest.mark.gpu
+def test_encode_does_not_wait_for_the_device_before_its_end(minilm_path, monkeypatch):
+    monkeypatch.setattr(windows, "FIRST_WINDOW", 64)
+    optimized = fastbert.optimize(embedder(minilm_path, after=[Normalize()])).to("cuda")
+    texts = docstrings(400)
+    expected = optimized.encode(texts, convert_to_tensor=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = optimized.encode(texts, convert_to_tensor=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
