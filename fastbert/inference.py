@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import chain, pairwise
+from threading import Event
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from fastbert import heads, model, patches
 from fastbert.fusion import FusableBlock, class_name, fused_parts, has_hooks, why_no_block
 from fastbert.graphs import GraphedForward
 from fastbert.layers import runs_packed
-from fastbert.tokenization import PackingTokenizer, Texts, Unserved, why_wrapper
-from fastbert.windows import CPU_TOKENS, TOKENS, Window, windows
+from fastbert.tokenization import PackingTokenizer, Unserved, why_wrapper
+from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead, spans, window_of
 
 # The class of a whole model of sentence-transformers' -> ours in its Transformer, and the modules that may follow. Of
 # these, all but Pooling look at one vector a text.
@@ -112,11 +113,11 @@ def encode(
     """SentenceTransformer._inference: vectors [N, dim] on the host or the device, or token embeddings, N of [S, E]."""
     if output_value not in ("sentence_embedding", "token_embeddings"):
         raise Unserved(f"output_value={output_value!r} is asked for")
-    run = _Run(encoder, inputs, prompt, batch_size, show_progress_bar, device, kwargs)
+    packed = PackedEncoder(encoder, _are_pairs(inputs), prompt, batch_size, device, **kwargs)
     if output_value == "token_embeddings":
-        return _token_embeddings(run)
-    rows = Rows(len(inputs), torch.device("cpu") if save_to_cpu else run.device)
-    for window, outputs in run.outputs("sentence_embedding"):
+        return _token_embeddings(packed, inputs, show_progress_bar)
+    rows = Rows(len(inputs), torch.device("cpu") if save_to_cpu else packed.device)
+    for window, outputs in _outputs(packed, inputs, "sentence_embedding", show_progress_bar):
         vectors = torch.cat(outputs)
         if truncate_dim is not None:
             vectors = vectors[:, :truncate_dim]
@@ -124,9 +125,9 @@ def encode(
     return rows.filled()
 
 
-def _token_embeddings(run: "_Run") -> list[Tensor]:
-    found: list[Tensor | None] = [None] * len(run)
-    for window, outputs in run.outputs("token_embeddings"):
+def _token_embeddings(packed: "PackedEncoder", inputs: list, show_progress_bar: bool) -> list[Tensor]:
+    found: list[Tensor | None] = [None] * len(inputs)
+    for window, outputs in _outputs(packed, inputs, "token_embeddings", show_progress_bar):
         lengths = (window.lengths[first:last].tolist() for first, last in pairwise(window.cuts))
         texts = chain.from_iterable(x[0].split(size) for x, size in zip(outputs, lengths, strict=True))
         for row, embeddings in zip(window.rows.tolist(), texts, strict=True):
@@ -140,9 +141,9 @@ def predict(
     activation_fn: Callable | None, apply_softmax: bool | None, device: str | torch.device | None = None, **kwargs,
 ) -> Tensor:  # fmt: skip
     """CrossEncoder._inference: scores [N], or [N, labels] of several labels, on the device."""
-    run = _Run(encoder, inputs, prompt, batch_size, show_progress_bar, device, kwargs)
-    rows = Rows(len(inputs), run.device)
-    for window, outputs in run.outputs("scores"):
+    packed = PackedEncoder(encoder, _are_pairs(inputs), prompt, batch_size, device, **kwargs)
+    rows = Rows(len(inputs), packed.device)
+    for window, outputs in _outputs(packed, inputs, "scores", show_progress_bar):
         scores = torch.cat(outputs)
         scores = scores.float() if scores.dtype.itemsize < 4 else scores
         scores = scores if activation_fn is None else activation_fn(scores)
@@ -152,18 +153,42 @@ def predict(
     return rows.filled()
 
 
-class _Run:
-    """One call of `encode` or `predict`. Raises Unserved, and what sentence-transformers and its tokenizer raise."""
+def _outputs(
+    packed: "PackedEncoder", inputs: list, name: str, show_progress_bar: bool
+) -> Iterator[tuple[Window, list[Tensor]]]:
+    """The windows of the inputs, each with the feature of this name that each of its batches ends with."""
+
+    def job(start: int, stop: int, stopped: Event) -> Window | None:
+        return packed.window(inputs[start:stop], start, stopped)
+
+    bar = tqdm(total=len(inputs), desc="Texts", unit=" texts", disable=not show_progress_bar)
+    with bar, closing(ahead(partial(job, *span) for span in spans(len(inputs)))) as found:
+        for window in found:
+            outputs = []
+            for count, given in window.batches(packed.device):
+                # Only what is asked for is kept until the window's end.
+                outputs.append(packed.features(given)[name])
+                bar.update(count)
+            yield window, outputs
+
+
+class PackedEncoder:
+    """A model of sentence-transformers', as it is now, that is given windows of texts in the place of padded batches.
+
+    paired: whether an input is a pair of texts. prompt: put before each input. batch_size, most_tokens: see
+    `windows.window_of`; by default of most_tokens, TOKENS or CPU_TOKENS. device: None for the model's. kwargs: what else
+    `encode` and `predict` take for sentence-transformers' `preprocess`.
+
+    Puts the model in eval mode. Raises Unserved where sentence-transformers' own code has to do the work, and what
+    sentence-transformers and its tokenizer raise.
+    """
 
     def __init__(
-        self, encoder: nn.Module, inputs: list, prompt: str | None, batch_size: int, show_progress_bar: bool,
-        device: str | torch.device | None, kwargs: dict,
+        self, encoder: nn.Module, paired: bool, prompt: str | None, batch_size: int,
+        device: str | torch.device | None = None, most_tokens: int | None = None, **kwargs,
     ):  # fmt: skip
-        if not inputs:
-            raise Unserved("")
         if others := kwargs.keys() - KEYWORDS:
             raise Unserved(f"{', '.join(sorted(others))} is given")
-        self._texts_of = partial(_prompted, inputs, prompt, _are_pairs(inputs))
         self.device = encoder._resolve_inference_device(device)
         if self.device.type not in ("cpu", "cuda"):
             raise Unserved(f"the model is on {self.device.type!r}")
@@ -179,48 +204,40 @@ class _Run:
             if options != _options(transformer):
                 raise Unserved("a prompt is left out where the call has a max_length of its own")
             self._constant["prompt_length"] = self._length_of(prompt, transformer.processor.all_special_ids)
-        self._encoder, self._kwargs, self._batch_size = encoder, kwargs, batch_size
-        self._bar = tqdm(total=len(inputs), desc="Texts", unit=" texts", disable=not show_progress_bar)
-        self._count = len(inputs)
-
-    def __len__(self) -> int:
-        return self._count
+        self._encoder, self._kwargs = encoder, kwargs
+        self._paired, self._prompt, self._batch_size = paired, prompt, batch_size
+        self._most_tokens = most_tokens or (CPU_TOKENS if self.device.type == "cpu" else TOKENS)
 
     def _length_of(self, prompt: str, special_ids: list[int]) -> int:
         """The tokens of a prompt without the special one at its end, as sentence-transformers counts them."""
         ids = self._tokenizer([prompt]).input_ids
         return len(ids) - (len(ids) > 0 and ids[-1] in special_ids)
 
-    def outputs(self, name: str) -> Iterator[tuple[Window, list[Tensor]]]:
-        """The windows, each with the feature of this name that each of its batches ends with."""
-        most_tokens = CPU_TOKENS if self.device.type == "cpu" else TOKENS
-        found = windows(self._tokenizer, self._texts_of, self._count, self._batch_size, most_tokens)
-        with self._bar, closing(found):
-            for window in found:
-                if not window.lengths[-1]:
-                    raise Unserved("a text has no token at all")
-                outputs = []
-                for count, given in window.batches(self.device):
-                    # Only what is asked for is kept until the window's end.
-                    outputs.append(self._encoder(given | self._constant, **self._kwargs)[name])
-                    self._bar.update(count)
-                yield window, outputs
+    def window(self, inputs: list, first: int, stopped: Event) -> Window | None:
+        """The window of inputs of which the first is at that place among all; None if it was stopped meanwhile."""
+        texts = inputs
+        if self._prompt:
+            texts = [(self._prompt + a, b) for a, b in inputs] if self._paired else [self._prompt + x for x in inputs]
+        window = window_of(self._tokenizer, texts, first, self._batch_size, self._most_tokens, stopped)
+        if window is not None and not window.lengths[-1]:
+            raise Unserved("a text has no token at all")
+        return window
+
+    def features(self, given: dict) -> dict:
+        """What the model's modules make of a batch of a window's, [T] tokens of N texts: sentence_embedding [N, dim],
+        scores [N, labels], token_embeddings [1, T, E]."""
+        return self._encoder(given | self._constant, **self._kwargs)
 
 
 def _are_pairs(inputs: list) -> bool:
     """Whether the inputs are pairs of texts. Raises Unserved for what is neither pairs nor texts alone."""
+    if not inputs:
+        raise Unserved("")
     if all(isinstance(x, str) for x in inputs):
         return False
     if all(isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(y, str) for y in x) for x in inputs):
         return True
     raise Unserved("the inputs are neither texts alone nor pairs of texts alone")
-
-
-def _prompted(inputs: list, prompt: str | None, paired: bool, start: int, stop: int) -> Texts:
-    texts = inputs[start:stop]
-    if not prompt:
-        return texts
-    return [(prompt + a, b) for a, b in texts] if paired else [prompt + text for text in texts]
 
 
 def _options(transformer: nn.Module, task: str | None = None, processing_kwargs: dict | None = None) -> dict:
@@ -244,13 +261,13 @@ def _options(transformer: nn.Module, task: str | None = None, processing_kwargs:
 
 
 class Rows:
-    """A tensor [count, ...] that windows fill in whichever order. From a GPU to the host, values go through pinned
-    memory and are waited for only when the next window is on its way."""
+    """A tensor [count, ...] that windows fill in whichever order; those of a GPU are waited for only when the next
+    window is on its way to the host."""
 
     def __init__(self, count: int, device: torch.device):
         self._count, self._device = count, device
         self._rows: Tensor | None = None
-        self._pending: tuple[np.ndarray, Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[np.ndarray, Callable[[], Tensor]] | None = None
 
     def put(self, rows: np.ndarray, values: Tensor) -> None:
         """Row rows[i] becomes values[i]; rows int64 [n], values [n, ...]."""
@@ -259,15 +276,14 @@ class Rows:
         if values.device == self._device:
             self._rows.index_copy_(0, torch.from_numpy(rows).to(self._device, non_blocking=True), values)
             return
-        copied = _copied_to_host(values)
+        arriving = to_host(values)
         self._collect()
-        self._pending = rows, *copied
+        self._pending = rows, arriving
 
     def _collect(self) -> None:
         if self._pending is not None:
-            rows, on_host, done = self._pending
-            done.synchronize()
-            self._rows.index_copy_(0, torch.from_numpy(rows), on_host)
+            rows, arriving = self._pending
+            self._rows.index_copy_(0, torch.from_numpy(rows), arriving())
             self._pending = None
 
     def filled(self) -> Tensor:
@@ -275,10 +291,16 @@ class Rows:
         return self._rows
 
 
-def _copied_to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """A copy in pinned memory, which torch reuses, and when it will be there."""
-    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+def to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Have values copied to the host, into pinned memory, which torch reuses; what this returns waits for them."""
+    if values.device.type == "cpu":
+        return lambda: values
+    on_host, done = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), torch.cuda.Event()
     on_host.copy_(values, non_blocking=True)
-    done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(values.device))
-    return on_host, done
+
+    def arrived() -> Tensor:
+        done.synchronize()
+        return on_host
+
+    return arrived

@@ -5,9 +5,10 @@ padded on either side: a window's ids and the bounds of all of its batches go to
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ FIRST_WINDOW, LARGEST_WINDOW = 1024, 16384
 TOKENS, CPU_TOKENS = 16384, 2048
 # Numbers from one part of a window to the next: of addresses that 16 bytes divide, kernels are other variants.
 ALIGNED = 4
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -60,45 +63,24 @@ class Window:
             yield len(lengths), given
 
 
-def windows(
-    tokenizer: PackingTokenizer, texts_of: Callable[[int, int], Texts], count: int, batch_size: int, most_tokens: int
-) -> Iterator[Window]:
-    """The windows of `count` texts, of which a thread makes the next while the caller works on the last.
+def ahead(jobs: Iterable[Callable[[threading.Event], T | None]]) -> Iterator[T]:
+    """What the jobs give, of which a thread does the next one while the caller works on the last; None ends it.
 
-    texts_of: gives the texts from one place to another. No batch has more tokens than batch_size times the longest text
-    of its window, nor more than most_tokens, but for a text that alone has more. Raises what the tokenizer raises.
-    Closing the iterator ends the thread.
+    The first is done by the caller's thread: where there is one alone, there is no other. A job is given an event, after
+    which what it gives is wanted by nobody. Raises what a job raises, in its place. Closing ends the thread.
     """
-    stopped = threading.Event()
-
-    def make(start: int, stop: int) -> Window | None:
-        chunks = []
-        for first in range(start, stop, CHUNK):
-            if stopped.is_set():
-                return None
-            chunks.append(tokenizer(texts_of(first, min(first + CHUNK, stop)), first))
-        return _window(chunks, start, batch_size, most_tokens)
-
-    spans = _spans(count)
-    window, upcoming = make(*next(spans)), None
+    stopped, jobs, upcoming = threading.Event(), iter(jobs), None
+    done = next(jobs)(stopped)
     try:
-        for span in spans:
-            upcoming = _Upcoming(make, *span)
-            yield window
-            window = upcoming.result()
-        yield window
+        while done is not None:
+            job = next(jobs, None)
+            upcoming = job and _Upcoming(job, stopped)
+            yield done
+            done = upcoming and upcoming.result()
     finally:
         stopped.set()
         if upcoming is not None:
             upcoming.join()
-
-
-def _spans(count: int) -> Iterator[tuple[int, int]]:
-    start, size = 0, FIRST_WINDOW
-    while start < count:
-        stop = min(start + size, count)
-        yield start, stop
-        start, size = stop, min(2 * size, LARGEST_WINDOW)
 
 
 class _Upcoming(threading.Thread):
@@ -120,6 +102,31 @@ class _Upcoming(threading.Thread):
         if self._error is not None:
             raise self._error
         return self._result
+
+
+def spans(count: int) -> Iterator[tuple[int, int]]:
+    """Where the windows of so many texts begin and end."""
+    start, size = 0, FIRST_WINDOW
+    while start < count:
+        stop = min(start + size, count)
+        yield start, stop
+        start, size = stop, min(2 * size, LARGEST_WINDOW)
+
+
+def window_of(
+    tokenizer: PackingTokenizer, texts: Texts, first: int, batch_size: int, most_tokens: int, stopped: threading.Event
+) -> Window | None:
+    """The window of some texts, the first of which is at that place among all; None if it was stopped meanwhile.
+
+    No batch has more tokens than batch_size times the longest text, nor more than most_tokens, but for a text that
+    alone has more. Raises what the tokenizer raises.
+    """
+    chunks = []
+    for start in range(0, len(texts), CHUNK):
+        if stopped.is_set():
+            return None
+        chunks.append(tokenizer(texts[start : start + CHUNK], first + start))
+    return _window(chunks, first, batch_size, most_tokens)
 
 
 def _window(chunks: Sequence[PackedTokens], first: int, batch_size: int, most_tokens: int) -> Window:

@@ -489,24 +489,15 @@ def test_batches_go_by_tokens_of_a_window(tiny_path, monkeypatch):
     assert sizes == [(78, 3 + 6), (78, 26), (24, 8)]
 
 
-class Done:
-    """An event of a GPU's."""
-
-    def __init__(self, log: list, name: int):
-        self.log, self.name = log, name
-
-    def synchronize(self):
-        self.log.append(self.name)
-
-
 def test_rows_from_a_device_are_waited_for_one_window_later(monkeypatch):
     log, copies = [], []
 
     def copied(values: Tensor):
-        copies.append(torch.full(values.shape, float(len(copies))))
-        return copies[-1], Done(log, len(copies) - 1)
+        number = len(copies)
+        copies.append(torch.full(values.shape, float(number)))
+        return lambda: log.append(number) or copies[number]
 
-    monkeypatch.setattr(inference, "_copied_to_host", copied)
+    monkeypatch.setattr(inference, "to_host", copied)
     rows = inference.Rows(5, torch.device("cpu"))
     rows.put(np.array([4, 1]), torch.empty(2, 3, device="meta"))
     assert log == []

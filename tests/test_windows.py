@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -31,9 +32,10 @@ class Counting:
 
 
 def run(lengths: list[int], batch_size: int = 32, most_tokens: int = 64, tokenizer=None):
-    return windows.windows(
-        tokenizer or Counting(), lambda start, stop: lengths[start:stop], len(lengths), batch_size, most_tokens
-    )
+    def job(start, stop, stopped):
+        return windows.window_of(tokenizer or Counting(), lengths[start:stop], start, batch_size, most_tokens, stopped)
+
+    return windows.ahead(partial(job, *span) for span in windows.spans(len(lengths)))
 
 
 @pytest.fixture
@@ -113,6 +115,13 @@ def test_the_next_window_is_made_while_the_caller_works(small):
         time.sleep(0.001)
     assert len(tokenizer.calls) == 5  # and not a third window's
     found.close()
+
+
+def test_what_is_done_ahead_ends_with_none():
+    jobs = iter([1, 2, None, 4])
+    assert list(windows.ahead(lambda stopped: next(jobs) for _ in range(9))) == [1, 2]
+    assert next(jobs) == 4
+    assert list(windows.ahead([lambda stopped: None])) == []
 
 
 def test_one_window_needs_no_thread(monkeypatch):
