@@ -162,7 +162,7 @@ def bench(
 @app.command(
     epilog=_examples(
         "fastbert encode sentence-transformers/all-MiniLM-L6-v2 texts.txt -o vectors.npy",
-        "fastbert encode ./my-model texts.jsonl --field text -o vectors.npy --dtype float16",
+        "fastbert encode ./my-model texts.jsonl --field text -o vectors.parquet --dtype float16",
     )
 )
 def encode(
@@ -171,7 +171,8 @@ def encode(
         Path, typer.Argument(metavar="INPUT", help="A file of UTF-8 text, a text a line.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="The .npy file to make.", show_default=False)
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The .npy or .parquet file to make.",
+                           show_default=False)
     ],
     field: Annotated[
         str | None, typer.Option(metavar="NAME", help="Lines are JSON objects, the text is the string of this name.")
@@ -183,17 +184,17 @@ def encode(
     device: Device = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="The most in a batch, padding included: by default 16384, on a CPU 2048.",
+        typer.Option(min=1, help="The most in a batch: by default 16384, on a CPU 2048.",
                      show_default=False),
     ] = None,
 ) -> None:  # fmt: skip
-    """Embed each line of INPUT, a vector a line in the .npy file OUT.
+    """Embed each line of INPUT, a vector a line in OUT, a .npy or .parquet file.
 
     The vectors are those of sentence-transformers' encode, whose prompts,
-    tokenizing, pooling and normalizing are used. INPUT may be larger than
-    memory, and a run that was interrupted or killed goes on with the same
-    command. A line that is no text is told, and its row is NaN: the exit
-    status is then 1.
+    pooling and normalizing are used. INPUT may be larger than memory, and a
+    run that was interrupted or killed goes on with the same command. A line
+    that is no text is told, and its row is NaN: the exit status is then 1.
+    At the end it says what the time went to.
     """
     import torch
     import transformers
@@ -205,7 +206,9 @@ def encode(
         model, source, output, field=field, prompt=prompt, dtype=dtype and getattr(torch, dtype.value),
         device=device, tokens=tokens,
     )  # fmt: skip
-    typer.echo(f"{output}: {made.dtype} [{made.lines}, {made.dim}], {made.rate:,.1f} texts/s")
+    tokens_rate = f", {made.tokens_rate:,.0f} tokens/s" if made.tokens_rate else ""
+    typer.echo(f"{output}: {made.dtype} [{made.lines}, {made.dim}], {made.rate:,.1f} texts/s{tokens_rate}")
+    typer.echo("waited for " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in made.seconds.items()))
     if made.bad:
         more = f", and {made.bad - len(made.bad_lines):,} more" if made.bad > len(made.bad_lines) else ""
         typer.echo(f"rows of NaN, for lines that are no text: {', '.join(map(str, made.bad_lines))}{more}")

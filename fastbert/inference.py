@@ -175,8 +175,8 @@ def _outputs(
 class PackedEncoder:
     """A model of sentence-transformers', as it is now, that is given windows of texts in the place of padded batches.
 
-    paired: whether an input is a pair of texts. prompt: put before each input. batch_size, most_tokens: see
-    `windows.window_of`; by default of most_tokens, TOKENS or CPU_TOKENS. device: None for the model's. kwargs: what else
+    paired: whether an input is a pair of texts. prompt: put before each input. batch_size and most_tokens: see
+    `windows.window_of`; most_tokens is TOKENS or CPU_TOKENS by default. device: None for the model's. kwargs: what else
     `encode` and `predict` take for sentence-transformers' `preprocess`.
 
     Puts the model in eval mode. Raises Unserved where sentence-transformers' own code has to do the work, and what

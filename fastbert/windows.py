@@ -66,8 +66,8 @@ class Window:
 def ahead(jobs: Iterable[Callable[[threading.Event], T | None]]) -> Iterator[T]:
     """What the jobs give, of which a thread does the next one while the caller works on the last; None ends it.
 
-    The first is done by the caller's thread: where there is one alone, there is no other. A job is given an event, after
-    which what it gives is wanted by nobody. Raises what a job raises, in its place. Closing ends the thread.
+    The first is done by the caller's thread, so that one job alone needs no other. A job is given an event: once it is
+    set, nobody waits for what the job gives. Raises what a job raises, in its place. Closing ends the thread.
     """
     stopped, jobs, upcoming = threading.Event(), iter(jobs), None
     done = next(jobs)(stopped)

@@ -16,7 +16,6 @@ from contextlib import suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,10 +26,10 @@ from typer.testing import CliRunner
 
 from fastbert.cli import app
 from fastbert.commands import encode, lines, resumable
-from fastbert.commands.encode import encode_file, token_batches
+from fastbert.commands.encode import encode_file
 from fastbert.commands.resumable import Progress, ResumableNpy
 from fastbert.commands.texts import docstrings
-from fastbert.sentences import OnHost
+from fastbert.inference import PackedEncoder
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="encoding needs sentence-transformers")
 from sentence_transformers import SentenceTransformer  # noqa: E402
@@ -84,7 +83,7 @@ def expected(path: str, texts: list[str], **arguments) -> np.ndarray:
 
 
 def without_progress(said: list[str]) -> list[str]:
-    return [message for message in said if not message.endswith(" texts/s")]
+    return [message for message in said if not message.endswith(" tokens/s")]
 
 
 def jsonl(texts) -> str:
@@ -110,6 +109,12 @@ def interrupted(source, output, path, blocks: int = 2, **arguments) -> None:
 
 def progress_of(output):
     return ResumableNpy(output).progress_path
+
+
+def without_a_probe(self, embedder, prompt, tokens, report):
+    self._embedder, self._prompt, self._tokens = embedder, prompt, tokens
+    self._packed = PackedEncoder(embedder, False, prompt, tokens, most_tokens=tokens)
+    self.dim, self.dtype = 32, np.dtype(np.float32)
 
 
 @pytest.mark.parametrize("field", [None, "text"])
@@ -273,11 +278,13 @@ def test_progress_is_a_bar_on_a_terminal_and_else_lines(source, output, tiny_pat
     monkeypatch.setattr(sys, "stderr", stderr)
     interrupted(source, output, tiny_path)
     # A clock that only the run's own questions move.
-    monkeypatch.setattr(encode, "time", SimpleNamespace(monotonic=iter(range(0, 10_000, 25)).__next__))
+    clock = SimpleNamespace(monotonic=iter(range(0, 10_000, 25)).__next__, perf_counter=time.perf_counter)
+    monkeypatch.setattr(encode, "time", clock)
     said = []
     made = encode_file(tiny_path, source, output, block_lines=20, report=said.append)
     assert ("100/100" in stderr.getvalue()) == terminal
-    lines_done = [re.fullmatch(r"(\d+) of 100 lines, ([\d.]+) texts/s", message) for message in said[1:]]
+    told = r"(\d+) of 100 lines, ([\d.]+) texts/s, [\d,]+ tokens/s"
+    lines_done = [re.fullmatch(told, message) for message in said[1:]]
     if terminal:
         assert lines_done == []
     else:
@@ -442,10 +449,15 @@ def test_batches_and_device_may_change_in_a_resume(source, output, tiny_path):
 
 
 def test_an_output_that_appears_meanwhile_stays(source, output, tiny_path, monkeypatch):
-    monkeypatch.setattr(encode, "_blocks", lambda *given: output.write_text("somebody's") and iter(()))
-    with pytest.raises(FileExistsError, match="vectors.npy exists already"):
+    def reading(*given):
+        output.write_text("another")
+        return real(*given)
+
+    real = encode._reading
+    monkeypatch.setattr(encode, "_reading", reading)
+    with pytest.raises(FileExistsError):
         encode_file(tiny_path, source, output)
-    assert output.read_text() == "somebody's"
+    assert output.read_text() == "another"
 
 
 def _input_is_the_output(source, output):
@@ -533,13 +545,13 @@ def test_two_runs_at_once_are_refused(source, output, tiny_path):
 
 
 def test_an_input_that_changes_meanwhile(source, output, tiny_path, monkeypatch):
-    def vectors(*given):
+    def of(*given):
         with source.open("a") as file:
             file.write("one more\n")
         return real(*given)
 
-    real = encode._vectors
-    monkeypatch.setattr(encode, "_vectors", vectors)
+    real = encode._Vectors.of
+    monkeypatch.setattr(encode._Vectors, "of", of)
     with pytest.raises(RuntimeError, match="texts changed while it was read"):
         encode_file(tiny_path, source, output)
     assert not output.exists()
@@ -548,35 +560,52 @@ def test_an_input_that_changes_meanwhile(source, output, tiny_path, monkeypatch)
 @pytest.mark.parametrize(
     ("fits", "advice"),
     [
-        (1, r"a batch \((\d+), (\d+)\) does not fit on the device: --tokens (\d+)"),
+        (1, r"a batch of (\d+) tokens does not fit on the device: --tokens (\d+)"),
         (0, "a single text of 3 tokens does not fit on the device: no --tokens helps, but a smaller --dtype"),
     ],
 )
 def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monkeypatch, fits, advice):
     """Batches may be smaller than the budget: its half might change nothing."""
 
-    def forward(self, features):
-        if len(features["input_ids"]) > fits:
+    def forward(self, features, **kwargs):
+        if len(features["cu_seq_lens_q"]) - 1 > fits:
             raise torch.OutOfMemoryError
-        return real(self, features)
+        return real(self, features, **kwargs)
 
-    real = SentenceTransformer.forward
+    forward.__module__, real = SentenceTransformer.forward.__module__, SentenceTransformer.forward
+    source.write_text("\n".join(SHORT[:100]) if fits else "word")
     monkeypatch.setattr(SentenceTransformer, "forward", forward)
+    if not fits:
+        monkeypatch.setattr(encode._Vectors, "__init__", without_a_probe)
     with pytest.raises(RuntimeError, match=advice) as error:
         encode_file(tiny_path, source, output, tokens=100_000)
     if fits:
-        count, longest, tokens = map(int, re.search(advice, str(error.value)).groups())
-        assert (count, tokens) == (100, count * longest // 2)
+        num_tokens, tokens = map(int, re.search(advice, str(error.value)).groups())
+        assert 500 < num_tokens == 2 * tokens + num_tokens % 2
 
 
-def test_a_tokenizer_without_a_mask(source, output, tiny_path, monkeypatch):
-    def preprocess(*given, **named):
-        return {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+def test_a_model_that_takes_padded_batches(source, output, bert_path, tmp_path):
+    """Which sentence-transformers' own code serves, as its `encode`."""
+    transformer = Transformer(bert_path)
+    transformer.tokenizer.padding_side = "left"
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(tmp_path / "left"))
+    said = []
+    made = encode_file(str(tmp_path / "left"), source, output, block_lines=30, tokens=2000, report=said.append)
+    assert "positions depend on the batch" in said[0]
+    assert made.tokens_rate is None
+    assert said[-1].endswith(" texts/s")
+    assert np.load(output).shape == (100, 32)
+    assert not np.isnan(np.load(output)).any()
 
-    monkeypatch.setattr(SentenceTransformer, "preprocess", preprocess)
-    with pytest.raises(ValueError, match="the tokenizer gives no attention_mask"):
-        encode_file(tiny_path, source, output)
-    assert beside(output) == set()
+
+def test_texts_without_any_token(source, output, bert_path, tmp_path):
+    transformer = Transformer(bert_path)
+    transformer.tokenizer.backend_tokenizer.post_processor = None
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(tmp_path / "bare"))
+    source.write_text("one\ntwo\n\nfour\nfive\n")
+    encode_file(str(tmp_path / "bare"), source, output, block_lines=2)
+    vectors, theirs = np.load(output), expected(str(tmp_path / "bare"), ["one", "two", "four", "five"])
+    np.testing.assert_allclose(vectors[[0, 1, 3, 4]], theirs, rtol=0, atol=1e-5)
 
 
 def test_memory_does_not_grow_with_the_lines(tmp_path, output, tiny_path, monkeypatch):
@@ -611,59 +640,79 @@ def test_long_lines_end_a_block(source, output, tiny_path, monkeypatch):
     np.testing.assert_allclose(np.load(output), expected(tiny_path, SHORT[:100]), rtol=0, atol=1e-5)
 
 
-def test_a_block_is_made_while_the_one_before_is_worked_on():
-    made = [Event() for _ in range(4)]
+def test_a_block_is_written_while_the_device_works_on_the_next(source, output, tiny_path, monkeypatch):
+    log = []
 
-    def items():
-        for number in range(3):
-            made[number].set()
-            yield number
-        made[3].set()
+    def noting(kind, name, of):
+        real = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *given: log.append(of(*given)) or real(self, *given))
 
-    seen = []
-    for number in encode._ahead(items()):
-        assert made[number + 1].wait(10)
-        seen.append(number)
-    assert seen == [0, 1, 2]
-
-
-def features_of(lengths: list[int], padding_side: str) -> dict:
-    """As `preprocess` gives them: each token has the id 1000 * its text's number + its place in the text + 1."""
-    longest = max(lengths)
-    input_ids = torch.zeros(len(lengths), longest, dtype=torch.long)
-    for number, length in enumerate(lengths):
-        first = longest - length if padding_side == "left" else 0
-        input_ids[number, first : first + length] = 1000 * number + torch.arange(length) + 1
-    mask = (input_ids > 0).long()
-    rest = {
-        "on_host": OnHost(mask.numpy()),
-        "number": torch.arange(len(lengths)),
-        "modality": "text",
-        "prompt_length": 2,
-    }
-    return {"input_ids": input_ids, "attention_mask": mask, **rest}
+    noting(encode._Vectors, "of", lambda block, told: f"begin {block.end}")
+    noting(ResumableNpy, "append", lambda rows, offset, bad: f"write {offset}")
+    encode_file(tiny_path, source, output, block_lines=40)
+    ends = [int(entry.split()[1]) for entry in log if entry.startswith("write")]
+    assert len(ends) == 3
+    assert log == [f"begin {ends[0]}", f"begin {ends[1]}", f"write {ends[0]}", f"begin {ends[2]}", f"write {ends[1]}",
+                   f"write {ends[2]}"]  # fmt: skip
 
 
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("lengths", [[3], [5, 1, 9, 5, 30, 2, 2, 7], [4] * 9, [0, 3, 0], [1, 0, 25]])
-@pytest.mark.parametrize("tokens", [1, 12, 20, 1000])
-def test_batches_keep_the_budget_and_every_token(lengths, padding_side, tokens):
-    seen = []
-    for rows, batch in token_batches(features_of(lengths, padding_side), tokens):
-        input_ids, mask = batch["input_ids"], batch["attention_mask"]
-        size, longest = input_ids.shape
-        assert input_ids.numel() <= tokens or size == 1
-        assert longest == max(1, *(lengths[row] for row in rows))
-        assert torch.equal(mask, (input_ids > 0).long())
-        assert np.array_equal(batch["on_host"].array, mask.numpy())
-        assert batch["number"].tolist() == rows.tolist()
-        assert (batch["modality"], batch["prompt_length"]) == ("text", 2)
-        for row, ids in zip(rows, input_ids, strict=True):
-            assert ids[ids > 0].tolist() == [1000 * row + place + 1 for place in range(lengths[row])]
-            assert (ids[-1 if padding_side == "left" else 0] > 0) == (lengths[row] > 0)
-        seen += rows.tolist()
-    assert sorted(seen) == list(range(len(lengths)))
-    assert [lengths[row] for row in seen] == sorted(lengths, reverse=True)
+def parquet(path):
+    return pytest.importorskip("pyarrow.parquet").ParquetFile(path)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_parquet(source, output, tiny_path, dtype, monkeypatch):
+    """The same rows, resumed too, a group a window."""
+    monkeypatch.setattr(resumable, "ROW_GROUP", 32)
+    source.write_bytes(b"\n".join([*(text.encode() for text in SHORT[:99]), b"\xff"]))
+    encode_file(tiny_path, source, output, block_lines=20, dtype=dtype)
+    vectors = np.load(output)
+    output.unlink()
+    path = output.with_suffix(".parquet")
+    interrupted(source, path, tiny_path, dtype=dtype)
+    encode_file(tiny_path, source, path, block_lines=20, dtype=dtype)
+    assert beside(path) == {path.name}
+    made = parquet(path)
+    number = "halffloat" if dtype else "float"
+    assert str(made.schema_arrow) == f"vector: fixed_size_list<element: {number}>[32]\n  child 0, element: {number}"
+    assert [made.metadata.row_group(i).num_rows for i in range(made.num_row_groups)] == [32, 32, 32, 4]
+    found = made.read()["vector"].combine_chunks().flatten().to_numpy().reshape(100, 32)
+    assert np.array_equal(found, vectors, equal_nan=True)
+    assert np.isnan(found[99]).all()
+    with pytest.raises(FileExistsError, match="exists already"):
+        encode_file(tiny_path, source, path)
+
+
+def test_a_run_that_died_while_parquet_was_made_goes_on(source, output, tiny_path, monkeypatch):
+    path = output.with_suffix(".parquet")
+    parquet_module = pytest.importorskip("pyarrow.parquet")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            parquet_module.ParquetWriter, "write_table", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        encode_file(tiny_path, source, path)
+    assert not path.exists()
+    said = []
+    encode_file(tiny_path, source, path, report=said.append)
+    assert "going on after line 100 of 100" in said
+    assert beside(path) == {path.name}
+    assert parquet(path).metadata.num_rows == 100
+
+
+def test_parquet_of_no_lines(source, output, tiny_path):
+    source.write_text("")
+    encode_file(tiny_path, source, output.with_suffix(".parquet"))
+    assert parquet(output.with_suffix(".parquet")).metadata.num_rows == 0
+
+
+def test_parquet_without_pyarrow(source, output, tiny_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(
+        ImportError, match=r"vectors.parquet needs pyarrow .*: pip install pyarrow, or name a .npy file"
+    ):
+        encode_file(tiny_path, source, output.with_suffix(".parquet"))
+    assert beside(output) == set()
 
 
 def test_what_is_missing_without_sentence_transformers(monkeypatch):
@@ -689,10 +738,12 @@ def test_the_command(source, output, tiny_path):
     done = command(tiny_path, source, "-o", output, "--field", "text", "--prompt", "p: ", "--dtype", "float16")
     assert done.exit_code == 1
     nan_rows = "rows of NaN, for lines that are no text: 3"
-    assert re.fullmatch(rf"{output}: float16 \[3, 32\], [\d,.]+ texts/s\n{nan_rows}\n", done.stdout)
+    waited = r"waited for reading and tokenizing [\d.]+ s, the device [\d.]+ s, writing [\d.]+ s"
+    said = rf"{output}: float16 \[3, 32\], [\d,.]+ texts/s, [\d,]+ tokens/s\n{waited}\n{nan_rows}\n"
+    assert re.fullmatch(said, done.stdout)
     bad, progress = done.stderr.splitlines()
     assert bad == "line 3: invalid JSON: Expecting value: line 1 column 1 (char 0)"
-    assert re.fullmatch(r"3 of 3 lines, [\d,.]+ texts/s", progress)
+    assert re.fullmatch(r"3 of 3 lines, [\d,.]+ texts/s, [\d,]+ tokens/s", progress)
     vectors = np.load(output)
     np.testing.assert_allclose(vectors[:2], expected(tiny_path, ["p: one", "p: two"]), rtol=0, atol=0.05)
     again = command(tiny_path, source, "-o", output)

@@ -1,8 +1,9 @@
-"""Bulk encoding: a file of texts becomes a .npy file with one vector a line, by a SentenceTransformer around BERT.
+"""Bulk encoding: a file of texts becomes a file with one vector a line, by a SentenceTransformer around BERT.
 
-Loading, prompts, tokenizing, pooling and normalizing are sentence-transformers' own, so that the vectors are those of
-its `encode`. What is added is for files larger than memory: texts are read in blocks, run in batches of similar
-length, and a run that was killed at any moment goes on where it stopped (`fastbert.commands.resumable`).
+Loading, prompts, pooling and normalizing are sentence-transformers' own, tokens and batches are those of
+`fastbert.inference`, so that the vectors are those of `encode`. What is added is for files larger than memory: texts
+are read in blocks, of which the next is tokenized and the last is written while the device works on one, and a run that
+was killed at any moment goes on where it stopped (`fastbert.commands.resumable`).
 """
 
 import hashlib
@@ -10,14 +11,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Event
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 import fastbert
@@ -31,26 +32,22 @@ from fastbert.commands.lines import (
     state_of,
     text_of,
 )
-from fastbert.commands.resumable import Progress, ResumableNpy
-from fastbert.sentences import OnHost, carrying
+from fastbert.commands.resumable import resumable
+from fastbert.inference import PackedEncoder, to_host
+from fastbert.tokenization import Unserved
+from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead
 
 try:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.util import batch_to_device, truncate_embeddings
 except ImportError as error:
     raise ImportError(
         f"fastbert encode needs sentence-transformers ({error}): pip install 'fastbert-triton[encode]'"
     ) from error
 
-# Positions in a batch. 128 texts of 128 tokens keep a GPU busy, while the widest activation of BERT large in float32,
-# [16384, 4096], takes 256 MiB. On a CPU larger batches leave its cache: MiniLM is then up to a seventh slower.
-TOKENS, CPU_TOKENS = 16384, 2048
-# Texts that are tokenized together, by similar length: padding a whole block to its longest takes half as long again.
-SLICE_LINES = 1024
 # Lines that are no text of which a run tells the reason; seconds between two lines of progress without a terminal.
 TOLD_LINES, TOLD_SECONDS = 100, 60
-
-T = TypeVar("T")
+# What a run's time goes to.
+PARTS = ("reading and tokenizing", "the device", "writing")
 
 
 @dataclass
@@ -58,19 +55,22 @@ class Block:
     """Consecutive lines of the input.
 
     lines: how many. end: where in the input, in bytes, the next block begins. bad: the number of each line that is no
-    text, from 1 at the file's beginning -> why. slices: texts of similar length, as their rows in the block, int64 [N],
-    and what `preprocess` gives for all N.
+    text, from 1 at the file's beginning -> why. places: int64 [N], of the lines that are texts, in the block. texts:
+    these, or their window; None without any.
     """
 
     lines: int
     end: int
     bad: dict[int, str]
-    slices: list[tuple[np.ndarray, dict[str, Any]]]
+    places: np.ndarray
+    texts: Window | list[str] | None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a run made: vectors [lines, dim], of which `bad` are NaN; bad_lines as in Progress. rate: texts a second."""
+    """What a run made: vectors [lines, dim], of which `bad` are NaN; bad_lines as in Progress. rate: texts a second.
+    tokens_rate: tokens a second, None where sentence-transformers' own code did the work. seconds: what the run waited
+    for, of PARTS."""
 
     lines: int
     dim: int
@@ -78,6 +78,8 @@ class Encoded:
     bad: int
     bad_lines: list[int]
     rate: float
+    tokens_rate: float | None
+    seconds: dict[str, float]
 
 
 class Told:
@@ -87,6 +89,7 @@ class Told:
         self._lines, self._before, self._done, self._bad, self._report = lines, done, done, 0, report
         self._begun = time.monotonic()
         self._due = self._begun + TOLD_SECONDS
+        self.seconds, self.tokens = dict.fromkeys(PARTS, 0.0), 0
         self.bar = tqdm(total=lines, initial=done, unit=" texts", disable=None)
         self._has_terminal = not self.bar.disable  # which its end changes
 
@@ -96,14 +99,24 @@ class Told:
         if time.monotonic() >= self._due:
             self.progress()
 
-    def progress(self) -> float:
-        """Texts a second; told in a line where there is no terminal for the bar."""
+    def progress(self) -> tuple[float, float]:
+        """Texts and tokens a second; told in a line where there is no terminal for the bar."""
         now = time.monotonic()
-        rate = (self._done - self._before) / (now - self._begun)
+        rate, tokens_rate = (count / (now - self._begun) for count in (self._done - self._before, self.tokens))
         if not self._has_terminal:
-            self._report(f"{self._done:,} of {self._lines:,} lines, {rate:,.1f} texts/s")
+            tokens = f", {tokens_rate:,.0f} tokens/s" if self.tokens else ""
+            self._report(f"{self._done:,} of {self._lines:,} lines, {rate:,.1f} texts/s{tokens}")
         self._due = now + TOLD_SECONDS
-        return rate
+        return rate, tokens_rate
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time of the block as one of PARTS."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begun
 
     def bad(self, lines: dict[int, str]) -> None:
         for number, reason in lines.items():
@@ -131,7 +144,7 @@ def encode_file(
     block_lines: int | None = None,
     report: Callable[[str], None] = _to_stderr,
 ) -> Encoded:
-    """Write the vectors of all lines of a file to a new .npy file, as its rows [lines, dim].
+    """Write the vectors of all lines of a file to a new file, as its rows [lines, dim].
 
     Rows are float16 if the model's vectors are, else float32. They are those of `SentenceTransformer(model).encode`,
     and NaN where a line is no text; for the first TOLD_LINES the number and the reason are reported. A run that was
@@ -140,25 +153,25 @@ def encode_file(
     model: a folder, or a name on the hub; one without modules.json gets mean pooling.
     source: UTF-8, with or without a BOM, lines end with LF or CRLF. field: each line is a JSON object, its text the
     string of this name.
+    output: a .npy file, or by a name that ends in .parquet, one of Parquet, as `resumable.ResumableParquet` says.
     prompt: put before each text, as in `encode(prompt=)`; by default the model's own.
     dtype: of the weights; by default the checkpoint's. device: by default a GPU if there is one.
-    tokens: the most positions of a batch, padding included, by default CPU_TOKENS or TOKENS; a longer text is a batch
-    alone.
+    tokens: the most tokens of a batch, by default CPU_TOKENS or TOKENS; a longer text is a batch alone.
     block_lines: the most that are read, and done, between two points where a killed run goes on.
     report: takes each line for the user.
 
     Raises FileExistsError if the output exists; OSError for files that cannot be read or written, or without the disk
     space; RuntimeError if another run writes the output, if the input changes meanwhile, or if a batch does not fit on
-    the device; ValueError for the partial run of something else, for an input that begins with BLOCK_LINES lines that
-    are no text, and for wrong arguments; and what loading raises.
+    the device; ValueError for the partial run of something else, for an input that begins with CHECKED_LINES lines that
+    are no text, and for wrong arguments; ImportError for Parquet without pyarrow; and what loading raises.
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens={tokens}: a batch holds at least 1")
-    source, npy = Path(source), ResumableNpy(Path(output))
-    npy.check_paths(source)
+    source, file = Path(source), resumable(Path(output))
+    file.check_paths(source)
     local_or_hub(model)
     check_source(source, field)
-    with npy.locked():
+    with file.locked():
         state = state_of(source)
         lines, content = count_and_hash(source)
         embedder = _load(model, device, report)
@@ -169,127 +182,152 @@ def encode_file(
             embedder.to(dtype)
         fingerprint["dtype"] = str(embedder.dtype)
         fastbert.optimize(embedder)
+        vectors = _Vectors(embedder, prompt, tokens, report)
         on_cpu = embedder.device.type == "cpu"
-        tokens = tokens or (CPU_TOKENS if on_cpu else TOKENS)
         block_lines = block_lines or (CPU_BLOCK_LINES if on_cpu else BLOCK_LINES)
-
-        @carrying()  # the mask on the host is cut with its batch
-        def preprocess(texts):
-            return embedder.preprocess(texts, prompt=prompt)
-
-        [probe] = _vectors(embedder, preprocess(["text"]), tokens)
-        progress = npy.begin(fingerprint, lines, probe.size, probe.dtype)
+        progress = file.begin(fingerprint, lines, vectors.dim, vectors.dtype)
         if progress.rows:
             report(f"going on after line {progress.rows:,} of {lines:,}")
         told = Told(lines, progress.rows, report)
+
+        def write(block: Block, arriving: Callable[[], np.ndarray]) -> None:
+            with told.part("the device"):
+                found = arriving()
+            with told.part("writing"):
+                rows = np.full((block.lines, vectors.dim), np.nan, vectors.dtype)
+                rows[block.places] = found
+                told.bad(block.bad)
+                told.done(len(block.bad))
+                if state_of(source) != state:
+                    raise RuntimeError(f"{source} changed while it was read")
+                file.append(rows, block.end, list(block.bad))
+
+        read = _reading(source, progress.rows, progress.offset, field, block_lines, vectors.prepared)
         try:
-            with told.bar:
-                for block in _ahead(_blocks(source, progress, field, block_lines, preprocess)):
-                    rows = np.full((block.lines, probe.size), np.nan, probe.dtype)
-                    for places, features in block.slices:
-                        rows[places] = _vectors(embedder, features, tokens)
-                        told.done(len(places))
-                    told.bad(block.bad)
-                    told.done(len(block.bad))
-                    if state_of(source) != state:
-                        raise RuntimeError(f"{source} changed while it was read")
-                    npy.append(rows, block.end, list(block.bad))
+            with told.bar, closing(ahead(repeat(read))) as blocks:
+                pending = None
+                while True:
+                    with told.part("reading and tokenizing"):
+                        block = next(blocks, None)
+                    if block is not None:
+                        with told.part("the device"):
+                            upcoming = block, vectors.of(block, told)
+                    # While the device works on this block, the last is written.
+                    if pending is not None:
+                        write(*pending)
+                    if block is None:
+                        break
+                    pending = upcoming
         except KeyboardInterrupt:
-            if npy.progress.rows:
-                report(f"{npy.progress.rows:,} of {lines:,} lines are done: the same command goes on from there")
+            if file.progress.rows:
+                report(f"{file.progress.rows:,} of {lines:,} lines are done: the same command goes on from there")
             raise
-        rate = told.progress()
-        npy.finish()
-    return Encoded(lines, probe.size, str(probe.dtype), npy.progress.bad, npy.progress.bad_lines, rate)
+        rate, tokens_rate = told.progress()
+        with told.part("writing"):
+            file.finish()
+    done = file.progress
+    return Encoded(
+        lines, vectors.dim, str(vectors.dtype), done.bad, done.bad_lines, rate, tokens_rate or None, told.seconds
+    )
 
 
-def token_batches(features: dict[str, Any], tokens: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Cut what `preprocess` gives for N texts into batches of at most `tokens` positions, padding included.
+class _Vectors:
+    """Vectors of texts, by packed windows, or where these do not serve the model, by sentence-transformers' encode.
 
-    features: tensors [N, ...] and arrays on the host are cut, those that begin with [N, S] like attention_mask to the
-    batch's longest text, whichever side is padded; all else holds for every batch. Yields, longest texts first, the
-    rows among the N, int64 [B], and their features. A text of more than `tokens` is a batch alone.
+    dim, dtype: of a vector, float16 if the model's are, else float32.
     """
-    if "attention_mask" not in features:
-        raise ValueError("the tokenizer gives no attention_mask, which tells texts from padding: see model_input_names")
-    mask = features["attention_mask"].numpy()
-    lengths = mask.sum(axis=1)
-    order = np.argsort(-lengths, kind="stable")
-    while len(order):
-        count = max(1, tokens // max(1, lengths[order[0]]))
-        rows, order = order[:count], order[count:]
-        kept = np.flatnonzero(mask[rows].any(axis=0))
-        # A batch of texts without any token keeps one column of padding.
-        columns = slice(kept[0], kept[-1] + 1) if len(kept) else slice(0, 1)
-        yield rows, {name: _cut(value, rows, columns, mask.shape) for name, value in features.items()}
 
+    def __init__(
+        self, embedder: SentenceTransformer, prompt: str | None, tokens: int | None, report: Callable[[str], None]
+    ):
+        self._embedder, self._prompt = embedder, prompt
+        self._tokens = tokens or (CPU_TOKENS if embedder.device.type == "cpu" else TOKENS)
+        try:
+            # A batch is as large as its tokens allow, however many texts these are.
+            self._packed = PackedEncoder(embedder, False, prompt, self._tokens, most_tokens=self._tokens)
+        except Unserved as error:
+            report(f"texts go through sentence-transformers' own code: {error}")
+            self._packed = None
+        probe = embedder.encode(["text"], prompt=prompt, show_progress_bar=False)
+        self.dim, self.dtype = probe.shape[1], probe.dtype
 
-def _cut(value: Any, rows: np.ndarray, columns: slice, shape: tuple[int, int]) -> Any:
-    if isinstance(value, OnHost):
-        return OnHost(_cut(value.array, rows, columns, shape))
-    if not isinstance(value, Tensor | np.ndarray) or value.shape[:1] != shape[:1]:
-        return value
-    return value[:, columns][rows] if value.shape[:2] == shape else value[rows]
+    def prepared(self, texts: list[str], first: int, stopped: Event) -> Window | list[str] | None:
+        """What `of` takes for these texts, the first of which is in the line of this number; None once stopped."""
+        if self._packed is None:
+            return texts
+        try:
+            return self._packed.window(texts, first, stopped)
+        except Unserved:  # texts without any token
+            return texts
 
-
-def _vectors(embedder: SentenceTransformer, features: dict[str, Any], tokens: int) -> np.ndarray:
-    """The vectors [N, dim] of N preprocessed texts, float16 if the model's are, else float32."""
-    order, vectors = [], []
-    with torch.inference_mode():
-        for rows, batch in token_batches(features, tokens):
+    @torch.inference_mode()
+    def of(self, block: Block, told: Told) -> Callable[[], np.ndarray]:
+        """Begin with the vectors [N, dim] of a block's N texts; what this returns waits for them."""
+        texts = block.texts
+        if texts is None:
+            return lambda: np.empty((0, self.dim), self.dtype)
+        if not isinstance(texts, Window):
+            return self._by_sentence_transformers(texts, told)
+        found = []
+        for count, given in texts.batches(self._embedder.device):
             try:
-                found = embedder(batch_to_device(batch, embedder.device))["sentence_embedding"]
+                found.append(self._packed.features(given)["sentence_embedding"])
             except torch.OutOfMemoryError as error:
-                raise RuntimeError(_advice(*batch["attention_mask"].shape)) from error
-            if embedder.truncate_dim is not None:
-                found = truncate_embeddings(found, embedder.truncate_dim)
-            order.append(rows)
-            vectors.append(found if found.dtype == torch.float16 else found.float())
-        # The device is waited for once, here.
-        sorted_vectors = torch.cat(vectors).cpu().numpy()
-    result = np.empty_like(sorted_vectors)
-    result[np.concatenate(order)] = sorted_vectors
-    return result
+                raise RuntimeError(_advice(count, given["input_ids"].shape[1])) from error
+            told.tokens += given["input_ids"].shape[1]
+            told.done(count)
+        vectors = torch.cat(found)[:, : self._embedder.truncate_dim]
+        arriving = to_host(vectors if vectors.dtype == torch.float16 else vectors.float())
+        # Of the window's order, back to the block's.
+        places = np.argsort(texts.rows)
+        return lambda: arriving().numpy()[places]
+
+    def _by_sentence_transformers(self, texts: list[str], told: Told) -> Callable[[], np.ndarray]:
+        batch_size = max(1, self._tokens // (self._embedder.max_seq_length or self._tokens))
+        try:
+            vectors = self._embedder.encode(texts, prompt=self._prompt, batch_size=batch_size, show_progress_bar=False)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(_advice(batch_size, batch_size * self._embedder.max_seq_length)) from error
+        told.done(len(texts))
+        return lambda: vectors
 
 
-def _advice(count: int, longest: int) -> str:
-    """What helps where a batch [count, longest] does not fit; it may be less than `tokens` allows."""
+def _advice(count: int, num_tokens: int) -> str:
+    """What helps where a batch of so many texts does not fit; it may be less than `tokens` allows."""
     if count == 1:
         return (
-            f"a single text of {longest} tokens does not fit on the device: no --tokens helps, but a smaller --dtype, "
-            "another --device, or a smaller max_seq_length of the model may"
+            f"a single text of {num_tokens} tokens does not fit on the device: no --tokens helps, but a smaller "
+            "--dtype, another --device, or a smaller max_seq_length of the model may"
         )
-    return f"a batch {(count, longest)} does not fit on the device: --tokens {count * longest // 2}"
+    return f"a batch of {num_tokens} tokens does not fit on the device: --tokens {num_tokens // 2}"
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, of which a thread makes the next one while the caller works on the last."""
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
+def _reading(
+    source: Path, rows: int, offset: int, field: str | None, block_lines: int, prepared: Callable
+) -> Callable[[Event], Block | None]:
+    """A function that at each call reads the next block of the input after so many rows, from that byte on, and
+    prepares its texts; it gives None at the end."""
+    begin = [rows + 1, offset]
 
+    def read(stopped: Event) -> Block | None:
+        first, offset = begin
+        with source.open("rb") as file:
+            file.seek(offset)
+            lines = read_lines(file, block_lines)
+            end = file.tell()
+        texts, bad = {}, {}
+        for place, line in enumerate(lines):
+            try:
+                texts[place] = text_of(line, field)
+            except ValueError as error:
+                bad[first + place] = str(error)
+        begin[:] = first + len(lines), end
+        ready = prepared(list(texts.values()), first, stopped) if texts else None
+        if not lines or stopped.is_set():
+            return None
+        return Block(len(lines), end, bad, np.array(list(texts), dtype=np.int64), ready)
 
-def _blocks(
-    source: Path, progress: Progress, field: str | None, block_lines: int, preprocess: Callable[[list[str]], dict]
-) -> Iterator[Block]:
-    """The blocks of the input after a progress, tokenized."""
-    first = progress.rows + 1
-    with source.open("rb") as file:
-        file.seek(progress.offset)
-        while lines := read_lines(file, block_lines):
-            texts, bad = {}, {}
-            for place, line in enumerate(lines):
-                try:
-                    texts[place] = text_of(line, field)
-                except ValueError as error:
-                    bad[first + place] = str(error)
-            by_length = sorted(texts, key=lambda place: len(texts[place]), reverse=True)
-            slices = [by_length[start : start + SLICE_LINES] for start in range(0, len(by_length), SLICE_LINES)]
-            tokenized = [(np.array(places), preprocess([texts[place] for place in places])) for places in slices]
-            yield Block(len(lines), file.tell(), bad, tokenized)
-            first += len(lines)
+    return read
 
 
 def _load(model: str, device: str | None, report: Callable[[str], None]) -> SentenceTransformer:

@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Lines in a block, the seconds of work that a killed run does again. Bytes in a block: tokenizers' own memory is some
-# hundred MiB for them. A line that is longer is read whole.
-BLOCK_LINES, CPU_BLOCK_LINES = 4096, 512
+# Lines in a block, the seconds of work that a killed run does again, and bytes in a block. A line that is longer is
+# read whole.
+BLOCK_LINES, CPU_BLOCK_LINES = 16384, 512
 BLOCK_BYTES = 4 << 20
+# Of which one has to be a text.
+CHECKED_LINES = 4096
 
 
 def state_of(source: Path) -> tuple[int, int]:
@@ -41,7 +43,7 @@ def check_source(source: Path, field: str | None) -> None:
     if not source.is_file():
         raise OSError(f"{source} is a folder or a pipe, not a file")
     with source.open("rb") as file:
-        lines = read_lines(file, BLOCK_LINES)
+        lines = read_lines(file, CHECKED_LINES)
     reasons = []
     for line in lines:
         try:

@@ -1,4 +1,4 @@
-"""A .npy file that is written row by row, and whose writing goes on after the process was killed at any moment.
+"""A file of vectors that is written row by row, and whose writing goes on after the process was killed at any moment.
 
 Beside OUT lie, until it is complete, OUT.partial, of OUT's size from the beginning, and OUT.progress.json, which says
 how many rows are there and what they are made of. Rows reach the disk before the progress that counts them.
@@ -21,6 +21,8 @@ except ImportError as error:
 
 # Bad lines whose numbers are kept.
 BAD_LINES = 1000
+PARQUET = ".parquet"
+ROW_GROUP = 16384  # rows
 
 
 @dataclass
@@ -56,6 +58,11 @@ class Progress:
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
+
+
+def resumable(path: Path) -> "ResumableNpy":
+    """The output of this name, by its ending: Parquet, or .npy. Raises ImportError for Parquet without pyarrow."""
+    return ResumableParquet(path) if path.suffix == PARQUET else ResumableNpy(path)
 
 
 class ResumableNpy:
@@ -178,3 +185,39 @@ class ResumableNpy:
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
+
+
+class ResumableParquet(ResumableNpy):
+    """A Parquet file of one column, "vector", a list of dim float16 or float32 numbers a row; NaN as in the rows.
+
+    Parquet cannot be appended to after a crash. So the rows lie in OUT.partial as those of a .npy do, and become
+    Parquet in `finish`, ROW_GROUP rows a group, which takes the disk space of both.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"{path} needs pyarrow ({error}): pip install pyarrow, or name a .npy file") from error
+        super().__init__(path)
+
+    def finish(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self._flush()
+        self._refuse_existing()
+        rows, new = np.load(self.partial, mmap_mode="r"), self.partial.with_name(self.partial.name + ".new")
+        numbers = pyarrow.from_numpy_dtype(rows.dtype)
+        schema = pyarrow.schema([("vector", pyarrow.list_(numbers, rows.shape[1]))])
+        with new.open("wb") as file:
+            with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+                for start in range(0, len(rows), ROW_GROUP):
+                    flat = pyarrow.array(rows[start : start + ROW_GROUP].reshape(-1))
+                    vectors = pyarrow.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+                    writer.write_table(pyarrow.table([vectors], schema=schema))
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.path)
+        self.partial.unlink()
+        self.progress_path.unlink()
