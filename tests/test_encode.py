@@ -455,7 +455,7 @@ def test_an_output_that_appears_meanwhile_stays(source, output, tiny_path, monke
 
     real = encode._reading
     monkeypatch.setattr(encode, "_reading", reading)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="vectors.npy exists already"):
         encode_file(tiny_path, source, output)
     assert output.read_text() == "another"
 

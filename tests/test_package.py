@@ -65,8 +65,11 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         },
         "heads": {"eager", "fusion", "model", "ops", "outputs", "patches", "pretrained", "replaying", "tokens"},
         "compilation": {"automatic", "graph_rules", "model", "ops"},
-        "sentences": {"eager", "inputs", "ops", "tokens"},
-        "explanation": {"automatic", "fusion", "heads", "ops", "pretrained", "sentences"},
+        "tokenization": {"fusion"},
+        "windows": {"tokenization"},
+        "inference": {"fusion", "graphs", "heads", "layers", "model", "patches", "tokenization", "windows"},
+        "sentences": {"eager", "inference", "inputs", "ops", "tokenization", "tokens"},
+        "explanation": {"automatic", "fusion", "heads", "inference", "ops", "pretrained", "sentences"},
         "conversion": {
             "automatic",
             "configuration",
@@ -96,7 +99,14 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "commands.benchmark": {"commands.checkpoint", "commands.closeness", "commands.timing"},
         "commands.information": {"automatic", "commands.machine", "graph_rules", "ops"},
         "commands.lines": set(),
-        "commands.encode": {"commands.checkpoint", "commands.lines", "commands.resumable", "sentences"},
+        "commands.encode": {
+            "commands.checkpoint",
+            "commands.lines",
+            "commands.resumable",
+            "inference",
+            "tokenization",
+            "windows",
+        },
         "cli": {
             f"commands.{name}" for name in ("benchmark", "checkpoint", "encode", "information", "machine", "verify")
         },
