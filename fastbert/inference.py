@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastbert import heads, model, patches
-from fastbert.fusion import FusableBlock, class_name, fused_parts, has_hooks, why_no_block
+from fastbert.fusion import class_name, fused_parts, has_hooks, why_no_block
 from fastbert.graphs import GraphedForward
 from fastbert.layers import runs_packed
 from fastbert.tokenization import PackingTokenizer, Unserved, why_wrapper
@@ -30,6 +30,12 @@ AFTER = {"SentenceTransformer": ("Pooling", "Dense", "Dropout", "LayerNorm", "No
 OPTIONS = {"padding", "truncation", "max_length", "return_tensors"}
 # What `encode` and `predict` may be given for `preprocess`.
 KEYWORDS = {"task", "processing_kwargs"}
+# What not every release of sentence-transformers may have.
+OF_ENCODERS = ("_resolve_inference_device",)
+OF_TRANSFORMERS = (
+    "modality_config", "model_forward_params", "processing_kwargs", "query_expansion", "query_length",
+    "document_length",
+)  # fmt: skip
 
 
 def why_unserved(encoder: nn.Module) -> str | None:
@@ -39,6 +45,10 @@ def why_unserved(encoder: nn.Module) -> str | None:
         return f"it is a {class_name(encoder)}"
     if kind_of(transformer) != "Transformer":
         return f"its first module is a {class_name(transformer)}"
+    for module, names in ((encoder, OF_ENCODERS), (transformer, OF_TRANSFORMERS)):
+        for name in names:
+            if not hasattr(module, name):
+                return f"a {class_name(module)} has no {name} in this release of sentence-transformers"
     for name, module in encoder.named_children():
         if module is not transformer and kind_of(module) not in AFTER[kind]:
             return f"module {name}, a {class_name(module)}, may look at padded batches"
@@ -98,9 +108,10 @@ def _why_padded(bert: nn.Module, expected: type) -> str | None:
         return "the configuration asks for hidden states or attention weights"
     if base.config.is_decoder or not runs_packed(base.encoder):
         return "its encoder needs padded batches"
-    blocks = (base.embeddings, *base.encoder.layer)
-    if not all(isinstance(block, FusableBlock) for block in blocks):
-        return "a layer is of another class"
+    if len({x.dtype for x in base.embeddings.parameters()}) > 1:
+        return "its embeddings are of several dtypes"
+    blocks = [base.embeddings, *base.encoder.layer]
+    blocks += [] if base.pooler is None else [base.pooler]
     return next(filter(None, (fused_parts(block, asked=True)[1] for block in blocks)), None)
 
 
@@ -189,13 +200,13 @@ class PackedEncoder:
     ):  # fmt: skip
         if others := kwargs.keys() - KEYWORDS:
             raise Unserved(f"{', '.join(sorted(others))} is given")
-        self.device = encoder._resolve_inference_device(device)
-        if self.device.type not in ("cpu", "cuda"):
-            raise Unserved(f"the model is on {self.device.type!r}")
         if any(module.training for module in encoder.modules()):  # asking takes a third of setting
             encoder.eval()
         if reason := why_unserved(encoder):
             raise Unserved(reason)
+        self.device = encoder._resolve_inference_device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise Unserved(f"the model is on {self.device.type!r}")
         transformer = encoder[0]
         options = _options(transformer, **kwargs)
         self._tokenizer = PackingTokenizer(transformer.processor, **options)

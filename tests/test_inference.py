@@ -314,6 +314,11 @@ WAYS = {
     "hook on a layer": (hooked, {}, "has hooks"),
     "hook on the model": (lambda x: x[0].model.register_forward_hook(lambda *given: None), {}, "model has hooks"),
     "hook on the pooling": (lambda x: x[1].register_forward_hook(lambda *given: None), {}, "Pooling has hooks"),
+    "hook on the pooler": (
+        lambda x: x[0].model.pooler.register_forward_hook(lambda *given: None),
+        {},
+        "BertPooler has hooks",
+    ),
     "replaced part": (adapted, {}, "is a torch.nn.modules.container.Sequential, not a Linear"),
     "padding on the left": (padded_left, {}, "positions depend on the batch"),
     "preprocess": (preprocessing, {}, "has a patched preprocess"),
@@ -360,6 +365,15 @@ def test_what_goes_through_sentence_transformers_own_code(way, tiny_path, origin
     else:
         assert notes[0].startswith("the texts of SentenceTransformer go through sentence-transformers' own code: ")
         assert reason in notes[0]
+
+
+def test_releases_and_dtypes_that_are_not_known(tiny_path):
+    _, optimized = two(embedder, tiny_path)
+    assert inference.why_unserved(optimized) is None
+    optimized[0].model.embeddings.LayerNorm.double()
+    assert inference.why_unserved(optimized) == "its embeddings are of several dtypes"
+    del optimized[0].processing_kwargs
+    assert "has no processing_kwargs in this release" in inference.why_unserved(optimized)
 
 
 def test_queries_that_are_expanded(tiny_path, originals):
