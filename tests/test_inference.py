@@ -324,6 +324,17 @@ WAYS = {
     "preprocess": (preprocessing, {}, "has a patched preprocess"),
     "forward": (wrapped, {}, "hooks or a patched forward"),
     "hidden states": (giving_states, {}, "asks for hidden states"),
+    "decoder": (lambda x: setattr(x[0].model.config, "is_decoder", True), {}, "its encoder needs padded batches"),
+    "hook on the encoder": (
+        lambda x: x[0].model.encoder.register_forward_hook(lambda *given: None),
+        {},
+        "its encoder needs padded batches",
+    ),
+    "not padded": (
+        None,
+        {"processing_kwargs": {"common": {"return_tensors": "pt"}, "text": {"padding": False}}, "batch_size": 1},
+        "padding=False is asked for",
+    ),
     "all features": (None, {"output_value": None}, "output_value=None is asked for"),
     "padded to a length": (
         None,
@@ -365,6 +376,66 @@ def test_what_goes_through_sentence_transformers_own_code(way, tiny_path, origin
     else:
         assert notes[0].startswith("the texts of SentenceTransformer go through sentence-transformers' own code: ")
         assert reason in notes[0]
+
+
+def test_what_is_patched_for_every_model(tiny_path, monkeypatch):
+    _, optimized = two(embedder, tiny_path)
+    monkeypatch.setattr(SentenceTransformer, "preprocess", lambda self, inputs, **kwargs: {})
+    assert inference.why_unserved(optimized).endswith("SentenceTransformer.preprocess is patched for every model")
+    monkeypatch.undo()
+    monkeypatch.setattr(Pooling, "forward", lambda self, features: features)
+    assert inference.why_unserved(optimized).endswith("Pooling.forward is patched for every model")
+
+
+def test_a_hook_on_the_encoder_of_a_cross_encoder(cross_paths, originals):
+    plain, optimized = two(CrossEncoder, cross_paths[1], device="cpu")
+    shapes = []
+    optimized[0].model.bert.register_forward_hook(
+        lambda module, args, kwargs, output: shapes.append(output[0].shape), with_kwargs=True
+    )
+    check(optimized.predict([("a", "b c"), ("d", "e")]), plain.predict([("a", "b c"), ("d", "e")]))
+    assert [len(shape) and shape[0] for shape in shapes] == [2]
+    assert "its encoder has hooks" in inference.why_unserved(optimized)
+
+
+def test_messages_and_first_modules_that_drop_bounds(tiny_path):
+    _, optimized = two(embedder, tiny_path)
+    optimized[0].model_forward_params = {"input_ids", "attention_mask"}
+    assert "hands no bounds of packed texts on" in inference.why_unserved(optimized)
+    optimized[0].model_forward_params = {"input_ids", "cu_seq_lens_q", "max_length_q"}
+    assert inference.why_unserved(optimized) is None
+    optimized[0].modality_config["message"] = optimized[0].modality_config["text"]
+    assert inference.why_unserved(optimized) == "its texts are messages"
+
+
+def test_a_model_in_training_mode_embeds_without_dropout(minilm_path, originals):
+    plain, optimized = two(embedder, minilm_path)
+    for module in optimized.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    optimized.train()
+    check_packed(originals, optimized, plain, "encode", docstrings(3))
+    assert not any(module.training for module in optimized.modules())
+
+
+def test_scores_of_16_bits_are_float32(cross_paths, originals):
+    plain, optimized = two(CrossEncoder, cross_paths[3], device="cpu")
+    for model in (plain, optimized):
+        model.to(torch.bfloat16)
+    pairs = [("a", "b"), ("c d", "e")]
+    expected = plain.predict(pairs, convert_to_tensor=True)
+    originals.clear()
+    found = optimized.predict(pairs, convert_to_tensor=True)
+    assert originals == []
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
+
+
+def test_a_prompt_without_a_special_token_at_its_end(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path, include_prompt=False)
+    for model in (plain, optimized):
+        model.tokenizer.backend_tokenizer.post_processor = None
+    check_packed(originals, optimized, plain, "encode", ["one", "two words"], prompt="query: ")
 
 
 def test_releases_and_dtypes_that_are_not_known(tiny_path):
