@@ -11,7 +11,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache
 
 import pytest
 import records
@@ -206,15 +206,13 @@ def _host_only(benchmark, case: dict, provider: str) -> tuple[Measured | None, d
 @contextmanager
 def _giving_zeros() -> Iterator[None]:
     """In the place of what SentenceTransformer's modules compute: a vector of zeros for each text, on the device."""
-    own, zeros = sentence_transformers.SentenceTransformer.forward, torch.zeros(1, 384, device=DEVICE)
+    zeros = torch.zeros(1, 384, device=DEVICE)
 
-    @wraps(own)
-    def forward(self, features, **kwargs):
+    def call(self, features, **kwargs):
         packed = "cu_seq_lens_q" in features
         count = len(features["cu_seq_lens_q"]) - 1 if packed else len(features["input_ids"])
-        features["sentence_embedding"] = zeros.expand(count, -1)
-        return features
+        return features | {"sentence_embedding": zeros.expand(count, -1)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sentence_transformers.SentenceTransformer, "forward", forward)
+        patch.setattr(sentence_transformers.SentenceTransformer, "__call__", call)
         yield

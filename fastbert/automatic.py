@@ -18,6 +18,8 @@ from fastbert.replaying import original_forward
 
 # Of a bucket: half of what `graphed` serves. Above, the device takes longer than the host does for the launches.
 MOST_PLACES = 2**14
+# Tokens of packed texts times the width of their states, likewise: texts in bulk come in the largest batches there are.
+MOST_NUMBERS = 2**23
 MAX_GRAPHS = 32  # of a model
 MOST_MEMORY = 2**30  # bytes, of the pool of a model's graphs
 NEEDLESS_GRADIENTS = (
@@ -72,6 +74,8 @@ class ItsGraphs(GraphedForward):
     def _why_no_capture(self, bucket: Padded | Packed) -> Refusal | None:
         if bucket not in self._came:
             return Refusal("", bucket)
+        if type(bucket) is Packed and bucket.num_tokens * self.model.config.hidden_size > MOST_NUMBERS:
+            return Refusal("of so many packed tokens, launches cost nothing beside the work")
         if bucket in self._failed:
             reason, failed_at = self._failed[bucket]
             if graph_rules.clock() - failed_at < MINUTE:

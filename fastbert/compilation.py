@@ -12,6 +12,7 @@ from transformers.models.bert.modeling_bert import BertForMultipleChoice
 from fastbert import ops
 from fastbert.automatic import cuda_graphs
 from fastbert.graph_rules import Set
+from fastbert.inference import MODELS, why_padded
 from fastbert.model import BertModel, BertPooler
 
 # The operations whose launch configurations go by the number of tokens.
@@ -27,10 +28,10 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]] = ()) -> None:
     model: on the device, in the dtype and in the mode in which it will serve. Of a kernel there is one variant for each
     class of sizes (of tokens in the encoder, of texts in the pooler, and texts of up to 64 tokens or more). Each shape
     runs without padding, with a mask on the model's device, and with one on the host, with token types and without; ids
-    and mask of int64, as tokenizers send them; and packed, with ids and bounds of int32, as in `encode`. The pooler
-    runs on as many texts as a shape has tokens, too, since a batch of as many tokens may have so many. inputs_embeds,
-    position_ids and other dtypes compile with their first batch. Raises what the model raises for such a batch:
-    ValueError for one too long.
+    and mask of int64, as tokenizers send them; of the models that `encode` and `predict` give packed texts, so, too,
+    with ids and bounds of int32. The pooler runs on as many texts as a shape has tokens, too, since a batch of as many
+    tokens may have so many. inputs_embeds, position_ids and other dtypes compile with their first batch. Raises
+    what the model raises for such a batch: ValueError for one too long.
     """
     shapes, classes = list(shapes), _shapes_of_classes(model)
     with torch.no_grad(), tqdm(total=len(shapes) + len(classes), desc="warming up", unit="shape", disable=None) as bar:
@@ -76,7 +77,7 @@ def _run(model: nn.Module, batch_size: int, seq_len: int) -> None:
     for attention_mask in (None, mask.to(device), mask):
         model(input_ids=input_ids, attention_mask=attention_mask)
         model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=input_ids)
-    if not isinstance(model, BertForMultipleChoice):
+    if type(model) in MODELS.values() and why_padded(model) is None:
         packed = input_ids.int().view(1, -1)
         bounds = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
         for types in (None, packed):

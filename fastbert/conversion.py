@@ -73,8 +73,9 @@ def optimize(obj, dtype: torch.dtype | None = None):
     is, to be trained, saved and adapted as before; saving writes the ordinary folder. Objects of fastbert's own
     classes, and those optimized before, stay as they are.
 
-    sentence-transformers' pooling by the mean or the first token, and its normalizing, run in the `pool` op where no
-    gradients are recorded; on a GPU, the tokens are counted on the host before a batch is moved there.
+    sentence-transformers' encode, predict and rank tokenize ahead and pack the tokens (`fastbert.inference`), where
+    `explain` says nothing against it. Pooling by the mean or the first token, and normalizing, run in the `pool` op
+    where no gradients are recorded.
 
     dtype: torch.float32, float16 or bfloat16 casts all of obj. The weights from before stay on the host, for `restore`,
     also in copies and pickles.

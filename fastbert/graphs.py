@@ -1,8 +1,9 @@
 """CUDA graphs that unpad: a model's whole forward as one launch, whatever the lengths of the texts.
 
-A graph is captured for a bucket, the smallest powers of two (B, S) that hold a batch, or for texts that come packed,
-those of their tokens, their number and the longest. The mask, or the bounds, are data and the number of tokens stays on
-the device, so that one graph serves every mix of lengths inside its bucket, and tiles past the tokens cost nothing.
+A graph is captured for a bucket, the smallest powers of two (B, S) that hold a batch; for texts that come packed,
+those of their tokens and the longest, and the power of four that holds their number. The mask, or the bounds, are data
+and the number of tokens stays on the device, so that one graph serves every mix of lengths inside its bucket, and tiles
+past the tokens cost nothing.
 """
 
 import inspect
@@ -354,7 +355,7 @@ def _bucket(given: dict, num_positions: int) -> Padded | Packed | None:
         return None
     return Packed(
         max(SHORTEST, _power_of_two(seq_len)),
-        _power_of_two(len(bounds) - 1),
+        _power_of_four(len(bounds) - 1),
         min(max(SHORTEST_PACKED, _power_of_two(longest)), num_positions),
     )
 
@@ -362,6 +363,10 @@ def _bucket(given: dict, num_positions: int) -> Padded | Packed | None:
 def _power_of_two(size: int) -> int:
     """The smallest power of two that is not below the size."""
     return 1 << (size - 1).bit_length()
+
+
+def _power_of_four(size: int) -> int:
+    return 1 << -(-(size - 1).bit_length() // 2) * 2
 
 
 def _in_child() -> None:

@@ -4,10 +4,12 @@ The modules do their own work on what is packed, [1, T, E] and the bounds of the
 `Unserved` with the reason, and goes through sentence-transformers' own code as it is.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import chain, pairwise
+from operator import index
 from threading import Event
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastbert import heads, model, patches
+from fastbert import heads, model, ops, patches
 from fastbert.fusion import class_name, fused_parts, has_hooks, why_no_block
 from fastbert.graphs import GraphedForward
 from fastbert.layers import runs_packed
@@ -27,11 +29,15 @@ from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead, spans, window_of
 # these, all but Pooling look at one vector a text.
 MODELS = {"SentenceTransformer": model.BertModel, "CrossEncoder": heads.BertForSequenceClassification}
 AFTER = {"SentenceTransformer": ("Pooling", "Dense", "Dropout", "LayerNorm", "Normalize"), "CrossEncoder": ()}
+# Its methods that a call goes through, and through which it does not go in packed batches.
+METHODS = ("forward", "preprocess", "tokenize", "_inference", "_call_processor", "_call_single_modality_processor")
+# Added tokens that take as long to copy as tokenizing so many texts.
+MANY_ADDED, FEW_TEXTS = 200, 200
 OPTIONS = {"padding", "truncation", "max_length", "return_tensors"}
 # What `encode` and `predict` may be given for `preprocess`.
 KEYWORDS = {"task", "processing_kwargs"}
 # What not every release of sentence-transformers may have.
-OF_ENCODERS = ("_resolve_inference_device",)
+OF_ENCODERS = ("_inference", "_resolve_inference_device")
 OF_TRANSFORMERS = (
     "modality_config", "model_forward_params", "processing_kwargs", "query_expansion", "query_length",
     "document_length",
@@ -48,7 +54,9 @@ def why_unserved(encoder: nn.Module) -> str | None:
     for module, names in ((encoder, OF_ENCODERS), (transformer, OF_TRANSFORMERS)):
         for name in names:
             if not hasattr(module, name):
-                return f"a {class_name(module)} has no {name} in this release of sentence-transformers"
+                return f"a {class_name(module)} has no {name}, as sentence-transformers 6.2 has"
+    if not _is_ours(vars(encoder).get("_inference")):
+        return "it was not given to fastbert.optimize as a whole, or its _inference is somebody's"
     for name, module in encoder.named_children():
         if module is not transformer and kind_of(module) not in AFTER[kind]:
             return f"module {name}, a {class_name(module)}, may look at padded batches"
@@ -65,7 +73,12 @@ def why_unserved(encoder: nn.Module) -> str | None:
     taken = transformer.model_forward_params
     if taken is not None and not {"cu_seq_lens_q", "max_length_q"} <= taken:
         return "its first module hands no bounds of packed texts on"
-    return _why_padded(transformer.model, MODELS[kind]) or why_wrapper(transformer.processor)
+    bert, expected = transformer.model, MODELS[kind]
+    if type(bert) is not expected:
+        return f"its model is a {class_name(bert)}, not a {class_name(expected)}"
+    if vars(transformer.input_formatter).keys() & {"parse_inputs", "prepend_prompt_to_texts"}:
+        return "its input_formatter is patched"
+    return _why_not_on(bert.device) or why_padded(bert) or why_wrapper(transformer.processor)
 
 
 def kind_of(module: nn.Module | None) -> str | None:
@@ -74,26 +87,39 @@ def kind_of(module: nn.Module | None) -> str | None:
     return type(module).__name__ if own else None
 
 
+def _is_ours(patched: object) -> bool:
+    return type(patched).__module__.startswith("fastbert.")
+
+
 def _why_not_its_own(module: nn.Module) -> str | None:
     """Why a module of sentence-transformers' might do something of somebody's."""
     if has_hooks(module):
         return f"a {class_name(module)} has hooks"
     if module._compiled_call_impl is not None:
         return f"a {class_name(module)} is compiled"
-    for name in ("forward", "preprocess", "tokenize"):
-        patched = vars(module).get(name)
-        own = getattr(type(module), name, None)
-        if patched is not None and not type(patched).__module__.startswith("fastbert."):
+    for name in METHODS:
+        patched, function = vars(module).get(name), getattr(type(module), name, None)
+        if patched is not None and not _is_ours(patched):
             return f"a {class_name(module)} has a patched {name}"
-        if own is not None and not own.__module__.startswith("sentence_transformers."):
+        if function is not None and not _is_written_in(function, "sentence_transformers"):
             return f"{class_name(module)}.{name} is patched for every model"
     return None
 
 
-def _why_padded(bert: nn.Module, expected: type) -> str | None:
+def _is_written_in(function: Callable, package: str) -> bool:
+    """Whether a function's code is of a package, or under a decorator of torch's: functools.wraps changes neither."""
+    code = getattr(function, "__code__", None)
+    if code is not None and _is_in(code.co_filename, "torch"):
+        code = getattr(getattr(function, "__wrapped__", None), "__code__", None)
+    return code is not None and _is_in(code.co_filename, package)
+
+
+def _is_in(path: str, package: str) -> bool:
+    return f"{os.sep}{package}{os.sep}" in path
+
+
+def why_padded(bert: nn.Module) -> str | None:
     """Why a model needs padded batches: what is no fused block sees all texts as one, with a mask of [T, T]."""
-    if type(bert) is not expected:
-        return f"its model is a {class_name(bert)}, not a {class_name(expected)}"
     if has_hooks(bert) or not isinstance(vars(bert).get("forward"), GraphedForward | None):
         return "its model has hooks or a patched forward"
     base = bert.base_model
@@ -115,6 +141,12 @@ def _why_padded(bert: nn.Module, expected: type) -> str | None:
     return next(filter(None, (fused_parts(block, asked=True)[1] for block in blocks)), None)
 
 
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type == "cpu" or (device.type == "cuda" and ops.packs_on_device(device)):
+        return None
+    return f"no kernel packs on {device}"
+
+
 @torch.inference_mode()
 def encode(
     encoder: nn.Module, inputs: list, *, prompt: str | None, batch_size: int, show_progress_bar: bool,
@@ -124,7 +156,7 @@ def encode(
     """SentenceTransformer._inference: vectors [N, dim] on the host or the device, or token embeddings, N of [S, E]."""
     if output_value not in ("sentence_embedding", "token_embeddings"):
         raise Unserved(f"output_value={output_value!r} is asked for")
-    packed = PackedEncoder(encoder, _are_pairs(inputs), prompt, batch_size, device, **kwargs)
+    packed = PackedEncoder(encoder, len(inputs), _are_pairs(inputs), prompt, batch_size, device, **kwargs)
     if output_value == "token_embeddings":
         return _token_embeddings(packed, inputs, show_progress_bar)
     rows = Rows(len(inputs), torch.device("cpu") if save_to_cpu else packed.device)
@@ -152,7 +184,7 @@ def predict(
     activation_fn: Callable | None, apply_softmax: bool | None, device: str | torch.device | None = None, **kwargs,
 ) -> Tensor:  # fmt: skip
     """CrossEncoder._inference: scores [N], or [N, labels] of several labels, on the device."""
-    packed = PackedEncoder(encoder, _are_pairs(inputs), prompt, batch_size, device, **kwargs)
+    packed = PackedEncoder(encoder, len(inputs), _are_pairs(inputs), prompt, batch_size, device, **kwargs)
     rows = Rows(len(inputs), packed.device)
     for window, outputs in _outputs(packed, inputs, "scores", show_progress_bar):
         scores = torch.cat(outputs)
@@ -186,29 +218,33 @@ def _outputs(
 class PackedEncoder:
     """A model of sentence-transformers', as it is now, that is given windows of texts in the place of padded batches.
 
-    paired: whether an input is a pair of texts. prompt: put before each input. batch_size and most_tokens: see
-    `windows.window_of`; most_tokens is TOKENS or CPU_TOKENS by default. device: None for the model's. kwargs: what else
-    `encode` and `predict` take for sentence-transformers' `preprocess`.
+    count: of inputs. paired: whether one is a pair of texts. prompt: put before each input. batch_size and most_tokens:
+    see `windows.window_of`; most_tokens is TOKENS or CPU_TOKENS by default. device: None for the model's. kwargs: what
+    else `encode` and `predict` take for sentence-transformers' `preprocess`.
 
     Puts the model in eval mode. Raises Unserved where sentence-transformers' own code has to do the work, and what
     sentence-transformers and its tokenizer raise.
     """
 
     def __init__(
-        self, encoder: nn.Module, paired: bool, prompt: str | None, batch_size: int,
+        self, encoder: nn.Module, count: int, paired: bool, prompt: str | None, batch_size: int,
         device: str | torch.device | None = None, most_tokens: int | None = None, **kwargs,
     ):  # fmt: skip
         if others := kwargs.keys() - KEYWORDS:
             raise Unserved(f"{', '.join(sorted(others))} is given")
+        index(batch_size)  # raises as the range of batches does
         if any(module.training for module in encoder.modules()):  # asking takes a third of setting
             encoder.eval()
         if reason := why_unserved(encoder):
             raise Unserved(reason)
         self.device = encoder._resolve_inference_device(device)
-        if self.device.type not in ("cpu", "cuda"):
-            raise Unserved(f"the model is on {self.device.type!r}")
+        if reason := _why_not_on(self.device):
+            raise Unserved(reason)
         transformer = encoder[0]
         options = _options(transformer, **kwargs)
+        added = len(transformer.processor.backend_tokenizer.get_added_tokens_decoder())
+        if added > MANY_ADDED and count < FEW_TEXTS:
+            raise Unserved(f"{added} added tokens take longer to copy than few texts to tokenize")
         self._tokenizer = PackingTokenizer(transformer.processor, **options)
         self._constant = {"modality": "text"}
         if prompt and not all(getattr(module, "include_prompt", True) for module in encoder.children()):
@@ -306,7 +342,9 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
     """Have values copied to the host, into pinned memory, which torch reuses; what this returns waits for them."""
     if values.device.type == "cpu":
         return lambda: values
-    on_host, done = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), torch.cuda.Event()
+    # Whatever torch's default device is.
+    on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    done = torch.cuda.Event()
     on_host.copy_(values, non_blocking=True)
     done.record(torch.cuda.current_stream(values.device))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import inference, ops
-from fastbert.eager import is_tracing
+from fastbert.eager import is_tracing, sequence_of
 from fastbert.inference import kind_of
 from fastbert.inputs import KEYWORDS
 from fastbert.tokenization import Unserved
@@ -157,7 +157,9 @@ def _pool(pooling: nn.Module, features: dict, **kwargs) -> dict:
     served = mode is not None and hidden.ndim == 3 and (bounds is None) != (mask is None)
     excludes_prompt = not pooling.include_prompt and "prompt_length" in features
     if _records() or not served or excludes_prompt or not features.keys().isdisjoint(WEIGHED):
-        return type(pooling).forward(pooling, features, **kwargs)
+        given = features if bounds is None or _records() else _padded(features)
+        features["sentence_embedding"] = type(pooling).forward(pooling, given, **kwargs)["sentence_embedding"]
+        return features
     if bounds is not None:
         features["sentence_embedding"] = ops.pool(hidden.flatten(0, 1), bounds.to(torch.int32), mode)
         return features
@@ -170,6 +172,20 @@ def _pool(pooling: nn.Module, features: dict, **kwargs) -> dict:
     pooled = ops.pool(hidden.flatten(0, 1), layout.cu_seqlens, mode, indices=layout.indices)
     features["sentence_embedding"] = pooled
     return features
+
+
+def _padded(features: dict) -> dict:
+    """Features of N packed texts, token_embeddings [1, T, E], as those of a padded batch, [N, S, E] and a mask: what
+    sentence-transformers has for packed ones waits for a GPU, and adds there in no order."""
+    hidden, bounds, longest = features["token_embeddings"][0], features["cu_seq_lens_q"], features.get("max_length_q")
+    if not isinstance(longest, int):
+        return features
+    sequence, places = sequence_of(bounds, len(hidden)), torch.arange(len(hidden), device=hidden.device)
+    places = sequence * longest + places - bounds[sequence]
+    mask = torch.arange(longest, device=hidden.device) < bounds.diff()[:, None]
+    rest = {name: value for name, value in features.items() if name != "cu_seq_lens_q"}
+    padded = ops.unpack(hidden, places, len(bounds) - 1, longest)
+    return rest | {"token_embeddings": padded, "attention_mask": mask.long()}
 
 
 def _only_mode(pooling: nn.Module) -> str | None:

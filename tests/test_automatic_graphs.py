@@ -731,7 +731,7 @@ def test_explain_tells_of_graphs(captures, monkeypatch):
     assert fastbert.explain(model).graphs[0].endswith("auto, none captured: somebody waits")
 
 
-def test_encode_replays(captures, tmp_path, tokenizer):
+def test_encode_replays(captures, tmp_path, tokenizer, monkeypatch, caplog):
     """The first call runs plainly, the second captures, the third replays."""
     model = transformers.BertModel(
         tiny_config(vocab_size=len(tokenizer), max_position_embeddings=40, num_hidden_layers=1)
@@ -748,6 +748,11 @@ def test_encode_replays(captures, tmp_path, tokenizer):
     assert captures == [(32, 4, 40)]
     np.testing.assert_allclose(embedder.encode(SENTENCES[:3]), expected[:3], atol=1e-5)
     assert "1 captured (32 tokens of 4 texts of up to 40)" in fastbert.explain(embedder).graphs[0]
+    monkeypatch.setattr(automatic, "MOST_NUMBERS", 64 * 48 - 1)
+    for _ in range(3):
+        embedder.encode([*SENTENCES, "Nobody at all, as far as anybody knows, has ever seen one of them."])
+    assert len(captures) == 1
+    assert "launches cost nothing beside the work" in caplog.text
 
 
 def test_explain_tells_of_a_cpu():
@@ -764,7 +769,7 @@ def test_warmup_captures_more_than_a_minute_allows(captures, monkeypatch):
     call(model, 3, (4, 16))
     assert captures == []
     fastbert.warmup(model, [(1, 9), (2, 16)])
-    assert captures == [(1, 16), (16, 1, 40), (2, 16), (32, 2, 40)]
+    assert captures == [(1, 16), (16, 1, 40), (2, 16), (32, 4, 40)]
 
 
 def test_warmup_meets_every_class_of_sizes(captures, monkeypatch):

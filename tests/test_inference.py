@@ -1,6 +1,7 @@
 """`encode`, `predict` and `rank` by packed batches: sentence-transformers' own results, or its own code."""
 
 import copy
+import functools
 import logging
 import threading
 import weakref
@@ -62,15 +63,14 @@ def two(make: Callable, *args, **kwargs):
 
 @pytest.fixture
 def originals(monkeypatch) -> list[int]:
-    """How many texts go to sentence-transformers' own `preprocess`, a call of which is an entry."""
-    calls, preprocess = [], Transformer.preprocess
+    """An entry for each batch that sentence-transformers' own code preprocesses."""
+    calls, merge = [], Transformer._merge_processing_kwargs
 
-    def counted(self, inputs, *args, **kwargs):
-        calls.append(len(inputs))
-        return preprocess(self, inputs, *args, **kwargs)
+    def counted(self, per_call):
+        calls.append(1)
+        return merge(self, per_call)
 
-    counted.__module__ = preprocess.__module__
-    monkeypatch.setattr(Transformer, "preprocess", counted)
+    monkeypatch.setattr(Transformer, "_merge_processing_kwargs", counted)
     return calls
 
 
@@ -148,7 +148,7 @@ def test_arguments_of_encode(name, tiny_path, originals):
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])
-@pytest.mark.parametrize("mode", ["mean", "cls", "weightedmean"])
+@pytest.mark.parametrize("mode", ["mean", "cls", "weightedmean", "lasttoken"])
 def test_prompts_that_are_pooled_or_left_out(mode, include_prompt, tiny_path, originals):
     plain, optimized = two(embedder, tiny_path, mode, include_prompt, prompts={"document": "A passage, namely: "})
     texts = [*docstrings(12), *ODD]
@@ -378,13 +378,91 @@ def test_what_goes_through_sentence_transformers_own_code(way, tiny_path, origin
         assert reason in notes[0]
 
 
-def test_what_is_patched_for_every_model(tiny_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (SentenceTransformer, "preprocess"),
+        (SentenceTransformer, "_inference"),
+        (Transformer, "preprocess"),
+        (Transformer, "_call_processor"),
+        (Pooling, "forward"),
+    ],
+)
+def test_what_is_patched_for_every_model(kind, name, tiny_path, monkeypatch):
+    """As people patch: under the name of what they patch."""
     _, optimized = two(embedder, tiny_path)
-    monkeypatch.setattr(SentenceTransformer, "preprocess", lambda self, inputs, **kwargs: {})
-    assert inference.why_unserved(optimized).endswith("SentenceTransformer.preprocess is patched for every model")
-    monkeypatch.undo()
-    monkeypatch.setattr(Pooling, "forward", lambda self, features: features)
-    assert inference.why_unserved(optimized).endswith("Pooling.forward is patched for every model")
+    assert inference.why_unserved(optimized) is None
+    real = getattr(kind, name)
+    monkeypatch.setattr(kind, name, functools.wraps(real)(lambda *args, **kwargs: real(*args, **kwargs)))
+    assert inference.why_unserved(optimized).endswith(f"{kind.__name__}.{name} is patched for every model")
+
+
+def test_a_patched_tokenizer_or_formatter(tiny_path, monkeypatch):
+    _, optimized = two(embedder, tiny_path)
+    call = transformers.PreTrainedTokenizerBase.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "__call__", lambda *args, **kwargs: call(*args, **kwargs))
+        assert inference.why_unserved(optimized).endswith("__call__ is not transformers' own")
+    assert inference.why_unserved(optimized) is None
+    optimized[0].input_formatter.parse_inputs = optimized[0].input_formatter.parse_inputs
+    assert inference.why_unserved(optimized) == "its input_formatter is patched"
+
+
+def test_explain_tells_what_encode_does(tiny_path, monkeypatch):
+    inner = embedder(tiny_path)
+    fastbert.optimize(inner[0])
+    assert "not given to fastbert.optimize as a whole" in fastbert.explain(inner).notes[0]
+    _, optimized = two(embedder, tiny_path)
+    monkeypatch.setattr(transformers.PreTrainedModel, "device", property(lambda model: torch.device("xpu")))
+    assert inference.why_unserved(optimized) == "no kernel packs on xpu"
+
+
+def test_a_default_device_does_not_matter(tiny_path, originals):
+    plain, optimized = two(embedder, tiny_path, after=[Normalize()])
+    expected = plain.encode(docstrings(5))
+    with torch.device("meta"):
+        check(optimized.encode(docstrings(5)), expected)
+    assert originals
+
+
+def test_batch_sizes_that_are_no_integers(tiny_path):
+    plain, optimized = two(embedder, tiny_path)
+    for model in (plain, optimized):
+        with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+            model.encode(["a"], batch_size=2.5)
+
+
+def test_many_added_tokens_are_not_copied_for_few_texts(tiny_path, originals, monkeypatch):
+    monkeypatch.setattr(inference, "FEW_TEXTS", 3)
+    plain, optimized = two(embedder, tiny_path)
+    for model in (plain, optimized):
+        model.tokenizer.add_tokens([f"w{number}" for number in range(250)])
+        model[0].model.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            model[0].model.embeddings.word_embeddings.weight[-250:] = torch.linspace(-1, 1, 250)[:, None]
+    check_packed(originals, optimized, plain, "encode", ["w1 is", "w249 not", "W17"])
+    check(optimized.encode(["w1"]), plain.encode(["w1"]))
+    assert originals
+
+
+@pytest.mark.parametrize("replace", ["patched", "replaced", "hooked"])
+def test_a_pooler_of_somebodys_sees_padded_batches(replace, cross_paths):
+    plain, optimized = two(CrossEncoder, cross_paths[1], device="cpu")
+    for model in (plain, optimized):
+        pooler = model[0].model.bert.pooler
+        if replace == "patched":
+            pooler.forward = lambda hidden: hidden.mean(1)
+        elif replace == "hooked":
+            pooler.register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))
+        else:
+            model[0].model.bert.pooler = Means()
+    pairs = [("one two", "three"), ("four five", "six"), ("a b", "c")]
+    check(optimized.predict(pairs), plain.predict(pairs))
+
+
+class Means(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.mean(1)
 
 
 def test_a_hook_on_the_encoder_of_a_cross_encoder(cross_paths, originals):
@@ -444,7 +522,7 @@ def test_releases_and_dtypes_that_are_not_known(tiny_path):
     optimized[0].model.embeddings.LayerNorm.double()
     assert inference.why_unserved(optimized) == "its embeddings are of several dtypes"
     del optimized[0].processing_kwargs
-    assert "has no processing_kwargs in this release" in inference.why_unserved(optimized)
+    assert "has no processing_kwargs, as sentence-transformers 6.2 has" in inference.why_unserved(optimized)
 
 
 def test_queries_that_are_expanded(tiny_path, originals):
@@ -464,7 +542,7 @@ class Own(nn.Module):
 
 def test_modules_that_may_look_at_padding(tiny_path, originals):
     transformer = Transformer(tiny_path)
-    vocab = list(transformer.tokenizer.get_vocab())
+    vocab, reasons = list(transformer.tokenizer.get_vocab()), []
     for modules in (
         [transformer, Pooling(48), Own()],
         [transformer, WordWeights(vocab, {"the": 0.1}), Pooling(48)],
@@ -473,11 +551,16 @@ def test_modules_that_may_look_at_padding(tiny_path, originals):
         [transformer, Pooling(48), Dense(48, 48, module_input_name="token_embeddings")],
     ):  # fmt: skip
         plain, optimized = two(SentenceTransformer, modules=modules, device="cpu")
-        assert inference.why_unserved(optimized)
+        reasons.append(inference.why_unserved(optimized))
         expected = plain.encode(docstrings(6))
         originals.clear()
         check(optimized.encode(docstrings(6)), expected, atol=1e-4)
         assert originals
+    assert "module 2, a" in reasons[0]
+    assert "module 1, a" in reasons[1]
+    assert all(reason.endswith("may look at padded batches") for reason in reasons[:2])
+    assert reasons[2] == "the first module is not followed by Pooling"
+    assert reasons[3].endswith("takes token_embeddings")
 
 
 def test_a_compiled_model_keeps_padded_batches(tiny_path, originals):
@@ -495,7 +578,7 @@ def test_texts_without_any_token(tiny_path, originals):
     check_packed(originals, optimized, plain, "encode", ["a", "b c"])
     originals.clear()
     vectors = optimized.encode(["a", "b c", ""])
-    assert originals == [3]
+    assert originals
     check(vectors[:2], plain.encode(["a", "b c", ""])[:2])
     assert not vectors[2].any()  # what stands at padding
 

@@ -64,10 +64,10 @@ def test_the_arrow_points_from_the_model_to_the_ops():
             "tokens",
         },
         "heads": {"eager", "fusion", "model", "ops", "outputs", "patches", "pretrained", "replaying", "tokens"},
-        "compilation": {"automatic", "graph_rules", "model", "ops"},
+        "compilation": {"automatic", "graph_rules", "inference", "model", "ops"},
         "tokenization": {"fusion"},
         "windows": {"tokenization"},
-        "inference": {"fusion", "graphs", "heads", "layers", "model", "patches", "tokenization", "windows"},
+        "inference": {"fusion", "graphs", "heads", "layers", "model", "ops", "patches", "tokenization", "windows"},
         "sentences": {"eager", "inference", "inputs", "ops", "tokenization", "tokens"},
         "explanation": {"automatic", "fusion", "heads", "inference", "ops", "pretrained", "sentences"},
         "conversion": {

@@ -33,7 +33,7 @@ from fastbert.commands.lines import (
     text_of,
 )
 from fastbert.commands.resumable import resumable
-from fastbert.inference import PackedEncoder, to_host
+from fastbert.inference import FEW_TEXTS, PackedEncoder, to_host
 from fastbert.tokenization import Unserved
 from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead
 
@@ -244,7 +244,7 @@ class _Vectors:
         self._tokens = tokens or (CPU_TOKENS if embedder.device.type == "cpu" else TOKENS)
         try:
             # A batch is as large as its tokens allow, however many texts these are.
-            self._packed = PackedEncoder(embedder, False, prompt, self._tokens, most_tokens=self._tokens)
+            self._packed = PackedEncoder(embedder, FEW_TEXTS, False, prompt, self._tokens, most_tokens=self._tokens)
         except Unserved as error:
             report(f"texts go through sentence-transformers' own code: {error}")
             self._packed = None
