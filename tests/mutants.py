@@ -1103,8 +1103,8 @@ MUTANTS = [
     Mutant(
         "encode-the-last-block-is-lost",
         "fastbert/commands/encode.py",
-        "                    if block is None:\n                        break",
-        "                    if block is None:\n                        break\n                    if block.end == source.stat().st_size:\n                        break",
+        "                    if pending is not None:\n",
+        "                    if pending is not None and block is not None:\n",
         "test_encode.py::test_a_block_is_written_while_the_device_works_on_the_next",
     ),
     Mutant(

@@ -620,17 +620,17 @@ def test_an_interruption_ends_within_a_batch_and_leaves_no_thread(error, tiny_pa
 
 def test_nothing_but_the_vectors_is_kept(tiny_path, monkeypatch):
     _, optimized = two(embedder, tiny_path)
-    pool, kept, alive = ops.pool, [], []
+    features, made, alive = inference.PackedEncoder.features, [], []
 
-    def watching(hidden, *args, **kwargs):
-        alive.append(sum(x() is not None for x in kept))
-        kept.append(weakref.ref(hidden))
-        return pool(hidden, *args, **kwargs)
+    def watched(self, given):
+        alive.append(sum(x() is not None for x in made))
+        found = features(self, given)
+        made.append(weakref.ref(found["token_embeddings"]))
+        return found
 
-    monkeypatch.setattr(ops, "pool", watching)
+    monkeypatch.setattr(inference.PackedEncoder, "features", watched)
     optimized.encode(["a few words"] * 40, batch_size=4)
-    assert len(alive) == 20  # BERT's pooler, and Pooling
-    assert max(alive) <= 2
+    assert alive == [0] * 10
 
 
 def test_the_bar_counts_texts(tiny_path, capsys):
