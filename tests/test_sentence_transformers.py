@@ -13,7 +13,7 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
-from cases import tiny_config, with_random_weights
+from cases import saved
 from closeness import check_close
 from sentence_transformers import (
     CrossEncoder,
@@ -47,27 +47,6 @@ def texts() -> list[str]:
     found = [text[:200] for text in docstrings(21)] + ["", "Why?", " ".join(docstrings(20))[:600]]
     assert found != sorted(found, key=len)
     return found
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory, tokenizer) -> str:
-    """The folder of a small BERT with random weights and MiniLM's tokenizer."""
-    return saved(transformers.BertModel, tmp_path_factory.mktemp("tiny"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def cross_paths(tmp_path_factory, tokenizer) -> dict[int, str]:
-    """By their number of labels, folders of small classifiers of pairs."""
-    head = transformers.BertForSequenceClassification
-    return {n: saved(head, tmp_path_factory.mktemp("cross"), tokenizer, num_labels=n) for n in (1, 3)}
-
-
-def saved(model_class: type, path, tokenizer, **settings) -> str:
-    torch.manual_seed(0)
-    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2, **settings)
-    with_random_weights(model_class(config)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 def around(path: str, mode="mean", include_prompt=True, normalize=True, config=None, **options) -> SentenceTransformer:
