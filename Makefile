@@ -8,7 +8,7 @@ TRITONS ?= 3.6.0 3.9.0
 # How long `make fuzz` goes on.
 SECONDS ?= 60
 # What may differ between versions: what kernels compute, compile again for, and compile to.
-VERSION_TESTS := $(addprefix tests/test_,kernels.py compilation.py report.py)
+VERSION_TESTS := $(addprefix tests/kernels/test_,kernels.py compilation.py report.py)
 
 .PHONY: demo test test-all test-tritons fuzz mutants bench bench-gpu report lint format
 
@@ -40,11 +40,11 @@ test-tritons: $(TRITONS:%=.venv/triton-%/installed)
 
 # Random models, what people do to them and random batches beside transformers, by seeds that nobody has run before.
 fuzz: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/tools/fuzz.py --seconds $(SECONDS)
 
 # Planted bugs, each of which a test must fail for.
 mutants: .venv/installed
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/tools/mutants.py
 
 bench: .venv/installed
 	$(BIN)/pytest bench
@@ -60,7 +60,7 @@ bench-gpu: .venv/installed
 report: .venv/installed
 	$(BIN)/python bench/report.py
 	$(BIN)/python bench/launches.py
-	$(BIN)/python -m fastbert_kernels.report > .venv/report.md; status=$$?; \
+	$(BIN)/python -m fastbert_kernels.tuning.report > .venv/report.md; status=$$?; \
 	    test -s .venv/report.md && mv .venv/report.md bench/results/compiled/README.md && exit $$status
 
 lint: .venv/installed

@@ -23,8 +23,8 @@ from torch.nn.attention.varlen import varlen_attn
 from workloads import DEVICE, SQUAD, Case, for_this_run, lengths_of, readable
 
 import fastbert_kernels
-from fastbert import eager
-from fastbert_kernels import roofline
+from fastbert.ops import eager
+from fastbert_kernels.tuning import roofline
 
 HEADS = {"minilm": (12, 32), "base": (12, 64), "large": (16, 64), "toy": (3, 16)}
 BASELINE, VARLEN, FLEX = "sdpa", "varlen_attn", "flex_attention"

@@ -23,8 +23,8 @@ import fastbert
 import fastbert_kernels
 from fastbert import graphs, tokens
 from fastbert.commands.timing import side_by_side
-from fastbert_kernels.ahead_of_time import CHIPS, launching_into
 from fastbert_kernels.launch import launching_by
+from fastbert_kernels.tuning.ahead_of_time import CHIPS, launching_into
 
 BASELINE = "triton-binding"
 TARGET = CHIPS["sm_90"].target

@@ -14,8 +14,8 @@ from shown_clock import CLOCK
 from workloads import DEVICE, for_this_run
 
 import fastbert_kernels
-from fastbert import eager
-from fastbert_kernels import roofline
+from fastbert.ops import eager
+from fastbert_kernels.tuning import roofline
 
 MODELS = roofline.MODELS | {"toy": roofline.Model(1, 48, 3, 80)}
 VOCAB = 30522

@@ -13,9 +13,9 @@ import torch
 from device_timing import Replay, Timer, rates, sets_to_rotate
 from shown_clock import CLOCK
 
-from fastbert.commands.closeness import OP_FACTOR, limit
 from fastbert.commands.timing import summary
-from fastbert_kernels.roofline import Work
+from fastbert.testing import OP_FACTOR, limit
+from fastbert_kernels.tuning.roofline import Work
 
 OURS = "fastbert"
 LONGEST_REASON = 400

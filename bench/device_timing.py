@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from workloads import DEVICE
 
-from fastbert_kernels.roofline import Roofs, Work
+from fastbert_kernels.tuning.roofline import Roofs, Work
 
 ROUNDS, WARMUP_ROUNDS, GRAPH_SECONDS = 30, 2, 2e-3
 CACHE_MULTIPLE, FEWEST_SETS, MOST_SETS = 4, 2, 64

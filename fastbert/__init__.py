@@ -18,7 +18,7 @@ _HOME = {
     "BertForQuestionAnswering": "heads",
     "BertForSequenceClassification": "heads",
     "BertForTokenClassification": "heads",
-    "backend": "ops",
+    "backend": "ops.backend",
     "cuda_graphs": "automatic",
     "explain": "explanation",
     "graphed": "graphs",

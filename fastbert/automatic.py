@@ -8,11 +8,12 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from fastbert import graph_rules, graphs, ops
+from fastbert import graph_rules, graphs
 from fastbert.capture import Graph, Packed, Padded
 from fastbert.graph_rules import MINUTE, Set, check_mode, mode_of, thread
 from fastbert.graph_state import State, Unseen
 from fastbert.graphs import GraphedForward, Refusal, free_graphs, of_models
+from fastbert.ops import backend
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.replaying import original_forward
 
@@ -52,7 +53,7 @@ class ItsGraphs(GraphedForward):
         if type(served) is not Refusal:
             return served
         if served.reason:
-            ops.say_once(self.level, f"no CUDA graph: {served.reason}")
+            backend.warn_once(self.level, f"no CUDA graph: {served.reason}")
         if served.bucket is None:
             return self.plain(*args, **kwargs)
         with Set("owned", True):
@@ -95,7 +96,7 @@ class ItsGraphs(GraphedForward):
             # For good, as long as the model stays what it is.
             self._failed[bucket] = problem, math.inf
             return Refusal(problem)
-        ops.say_once(self.level, f"the graphs of a model take more than {limit}: all make room for the newest")
+        backend.warn_once(self.level, f"the graphs of a model take more than {limit}: all make room for the newest")
         return self._graph(bucket)
 
     def _renewed(self) -> State | Unseen:
@@ -112,7 +113,7 @@ def run(model: nn.Module, plain: Callable, args: tuple, kwargs: dict):
         with Set("owned", True):
             outputs = plain(model, *args, **kwargs)
         if any(isinstance(x, Tensor) and x.requires_grad for x in _values(outputs)):
-            ops.say_once(logging.WARNING, NEEDLESS_GRADIENTS)
+            backend.warn_once(logging.WARNING, NEEDLESS_GRADIENTS)
         return outputs
     if mode_of(model) == "off":
         return plain(model, *args, **kwargs)

@@ -9,11 +9,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.models.bert.modeling_bert import BertForMultipleChoice
 
-from fastbert import ops
 from fastbert.automatic import cuda_graphs
 from fastbert.graph_rules import Set
 from fastbert.inference import MODELS, why_padded
 from fastbert.model import BertModel, BertPooler
+from fastbert.ops import backend
 
 # The operations whose launch configurations go by the number of tokens.
 BY_TOKENS = ("qkv_projection", "linear_activation", "linear_residual")
@@ -48,7 +48,10 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]] = ()) -> None:
 def _shapes_of_classes(model: nn.Module) -> list[tuple[int, int]]:
     """Batches (B, S) that meet every class of sizes for which a model's kernels are compiled."""
     encoder = next((module for module in model.modules() if isinstance(module, BertModel)), None)
-    if encoder is None or encoder.device.type == "cpu" or (path := ops.launch_configurations(encoder.device)) is None:
+    if encoder is None or encoder.device.type == "cpu":
+        return []
+    path = backend.launch_configurations(encoder.device)
+    if path is None:
         return []
     table, width = json.loads(path.read_text()), "32" if encoder.dtype.itemsize == 4 else "16"
     limits = {entry["up_to"] for operation in BY_TOKENS for entry in table[operation][width]}

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert import eager, library, ops
+from fastbert import ops
+from fastbert.ops import backend, torch_library
 
 
 class LayerNumbers(NamedTuple):
@@ -34,8 +35,8 @@ def encoder_layer(
     """
 
     def compute(x, mask, *weights):
-        refused = ops.why_not_head_size(numbers.head_size)
-        if mask is None and ops.launches_directly(x, refused):
+        refused = backend.why_not_head_size(numbers.head_size)
+        if mask is None and backend.launches_directly(x, refused):
             # Already imported by launches_directly.
             whole = sys.modules["fastbert_kernels"].encoder_layer
             num_heads, _, *others = numbers
@@ -70,8 +71,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, grad):
         enabled, dtype = ctx.autocast
         tensors = ctx.saved_tensors  # outside of the block: gradient checkpointing runs the forward again to find them
-        with ops.backend("eager"), torch.autocast(grad.device.type, dtype, enabled):
-            found = library.gradients(ctx.compute, tensors, ctx.needs_input_grad[1:], grad)
+        with backend.backend("eager"), torch.autocast(grad.device.type, dtype, enabled):
+            found = torch_library.gradients(ctx.compute, tensors, ctx.needs_input_grad[1:], grad)
         return None, *found
 
 
@@ -82,8 +83,8 @@ def in_one_node(compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tens
     them gets a gradient.
     """
     x = tensors[0]
-    if not torch.is_grad_enabled() or eager.is_tracing() or eager.is_transforming():
+    if not torch.is_grad_enabled() or backend.is_tracing() or backend.is_transforming():
         return compute(*tensors)
-    if ops.why_eager("qkv_projection", x.device, x.dtype) is not None:
+    if backend.why_eager("qkv_projection", x.device, x.dtype) is not None:
         return compute(*tensors)
     return _Recomputed.apply(compute, *tensors)

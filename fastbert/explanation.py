@@ -7,9 +7,10 @@ from typing import NamedTuple
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert import automatic, inference, ops, sentences
+from fastbert import automatic, inference, sentences
 from fastbert.fusion import FusableBlock, class_name, fused_linear, fused_parts, why_eager
 from fastbert.heads import PARTS, PROJECTIONS, Head
+from fastbert.ops import backend
 from fastbert.pretrained import BertPreTrainedModel
 
 SERVED = "a kernel serves it"
@@ -66,7 +67,7 @@ def explain(obj) -> Explanation:
     root = module_of(obj)
     if not any(isinstance(module, FusableBlock) for module in root.modules()):
         raise TypeError(f"{class_name(root)} has no fastbert encoder in it to explain: fastbert.optimize makes one")
-    rows, chosen = Explanation(), ops.current_backend()
+    rows, chosen = Explanation(), backend.current_backend()
     weight = next(root.parameters(), None)
     projections = list(_projections(root))
     for name, block in root.named_modules():
@@ -78,8 +79,8 @@ def explain(obj) -> Explanation:
             served = [_served("pool", weight)]
         else:
             continue
-        for op, backend, reason in served:
-            rows.append(Served(name, op, "refused" if chosen == "triton" != backend else backend, reason))
+        for op, by, reason in served:
+            rows.append(Served(name, op, "refused" if chosen == "triton" != by else by, reason))
     for name, module in root.named_modules():
         if (kind := inference.kind_of(module)) in inference.MODELS:
             why = inference.why_unserved(module)
@@ -117,7 +118,7 @@ def _is_own_code(module: nn.Module) -> bool:
 
 def _served(op: str, weight: nn.Parameter) -> tuple[str, str, str]:
     """Op, back end and reason of an op on tensors like the weight, without gradients."""
-    reason = ops.why_eager(op, weight.device, weight.dtype)
+    reason = backend.why_eager(op, weight.device, weight.dtype)
     return op, "eager" if reason else "triton", reason or SERVED
 
 

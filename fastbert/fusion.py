@@ -17,7 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
 from fastbert import ops, patches
-from fastbert.eager import is_tracing
+from fastbert.ops import backend
+from fastbert.ops.backend import is_tracing
 
 # The class of an activation -> the name `ops.linear_activation` has for the same function.
 FUSED_ACTIVATIONS = {
@@ -228,7 +229,7 @@ def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
 def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
     """Why the eager twin serves an op of a block with such weights; None if a kernel does."""
     head_size = block.attention.self.attention_head_size if op == "attention" else 0
-    return ops.why_eager(op, weight.device, weight.dtype, head_size)
+    return backend.why_eager(op, weight.device, weight.dtype, head_size)
 
 
 def runs_in_kernels(block: nn.Module) -> bool:

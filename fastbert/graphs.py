@@ -32,10 +32,11 @@ from fastbert.capture import (
     PaddedGraph,
     forget_locks,
 )
-from fastbert.eager import is_tracing, is_transforming, is_watched
 from fastbert.graph_rules import mode_of
 from fastbert.graph_state import State, Unseen
 from fastbert.inputs import KEYWORDS
+from fastbert.ops import backend
+from fastbert.ops.backend import is_tracing, is_transforming, is_watched
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.replaying import plain_forward
 
@@ -151,7 +152,7 @@ class GraphedForward:
             return served
         if served.reason:
             level = logging.INFO if model.device.type == "cpu" else self.level
-            ops.say_once(level, f"no CUDA graph: {served.reason}")
+            backend.warn_once(level, f"no CUDA graph: {served.reason}")
         return self.plain(*args, **kwargs)
 
     def _served(self, model: nn.Module, args: tuple, kwargs: dict) -> ModelOutput | tuple | Refusal:
@@ -181,7 +182,7 @@ class GraphedForward:
             return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
         if torch.is_autocast_enabled(DEVICE_TYPE):
             return "autocast is on: give the model its dtype by .to()"
-        if ops.current_backend() == "eager":
+        if backend.current_backend() == "eager":
             return "backend 'eager' is chosen"
         if ops.CHECK_IDS:
             return "FASTBERT_CHECK=1 waits for each call"
@@ -235,7 +236,7 @@ class GraphedForward:
                 return Refusal("")  # an error, which the model itself words
             if bucket.places > self.most_places:
                 return Refusal(f"beyond {self.most_places} places a batch, launches cost nothing beside the work")
-            ops.raise_bad_ids(state.device)
+            backend.raise_bad_ids(state.device)
             # Check the model before a capture; for an existing graph, check while the replay runs.
             if bucket in self._graphs or state.is_current():
                 graph = self._graph(bucket)
@@ -293,7 +294,7 @@ class GraphedForward:
         if len(self._graphs) > self.max_graphs:
             self._graphs.popitem(last=False)
             limit = f"more buckets of batch sizes and lengths than max_graphs={self.max_graphs}"
-            ops.say_once(self.level, f"{limit}: the least recently used graph makes room for each new one")
+            backend.warn_once(self.level, f"{limit}: the least recently used graph makes room for each new one")
         return self._within_memory(bucket, graph)
 
     def _why_no_capture(self, bucket: Padded | Packed) -> Refusal | None:

@@ -17,10 +17,11 @@ from transformers.modeling_outputs import (
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
-from fastbert import ops, patches
-from fastbert.eager import is_jit_tracing
+from fastbert import patches
 from fastbert.fusion import fused_linear, linear_of_any_rank
 from fastbert.model import OURS, become_ours
+from fastbert.ops import backend
+from fastbert.ops.backend import is_jit_tracing
 from fastbert.outputs import output_of
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.replaying import replays
@@ -38,7 +39,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x)
     fused, refused = fused_linear(linear)
     if fused is None:
-        ops.fall_back("a head's linear layer", refused, x.device)
+        backend.fall_back("a head's linear layer", refused, x.device)
         return linear(x)
     return linear_of_any_rank(x, fused, "none")
 

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastbert import heads, model, ops, patches
+from fastbert import heads, model, patches
 from fastbert.fusion import class_name, fused_parts, has_hooks, why_no_block
 from fastbert.graphs import GraphedForward
 from fastbert.layers import runs_packed
+from fastbert.ops import backend
 from fastbert.tokenization import PackingTokenizer, Unserved, why_wrapper
 from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead, spans, window_of
 
@@ -143,7 +144,7 @@ def why_padded(bert: nn.Module) -> str | None:
 
 
 def _why_not_on(device: torch.device) -> str | None:
-    if device.type == "cpu" or (device.type == "cuda" and ops.packs_on_device(device)):
+    if device.type == "cpu" or (device.type == "cuda" and backend.packs_on_device(device)):
         return None
     return f"no kernel packs on {device}"
 

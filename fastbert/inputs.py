@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.configuration import BertConfig
-from fastbert.eager import is_tracing, is_transforming, is_watched
+from fastbert.ops.backend import is_tracing, is_transforming, is_watched
 from fastbert.tokens import TokenLayout, layout_from_cu_seqlens, layout_from_mask, shapes_may_depend_on_data
 
 

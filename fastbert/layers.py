@@ -14,9 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert import ops, patches
+from fastbert import patches
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
-from fastbert.eager import is_tracing, padded_attention, varlen_attention
 from fastbert.encoder_layer import LayerNumbers, encoder_layer
 from fastbert.fusion import (
     ACTIVATIONS,
@@ -33,6 +32,9 @@ from fastbert.fusion import (
     why_no_block,
 )
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
+from fastbert.ops import backend
+from fastbert.ops.backend import is_tracing
+from fastbert.ops.eager import padded_attention, varlen_attention
 from fastbert.tokens import TokenLayout, layout_from_scores
 
 
@@ -139,10 +141,10 @@ class BertLayer(hf.BertLayer, FusableBlock):
         """
         if fused is not None:
             layout = attention_mask.to(hidden_states.device)
-            if layout.backend == ops.current_backend():
+            if layout.backend == backend.current_backend():
                 return self._forward_fused(hidden_states, layout, fused)
             # Gradient checkpointing computes the layer again where the forward's choice ended, or on another thread.
-            with ops.backend(layout.backend):
+            with backend.backend(layout.backend):
                 return self._forward_fused(hidden_states, layout, fused)
         packed = isinstance(attention_mask, TokenLayout)
         if not packed and attentions is None:
@@ -259,7 +261,7 @@ class BertEncoder(hf.BertEncoder):
             if torch.is_grad_enabled() or is_tracing() or not own:  # a trace is the same with gradients and without
                 return layer(hidden_states, layout, fused=parts)
             return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts)  # nobody sees the call
-        ops.fall_back("an encoder layer", reason, hidden_states.device)
+        backend.fall_back("an encoder layer", reason, hidden_states.device)
         if not layout.padded and not refused and not must_see_padding(layer, asked=True):
             return layer(layout.clear_past_tokens(hidden_states), layout)
         mask = mask_for([layer], layout.as_padded(), hidden_states)

@@ -16,7 +16,6 @@ from transformers.processing_utils import Unpack
 
 from fastbert import ops, patches
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
-from fastbert.eager import is_tracing
 from fastbert.fusion import (
     FusableBlock,
     class_name,
@@ -39,6 +38,8 @@ from fastbert.inputs import (
     without_padding,
 )
 from fastbert.layers import BertEncoder, BertLayer, BertSelfAttention, mask_for, runs_packed
+from fastbert.ops import backend
+from fastbert.ops.backend import is_tracing
 from fastbert.outputs import output_of
 from fastbert.pretrained import BertPreTrainedModel
 from fastbert.replaying import replays
@@ -80,7 +81,7 @@ class BertPooler(hf.BertPooler, FusableBlock):
         parts, refused = fused_parts(self)
         if parts is not None:
             return linear_of_any_rank(hidden_states[:, 0], parts[1], "tanh")
-        ops.fall_back("the pooler", refused, hidden_states.device)
+        backend.fall_back("the pooler", refused, hidden_states.device)
         return super().forward(hidden_states)
 
 
@@ -118,13 +119,13 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             use_cache = self.config.use_cache
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
         refuse_unknown_arguments(type(self).forward, kwargs)
-        ops.current_backend()  # raises for a name of no back end, before any work
+        backend.current_backend()  # raises for a name of no back end, before any work
         batch = read_batch(
             self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q"),
         )  # fmt: skip
         layout = batch.layout
-        ops.raise_bad_ids(layout.cu_seqlens.device)
+        backend.raise_bad_ids(layout.cu_seqlens.device)
         implementation = attention_implementation(self.config)
         if implementation != layout.implementation:
             layout = replace(layout, implementation=implementation)
@@ -209,7 +210,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
         """Whether a traced graph would hold packing in plain PyTorch, beside a block that no kernels serve: its gathers
         and scatters have gradients that are better not left to a compiler."""
-        if not is_tracing() or layout.indices is None or ops.current_backend() == "triton":
+        if not is_tracing() or layout.indices is None or backend.current_backend() == "triton":
             return False
         return not all(map(runs_in_kernels, (self.embeddings, *self.encoder.layer)))
 
@@ -234,7 +235,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 )  # fmt: skip
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
                 return hidden_states.view(shape) if layout.padded else hidden_states
-            ops.fall_back("the embeddings", refused, layout.cu_seqlens.device)
+            backend.fall_back("the embeddings", refused, layout.cu_seqlens.device)
             inputs = without_padding(inputs, layout.as_padded(), embeddings)
             return layout.pack(embeddings(**inputs, past_key_values_length=0))
         except (IndexError, RuntimeError):

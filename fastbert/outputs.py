@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from transformers.utils import ModelOutput
 
-from fastbert.eager import is_tracing
+from fastbert.ops.backend import is_tracing
 
 Output = TypeVar("Output", bound=ModelOutput)
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from fastbert.eager import is_tracing, is_transforming
+from fastbert.ops.backend import is_tracing, is_transforming
 
 HOME = "_fastbert_home"  # of a wrapper: the class that has the forward, and the forward if that is the wrapped class
 _homes: dict[type[nn.Module], tuple[type[nn.Module], Callable | None]] = {}

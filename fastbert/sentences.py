@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import inference, ops
-from fastbert.eager import is_tracing, sequence_of
 from fastbert.inference import kind_of
 from fastbert.inputs import KEYWORDS
+from fastbert.ops import backend
+from fastbert.ops.backend import is_tracing
+from fastbert.ops.eager import sequence_of
 from fastbert.tokenization import Unserved
 from fastbert.tokens import layout_from_mask
 
@@ -98,7 +100,7 @@ def _served(function: Callable, encoder: nn.Module, *args, **kwargs):
         return function(encoder, *args, **kwargs)
     except Unserved as error:
         if reason := str(error):
-            ops.say_once(logging.INFO, f"texts go through sentence-transformers' own code: {reason}")
+            backend.warn_once(logging.INFO, f"texts go through sentence-transformers' own code: {reason}")
     return _inference(encoder, *args, **kwargs)
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.eager import clear_past, finite, is_tracing, sequence_of
+from fastbert.ops import backend
+from fastbert.ops.backend import is_tracing
+from fastbert.ops.eager import clear_past, finite, sequence_of
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
@@ -60,7 +62,7 @@ class TokenLayout:
     mask: Tensor | None = None
     implementation: str = "sdpa"
     num_tokens: Tensor | None = None
-    backend: str = field(default_factory=ops.current_backend)
+    backend: str = field(default_factory=backend.current_backend)
 
     def pack(self, hidden_states: Tensor) -> Tensor:
         """[B, S, E] -> the encoder's own layout: [T, E], or [B, S, E] where nothing is dropped."""
@@ -161,7 +163,7 @@ def layout_from_mask(
     if attention_mask is not None:
         check_mask(attention_mask, batch_size, seq_len, heads)
     packs = attention_mask is not None and attention_mask.ndim == 2 and batch_size and seq_len
-    if packs and not shapes_may_depend_on_data(attention_mask) and ops.packs_on_device(device):
+    if packs and not shapes_may_depend_on_data(attention_mask) and backend.packs_on_device(device):
         mask = attention_mask if attention_mask.device == device else copied_to(device, attention_mask != 0)
         return _planned_on_device(mask.expand(batch_size, seq_len))
     every_token = TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)

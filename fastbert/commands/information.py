@@ -14,6 +14,7 @@ from rich.table import Table
 import fastbert
 from fastbert import automatic, graph_rules, ops
 from fastbert.commands.machine import machine
+from fastbert.ops import backend
 
 VARIABLES = ("FASTBERT_BACKEND", "FASTBERT_GRAPHS", "FASTBERT_CHECK", "FASTBERT_CONFIGS")
 # What a program does before its first model, and the seconds it takes.
@@ -21,6 +22,7 @@ IMPORTS = """
 import time
 start = time.perf_counter()
 from fastbert import BertForSequenceClassification, BertModel
+from fastbert.ops import backend
 print(time.perf_counter() - start)
 """
 
@@ -93,7 +95,7 @@ def _operations(device: torch.device) -> tuple[str, list[str]]:
     """The operations that kernels serve on a device, and why not the others, those with the same reason together."""
     by_reason: dict[str | None, list[str]] = {}
     for op in ops.OPS:
-        by_reason.setdefault(ops.why_eager(op, device, torch.float32), []).append(op)
+        by_reason.setdefault(backend.why_eager(op, device, torch.float32), []).append(op)
     names = {reason: "all" if len(found) == len(ops.OPS) else ", ".join(found) for reason, found in by_reason.items()}
     served = names.pop(None, "")
     return served, [f"{which} in plain PyTorch: {reason}" for reason, which in names.items()]
@@ -101,7 +103,7 @@ def _operations(device: torch.device) -> tuple[str, list[str]]:
 
 def _configurations(device: torch.device) -> str:
     try:
-        return str(ops.launch_configurations(device))
+        return str(backend.launch_configurations(device))
     except ValueError as error:
         return str(error)
 

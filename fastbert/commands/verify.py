@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 import fastbert
 from fastbert import ops
 from fastbert.commands.checkpoint import Checkpoint, right_padding, served
-from fastbert.commands.closeness import Closeness, closeness
+from fastbert.testing import Closeness, closeness
 from fastbert.tokens import layout_from_mask
 
 DTYPES = ("float32", "float16", "bfloat16")

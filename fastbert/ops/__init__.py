@@ -1,0 +1,158 @@
+"""The fused ops of BERT, one function each, which runs in a Triton kernel or in plain PyTorch.
+
+`backend` decides which; `eager` has the references, `torch_library` the ops of traced graphs and their gradients.
+Letters as in `fastbert.tokens`.
+
+num_tokens, an int32 [1] on the device, is how many of the T rows count where the host does not know it: kernels neither
+read nor write the rows from there on, the references take and return zeros there.
+"""
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from fastbert.ops import backend, eager, torch_library
+
+OPS = tuple(torch_library.FAKES)
+# Whether an index out of range raises in the call that met it, which waits for the device.
+CHECK_IDS = os.environ.get("FASTBERT_CHECK") == "1"
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as it casts the arguments of `torch.nn.functional.linear`."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of a padded batch lie in the packed one: mask [B, S], zero for padding -> indices, cu_seqlens.
+
+    indices int64 [B * S] is a permutation of the flattened batch, the kept places first and in their order;
+    cu_seqlens int32 [B + 1] bounds each text's tokens among them. Zhai et al. 2022 (ByteTransformer), section III.
+    """
+    if not backend.packs_on_device(mask.device):
+        return eager.packing_plan(mask)
+    if backend.is_tracing() or backend.is_watched():
+        return torch.ops.fastbert.packing_plan(mask)
+    return sys.modules["fastbert_kernels"].packing_plan(mask)  # imported by packs_on_device
+
+
+def embed_layer_norm(
+    input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
+    weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum of the word, token type and position embeddings of the kept tokens, layer-normalized -> [T, E].
+
+    input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
+    token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps all.
+    The tables are [V, E], [max positions, E], [types, E]; weight and bias [E]. The word row of padding_idx gets no
+    gradient. An index out of range raises IndexError in eager on the CPU; in a kernel see `raise_bad_ids`.
+    Devlin et al. 2019, section 3; LayerNorm: Ba et al. 2016.
+    """
+    if input_ids is None:
+        word_table = word_table.detach()  # nothing is looked up in it: no gradient, rather than zeros
+    inputs = input_ids, token_type_ids, position_ids, inputs_embeds, indices
+    tables = word_table, position_table, token_type_table, weight, bias, eps
+    kernel = backend.kernel("embed_layer_norm", word_table)
+    if kernel is None:
+        return eager.embed_layer_norm(*inputs, *tables, padding_idx, num_tokens)
+    hidden = kernel(*inputs, *tables, padding_idx, num_tokens)
+    if CHECK_IDS:
+        backend.raise_bad_ids(hidden.device, wait=True)
+    return hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
+
+
+def qkv_projection(
+    x: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
+    num_heads: int, num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [T, E], three weights [E, E] and biases [E] -> queries, keys and values [T, 3, H, D]."""
+    tensors = x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
+    kernel = backend.kernel("qkv_projection", x)
+    if kernel is None:
+        return eager.qkv_projection(*tensors, num_heads, num_tokens)
+    return kernel(*_autocast(*tensors), num_heads, num_tokens)
+
+
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    mask: Tensor | None = None, implementation: str = "sdpa", num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(scale * Q K^T) V of each head within each sequence: qkv [T, 3, H, D], cu_seqlens int32 [N + 1] -> [T, E].
+
+    mask (bool or additive, broadcasting to [N, H, S, S]) needs sequences of one length and is served by eager only.
+    implementation, "sdpa" or "eager", chooses the eager path's attention. Vaswani et al. 2017, section 3.2.
+    """
+    refused = "a mask of attention scores cannot be packed" if mask is not None else None
+    kernel = backend.kernel("attention", qkv, refused or backend.why_not_head_size(qkv.shape[-1]))
+    if kernel is None:
+        return eager.attention(qkv, cu_seqlens, max_seqlen, scale, mask, implementation, num_tokens)
+    return kernel(qkv, cu_seqlens, max_seqlen, scale)
+
+
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str, num_tokens: Tensor | None = None
+) -> Tensor:
+    """activation(x W^T + b): x [T, E], weight [F, E], bias [F] -> [T, F].
+
+    activation: "gelu" (exact, by erf), "gelu_tanh", "relu", "tanh" or "none". GELU: Hendrycks and Gimpel 2016.
+    """
+    kernel = backend.kernel("linear_activation", x)
+    if kernel is None:
+        return eager.linear_activation(x, weight, bias, activation, num_tokens)
+    return kernel(*_autocast(x, weight, bias), activation, num_tokens)
+
+
+def linear_residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """LayerNorm(x W^T + b + residual): x [T, F], weight [E, F], bias [E], residual [T, E] -> [T, E].
+
+    Under autocast the product is in its dtype, and the sum and LayerNorm are float32, as autocast runs LayerNorm.
+    """
+    norm = norm_weight, norm_bias, eps
+    kernel = backend.kernel("linear_residual_layer_norm", x)
+    if kernel is None:
+        return eager.linear_residual_layer_norm(x, weight, bias, residual, *norm, num_tokens)
+    if torch.is_autocast_enabled(x.device.type):
+        residual = residual.float()
+    return kernel(*_autocast(x, weight, bias), residual, *norm, num_tokens)
+
+
+def unpack(
+    hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int, num_tokens: Tensor | None = None
+) -> Tensor:
+    """hidden [T, ...] to its places in [B, S, ...], zeros elsewhere.
+
+    indices int64 [T], no two alike: the place of each row; None if nothing was dropped, then the result is a view.
+    """
+    if indices is None:
+        return hidden.view(batch_size, seq_len, *hidden.shape[1:])
+    kernel = backend.kernel("unpack", hidden)
+    if kernel is None:
+        return eager.unpack(hidden, indices, batch_size, seq_len, num_tokens)
+    return kernel(hidden, indices, batch_size, seq_len, num_tokens)
+
+
+def pool(
+    hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, indices: Tensor | None = None
+) -> Tensor:
+    """One vector a sequence: hidden [T, E], cu_seqlens int32 [N + 1] -> [N, E].
+
+    mode "first" takes the first token, "mean" the mean in float32; normalize divides by the L2 norm. A sequence without
+    tokens gives zeros. indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is packed.
+    Raises ValueError for another mode.
+    """
+    width = hidden.shape[-1]
+    refused = f"rows of {width} elements are longer than {backend.MAX_ROW}" if width > backend.MAX_ROW else None
+    kernel = backend.kernel("pool", hidden, refused)
+    if kernel is None:
+        return eager.pool(hidden, cu_seqlens, mode, normalize, indices)
+    return kernel(hidden, cu_seqlens, mode, normalize, indices)

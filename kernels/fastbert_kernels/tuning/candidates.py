@@ -1,0 +1,140 @@
+"""Candidate launch configurations, and which of them pass the report: no GPU is needed.
+
+A candidate is compiled in place of an operation's configuration, with everything that the operation launches in a
+model's layer. It is dropped for what the report would refuse: it does not compile, spills, exceeds shared memory or
+lacks the matrix instruction, which in one operation and dtype is therefore the same for all.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+from fastbert_kernels import configuration
+from fastbert_kernels.launch import configured_by
+from fastbert_kernels.tuning.ahead_of_time import CHIPS, Chip, compiling_for
+from fastbert_kernels.tuning.report import DTYPES, FURTHER_MODELS, calls, failures
+from fastbert_kernels.tuning.roofline import MODELS, Model
+
+ALL_MODELS = MODELS | FURTHER_MODELS
+# Which launcher reads an operation's configurations, where it is not called the same.
+LAUNCHERS = {"linear_residual": "linear_residual_layer_norm"}
+# Sizes up to which one choice serves: tokens, but for two operations the width of a row or of a head.
+TOKEN_CLASSES = (16, 128, 512, 1024, 4096, None)
+CLASSES = {"linear_residual_layer_norm": (384,), "attention": (32, 64, configuration.LARGEST_HEAD)}
+
+
+@dataclass
+class Candidate:
+    """A configuration and what it compiled to; reasons: why it is dropped."""
+
+    config: dict
+    registers: int
+    shared_bytes: int
+    matrix_instruction: str
+    programs: int  # that a multiprocessor holds at a time
+    reasons: list[str]
+
+    def variants(self) -> list[dict]:
+        """The configuration with each number of programs worth a trial, the most that a multiprocessor holds first."""
+        if "programs" not in self.config:
+            return [self.config]
+        counts = sorted({self.programs, *(n for n in (1, 2, 4) if n < self.programs)}, reverse=True)
+        return [self.config | {"programs": count} for count in counts]
+
+
+def width_of(dtype: str) -> str:
+    """The operand width in bits under which a file has a dtype's entries."""
+    return str(8 * DTYPES[dtype].itemsize)
+
+
+def size_of(operation: str, model: Model, tokens: int) -> int:
+    """The size by which an operation's entries are chosen."""
+    if operation == "attention":
+        return model.width // model.num_heads
+    return model.width if operation == "linear_residual_layer_norm" else tokens
+
+
+def replaced(table: dict, operation: str, width: str, config: dict | None) -> dict:
+    """The table with one configuration of an operation for all sizes; None: no configuration.
+
+    Nothing else serves in the operation's place: no launch for two, no configuration for short sequences alone.
+    """
+    entries = [] if config is None else [{"up_to": None, "config": config}]
+    instead = {"linear_residual": "linear_residual_layer_norm", "attention": "attention_short"}.get(operation)
+    return table | ({instead: {width: []}} if instead else {}) | {operation: {width: entries}}
+
+
+def grid(operation: str, chip: Chip, itemsize: int) -> list[dict]:
+    """Configurations worth compiling for operands of so many bytes, one program a multiprocessor.
+
+    Tiles of 8 to 128 accumulators a thread, 64 to 512 bytes of K, as many stages as shared memory holds; how tiles
+    come in (TMA or not) follows from the chip. Only of large tiles the epilogue takes long enough to try all kinds.
+    """
+    instruction = chip.matrix_instruction if itemsize == 2 else chip.matrix_instruction_fp32
+    # wgmma and tcgen05 take 64 rows; with fewer, another instruction would sum in another order.
+    rows = (64, 128) if instruction in ("HGMMA", "tcgen05") else (16, 32, 64, 128)
+    stages = (2, 3, 4, 5, 6) if chip.target.backend == "cuda" else (1, 2, 3)
+    if operation == "attention":
+        keys = configuration.ATTENTION_KEYS
+        return [dict(zip(keys, values, strict=True)) for values in product(rows, (32, 64, 128), (4, 8), (1, *stages))]
+    tiles = 3 if operation == "linear_residual_layer_norm" else 1  # side by side
+    found = []
+    for values in product(rows, (128,) if tiles > 1 else (16, 32, 64, 128, 256), (32, 64, 128, 256), (4, 8), stages):
+        block_t, block_n, block_k, num_warps, num_stages = values
+        accumulators = tiles * block_t * block_n // (32 * num_warps)
+        shared_bytes = num_stages * (block_t + tiles * block_n) * block_k * itemsize
+        if 8 <= accumulators <= 128 and 64 <= block_k * itemsize <= 512 and shared_bytes <= chip.program_shared_bytes:
+            config = dict(zip(configuration.MAIN_LOOP_KEYS, (*values, 1, _has_tma(chip)), strict=True))
+            found += [config] if tiles > 1 else [config | epilogue for epilogue in _epilogues(operation, config)]
+    return found
+
+
+def _epilogues(operation: str, config: dict) -> list[dict]:
+    """The kinds of epilogue worth compiling for a tile; where tiles come in by TMA they may go out by it.
+
+    With a residual a tile of 128 columns is always halved: whole, it takes the registers of a second program.
+    """
+    keys = [key for key in configuration.GEMM_KEYS if key not in config]
+    halved = operation == "linear_residual" and config["BLOCK_N"] >= 128
+    if config["BLOCK_T"] * config["BLOCK_N"] < 128 * 128:
+        return [dict(zip(keys, (False, halved, False), strict=True))]
+    halves, by = (True,) if halved else (False, True), (False, True) if config["descriptors"] else (False,)
+    return [dict(zip(keys, values, strict=True)) for values in product((False, True), halves, by)]
+
+
+def _has_tma(chip: Chip) -> bool:
+    return chip.target.backend == "cuda" and chip.target.arch >= 90
+
+
+def examine(
+    target: str, dtypes: Iterable[str], operation: str, models: Iterable[str], configs: list[dict]
+) -> list[Candidate]:
+    """Each configuration, compiled for everything that an operation launches in these models."""
+    chip, found = CHIPS[target], []
+    with compiling_for(chip.target) as launches:
+        for config in configs:
+            compiled = {}
+            for dtype, model in product(dtypes, models):
+                with configured_by(replaced({}, operation, width_of(dtype), config)):
+                    for _, launcher, call in calls(ALL_MODELS[model], 8, 128, DTYPES[dtype]):
+                        if launcher == LAUNCHERS.get(operation, operation):
+                            launches.clear()
+                            call()
+                            compiled |= {launch: dtype for launch in launches if "PRECISION" in launch.config}
+            found.append(_candidate(config, compiled, chip))
+    return found
+
+
+def _candidate(config: dict, compiled: dict, chip: Chip) -> Candidate:
+    reasons = [reason for launch, dtype in compiled.items() for reason in failures(launch, chip, dtype)]
+    resources = [launch.resources for launch in compiled if launch.resources]
+    if not resources:
+        return Candidate(config, 0, 0, "none", 0, reasons)
+    return Candidate(
+        config,
+        max(found.registers for found in resources),
+        max(found.shared_bytes for found in resources),
+        resources[0].matrix_instruction,
+        min(found.programs(chip) for found in resources),
+        list(dict.fromkeys(reasons)),
+    )

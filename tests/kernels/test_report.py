@@ -1,0 +1,321 @@
+"""The report of compiled kernels: what ships passes it, what should not ship does not, and its figures are right."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import triton
+from kernel_cases import TABLES
+from torch.utils.flop_counter import FlopCounterMode
+from triton.backends.compiler import GPUTarget
+
+from fastbert_kernels import configuration
+from fastbert_kernels.tuning import roofline
+from fastbert_kernels.tuning.ahead_of_time import CHIPS, Compiled, Resources
+from fastbert_kernels.tuning.report import DTYPES, SHAPES, failures, page
+
+# One process compiles the rows that several tests read.
+pytestmark = pytest.mark.xdist_group("report")
+
+ROOT = Path(__file__).parent.parent.parent
+KERNELS = ROOT / "kernels" / "fastbert_kernels"
+COMMITTED = ROOT / "bench" / "results" / "compiled" / "README.md"
+KEYS = (
+    "op", "kernel", "target", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "matrix_instruction",
+    "tma", "code_bytes", "compile_s", "programs", "occupancy", "reasons", "shapes",
+)  # fmt: skip
+
+# Of the architecture, and of a device of it.
+OF_SM_90 = (TABLES["sm_90"], TABLES["nvidia-h200"])
+
+
+def compiled_keys(entry: dict) -> dict:
+    """What a row of the report has of an entry's configuration: all that decides the code where TMA serves."""
+    config = {key: value for key, value in entry["config"].items() if key not in ("programs", "descriptors")}
+    return {key.upper() if isinstance(value, bool) else key: value for key, value in config.items()}
+
+
+def report(*options: str, packages: Path | None = None, interpret: bool = False) -> subprocess.CompletedProcess:
+    """Run the command as a user does, without the interpreter; packages: a folder to import it from instead."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    if packages:
+        environment["PYTHONPATH"] = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "fastbert_kernels.tuning.report", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def sm_90() -> list[dict]:
+    """Every row of one target: standard output is one JSON list and nothing else."""
+    run = report("--json", "--target", "sm_90")
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_rows_have_the_keys(sm_90):
+    for row in sm_90:
+        assert tuple(row) == KEYS
+        assert row["target"] == "sm_90"
+        assert row["compile_s"] > 0
+        assert 0 < row["occupancy"] <= 1
+        assert row["code_bytes"] % 16 == 0
+        assert 16 <= row["registers"] <= 255
+    assert {row["dtype"] for row in sm_90} == DTYPES.keys()
+
+
+def test_every_kernel_and_every_shipped_configuration_is_there(sm_90):
+    functions = {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert {row["kernel"] for row in sm_90} == functions
+    of_op = {"linear_residual": "linear_residual_layer_norm", "attention_short": "attention"}
+    for operation, (width, dtypes) in product(TABLES["sm_90"], (("16", ("fp16", "bf16")), ("32", ("fp32",)))):
+        for table, dtype in product(OF_SM_90, dtypes):
+            for entry in table[operation][width]:
+                config = compiled_keys(entry)
+                op = of_op.get(operation, operation)
+                served = [row["config"] for row in sm_90 if (row["op"], row["dtype"]) == (op, dtype)]
+                assert any(config.items() <= one.items() for one in served), (operation, dtype, config)
+
+
+def test_nothing_spills_and_every_product_takes_the_matrix_unit(sm_90):
+    for row in sm_90:
+        assert row["reasons"] == []
+        assert row["spill_bytes"] == 0
+        assert row["shared_bytes"] <= 227 * 1024
+        multiplies = "PRECISION" in row["config"]
+        assert row["matrix_instruction"] == ("HGMMA" if multiplies else "none")
+        assert row["tma"] == row["config"].get("DESCRIPTORS", False)
+    assert {row["tma"] for row in sm_90 if row["op"] == "qkv_projection"} == {True, False}
+
+
+def test_a_persistent_grid_is_what_a_multiprocessor_holds(sm_90):
+    """Of more programs some would begin when others end, fewer would leave room; where tiles come through TMA, and rows
+    are multiples of 16 bytes."""
+    for operation, op, kernel in (
+        ("qkv_projection", "qkv_projection", "_qkv_projection_kernel"),
+        ("linear_activation", "linear_activation", "_linear_kernel"),
+        ("linear_residual", "linear_residual_layer_norm", "_linear_kernel"),
+        ("linear_residual_layer_norm", "linear_residual_layer_norm", "_linear_residual_layer_norm_kernel"),
+    ):
+        rows = [row for row in sm_90 if (row["op"], row["kernel"], row["tma"]) == (op, kernel, True)]
+        rows = [row for row in rows if any(shape["model"] != "E300" for shape in row["shapes"])]
+        for table, width in product(OF_SM_90, ("16", "32")):
+            for entry in table[operation][width]:
+                config = compiled_keys(entry)
+                held = {
+                    row["programs"]
+                    for row in rows
+                    if (row["dtype"] == "fp32") == (width == "32") and config.items() <= row["config"].items()
+                }
+                assert min(held) == entry["config"]["programs"], (operation, entry)
+
+
+def test_other_targets_compile_their_configurations():
+    others = [f"--target={target}" for target in CHIPS if target != "sm_90"]
+    run = report("--json", *others, "--dtype=bf16", "--op=attention", "--op=qkv_projection")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert {(row["target"], row["matrix_instruction"]) for row in rows} == {
+        ("sm_80", "HMMA"), ("sm_89", "HMMA"), ("sm_100", "tcgen05"), ("gfx942", "MFMA"),
+    }  # fmt: skip
+
+
+def test_short_sequences_sum_rows_as_all_others_do():
+    """Attention of up to 64 tokens takes the instruction of longer sequences and has one column of warps, too: where
+    warps lie side by side, a row's sum crosses them in another order."""
+    script = r"""
+import json, re, sys, torch
+from fastbert_kernels import attention
+from fastbert_kernels.tuning.ahead_of_time import CHIPS, compiling_for
+from fastbert_kernels.launch import configurations, launching_by
+
+def layouts(target, head_size, longest):
+    code = []
+    qkv = torch.empty(512, 3, 4, head_size, dtype=torch.bfloat16, device="meta")
+    bounds = torch.empty(5, dtype=torch.int32, device="meta")
+    compile_only = lambda kernel, grid, given: code.append(kernel.warmup(grid=grid, **given).asm["ttgir"])
+    with compiling_for(CHIPS[target].target), launching_by(compile_only):
+        attention(qkv, bounds, longest, 1.0)
+    found = re.findall(r"warpsPerCTA = \[(\d+), (\d+)\], instrShape = (\[.*?\])", code[0])
+    return sorted((int(columns), shape) for _, columns, shape in found)
+
+sizes = (16, 32, 64, 80, 128)
+targets = [target for target in CHIPS if configurations(target)["attention_short"]["16"]]
+print(json.dumps({f"{target} D {d}": [layouts(target, d, s) for s in (64, 65)] for target in targets for d in sizes}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {place.split()[0] for place in found} == {"sm_80", "sm_90"}
+    for place, (short, every) in found.items():
+        assert short, place
+        assert short == every, place
+        assert {columns for columns, _ in short} == {1}, place
+
+
+def section(text: str, title: str) -> list[str]:
+    """The lines of a page below a heading."""
+    return text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+
+
+def test_the_committed_table_is_what_the_kernels_compile_to(sm_90):
+    committed = COMMITTED.read_text()
+    if f"Triton {triton.__version__}." not in committed:
+        pytest.skip(f"the table was made with another Triton than {triton.__version__}")
+    compiled = page(sm_90)
+    for title in ("sm_90", "Floors"):
+        assert section(compiled, title) == section(committed, title), "run `make report` and look at its diff"
+    assert [title for title in CHIPS if f"## {title}\n" in committed] == list(CHIPS)
+
+
+def test_what_should_not_ship_fails_with_its_reason(tmp_path):
+    """The configurations of a copy: one without wgmma, one that spills, one too large, one that the compiler refuses,
+    one that the launcher refuses."""
+    shutil.copytree(KERNELS, tmp_path / "fastbert_kernels")
+    path = tmp_path / "fastbert_kernels" / "configs" / "sm_90.json"
+    table = json.loads(path.read_text())
+    few, *_, many = table["qkv_projection"]["16"]
+    few["config"]["BLOCK_T"] = 16
+    many["config"] |= {"BLOCK_N": 256, "num_warps": 4}
+    few, *_, many = table["linear_activation"]["16"]
+    few["config"]["num_stages"] = 16
+    many["config"]["num_warps"] = 3
+    table["linear_residual_layer_norm"]["16"][0]["config"]["BLOCK_T"] = 96
+    path.write_text(json.dumps(table))
+    ops = ("--op=qkv_projection", "--op=linear_activation", "--op=linear_residual_layer_norm")
+    run = report("--json", "--target=sm_90", "--dtype=bf16", *ops, packages=tmp_path)
+    assert run.returncode == 1, run.stderr
+    reasons = {(row["op"], row["config"].get("BLOCK_T"), *row["reasons"]) for row in json.loads(run.stdout)}
+
+    def found(op: str, block_t: int | None, pattern: str) -> bool:
+        return any(key[:2] == (op, block_t) and len(key) > 2 and re.match(pattern, key[2]) for key in reasons)
+
+    assert found("qkv_projection", 16, "matrix instruction HMMA instead of HGMMA$")
+    assert found("qkv_projection", 128, r"spills \d+ bytes a thread$")
+    assert found("linear_activation", 64, r"\d+ bytes of shared memory of 232448$")
+    assert found("linear_activation", 128, "does not compile: .*num_warps")
+    assert found("linear_residual_layer_norm", None, "does not compile: ValueError: .* power of 2")
+
+
+def test_the_interpreter_is_refused():
+    run = report(interpret=True)
+    assert run.returncode == 2
+    assert "unset TRITON_INTERPRET" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("chip", "registers", "shared_bytes", "columns", "num_warps", "programs"),
+    [
+        ("sm_90", 128, 0, 0, 8, 2),  # 16 warps by registers
+        ("sm_90", 129, 0, 0, 8, 1),  # 136 a thread, 15 warps, 12 in units of four
+        ("sm_90", 32, 0, 0, 4, 16),  # all 64 warps
+        ("sm_90", 32, 0, 0, 1, 32),  # no more than 32 programs
+        ("sm_90", 32, 112 * 1024, 0, 4, 2),  # two times 113 KiB
+        ("sm_90", 32, 114 * 1024, 0, 4, 1),
+        ("sm_80", 64, 54 * 1024, 0, 4, 2),
+        ("sm_89", 32, 0, 0, 4, 12),  # 48 warps
+        ("sm_100", 64, 1024, 256, 4, 2),  # half of the tensor memory each
+        ("gfx942", 128, 0, 0, 4, 4),
+        ("gfx942", 129, 0, 0, 4, 3),
+        ("gfx942", 32, 33 * 1024, 0, 4, 1),
+    ],
+)
+def test_programs_of_a_multiprocessor(chip, registers, shared_bytes, columns, num_warps, programs):
+    found = Resources(registers, 0, shared_bytes, columns, "none", False, 16, num_warps)
+    assert found.programs(CHIPS[chip]) == programs
+
+
+@pytest.mark.parametrize(
+    ("chip", "change", "reason"),
+    [
+        ("sm_90", {}, None),
+        ("sm_90", {"matrix_instruction": "tcgen05"}, None),  # stronger than it must be
+        ("sm_90", {"spill_bytes": 8}, "spills 8 bytes a thread"),
+        ("gfx942", {"spill_bytes": 8, "matrix_instruction": "MFMA"}, None),
+        ("sm_90", {"matrix_instruction": "none"}, "matrix instruction none instead of HGMMA"),
+        (
+            "sm_80",
+            {"shared_bytes": 163 * 1024 + 1, "matrix_instruction": "HMMA"},
+            "166913 bytes of shared memory of 166912",
+        ),
+        (
+            "sm_100",
+            {"tensor_memory_columns": 768, "matrix_instruction": "tcgen05"},
+            "768 columns of tensor memory of 512",
+        ),
+        (
+            "sm_90",
+            {"registers": 255, "num_warps": 16},
+            "16 warps of 255 registers: a multiprocessor holds no such program",
+        ),
+    ],
+)
+def test_reasons(chip, change, reason):
+    fine = Resources(64, 0, 1024, 0, "HGMMA", False, 16, 4)
+    compiled = Compiled("kernel", {"PRECISION": "ieee"}, 0.0, replace(fine, **change), None)
+    assert failures(compiled, CHIPS[chip], "bf16") == ([reason] if reason else [])
+
+
+def test_chips_are_their_names():
+    for name, chip in CHIPS.items():
+        known = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+        assert chip.target == known
+    documents = {path.stem: configuration.read(path) for path in configuration.FOLDER.glob("*.json")}
+    assert CHIPS.keys() >= {document.get("architecture", name) for name, document in documents.items()} - {"default"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "minilm"])
+def test_floating_point_operations_are_what_torch_counts(name):
+    num_layers, width, num_heads, inner = model = roofline.MODELS[name]
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=num_heads,
+        intermediate_size=inner, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        bert = transformers.BertModel(config)
+        ids = torch.zeros(3, 20, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        bert(ids)
+    layer = sum(roofline.work(place, model, 3, 20, 4).flops for place in roofline.LAYER)
+    assert num_layers * layer + roofline.work("pooler", model, 3, 20, 4).flops == counter.get_total_flops()
+
+
+def test_floors():
+    """By hand, for one 16-bit layer of BERT-base; every shape of the report is bound by bytes or by operations."""
+    base = roofline.MODELS["base"]
+    assert roofline.work("feed_forward_output", base, 1, 16, 2) == (
+        2 * 16 * 3072 * 768,
+        2 * (16 * 3072 + 768 * 3072 + 768 + 2 * 16 * 768),
+    )
+    assert roofline.work("attention", base, 2, 128, 2) == (4 * 2 * 128 * 128 * 768, 2 * 256 * 768 * 4)
+    tokens, positions = 2 * 256 * 768, 2 * 128 * 768
+    assert roofline.work("embed_layer_norm", base, 2, 128, 2) == (0, 2 * tokens + positions + 3 * 8 * 256)
+    assert roofline.work("unpack", base, 2, 128, 2) == (0, 2 * tokens + 8 * 256)
+    assert roofline.work("pool", base, 2, 128, 2) == (0, tokens + 2 * 2 * 768)
+    assert roofline.work("layer_norm", base, 2, 128, 4) == (0, 4 * tokens)
+    assert roofline.work("row_lengths", base, 2, 128, 2) == (0, 8 * 256)
+    assert roofline.work("packing_plan", base, 2, 128, 2) == (0, 2 * 8 * 256)
+    for batch_size, seq_len in SHAPES:
+        needed = roofline.work("qkv_projection", base, batch_size, seq_len, 2)
+        floor = needed.seconds("bf16")
+        assert floor == pytest.approx(
+            needed.bytes / 4.3e12 if batch_size * seq_len < 400 else needed.flops / 788e12, rel=1e-12
+        )
+    with pytest.raises(ValueError, match="'attention_out'"):
+        roofline.work("attention_out", base, 1, 1, 2)

@@ -1,0 +1,411 @@
+"""What the tests of the kernels share: operands, plain formulas, layouts, and outputs that begin as NaN."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import combinations, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastbert_kernels
+from fastbert.testing import OP_FACTOR, check_close
+from fastbert_kernels import configuration
+
+# With a GPU these tests are the proof on it; without one the kernels run in Triton's interpreter, on CPU tensors.
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+# numpy, under the interpreter, warns of what float32 arithmetic is meant to do: exp2(1000) is infinite.
+MARKS = [pytest.mark.gpu] if DEVICE.type == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+OPS = (
+    "linear_activation",
+    "qkv_projection",
+    "linear_residual_layer_norm",
+    "linear_residual_layer_norm wide",
+    "attention",
+    "embed_layer_norm",
+    "unpack",
+    "pool",
+    "packing_plan",
+)
+LARGEST = 2**31 - 1  # of int32
+TABLES = {
+    path.stem: configuration.operations(configuration.read(path))
+    for path in sorted(configuration.FOLDER.glob("*.json"))
+}
+# Elements, and a multiple of 16 bytes in every dtype: what lies behind them is as aligned as a whole buffer.
+GUARD = 64
+CANARY = 77
+
+
+@contextmanager
+def guarded_outputs() -> Iterator[None]:
+    """Whatever a launcher allocates inside begins as NaN (integers as -1), between canaries that must still be there
+    at the end."""
+    buffers = []
+
+    def poisoned(allocate: Callable) -> Callable:
+        def allocate_poisoned(*args, **kwargs) -> Tensor:
+            out = allocate(*args, **kwargs)
+            if out.numel() == 0:
+                return out
+            buffers.append(out.new_full((out.numel() + 2 * GUARD,), CANARY))
+            return buffers[-1][GUARD:-GUARD].fill_(float("nan") if out.is_floating_point() else -1).view(out.shape)
+
+        return allocate_poisoned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned(torch.empty))
+        patch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        yield
+    for buffer in buffers:
+        outside = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
+        assert (outside == CANARY).all(), (
+            f"a kernel wrote outside of its output of {buffer.numel() - 2 * GUARD} elements"
+        )
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal values, the same on every device."""
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def bounds(lengths: tuple[int, ...]) -> Tensor:
+    """cu_seqlens int32 [N + 1]."""
+    return torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+
+
+def count(n: int) -> Tensor:
+    """num_tokens int32 [1]."""
+    return torch.tensor([n], dtype=torch.int32, device=DEVICE)
+
+
+def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
+    """A launcher and arguments of sizes that no block divides: 70 tokens of 7 texts, 40 -> 48 columns."""
+    width = 400 if op.endswith(" wide") else 48
+    op = op.removesuffix(" wide")
+    cu_seqlens, places = bounds((5, 0, 64, 1)), torch.randperm(70).to(DEVICE)
+    x, weight, bias = normal(70, 40, dtype=dtype), normal(width, 40, dtype=dtype), normal(width, dtype=dtype)
+    hidden = normal(70, width, dtype=dtype)
+    norm_weight, norm_bias = normal(width, dtype=dtype), normal(width, dtype=dtype)
+    ids = torch.randint(0, 9, (7, 10)).to(DEVICE)
+    arguments = {
+        "linear_activation": {"x": x, "weight": weight, "bias": bias, "activation": "gelu"},
+        "qkv_projection": {
+            "x": x,
+            **{f"{part}_weight": normal(width, 40, dtype=dtype) for part in "qkv"},
+            **{f"{part}_bias": normal(width, dtype=dtype) for part in "qkv"},
+            "num_heads": 3,
+        },
+        "linear_residual_layer_norm": {
+            "x": x, "weight": weight, "bias": bias, "residual": hidden, "norm_weight": norm_weight,
+            "norm_bias": norm_bias, "eps": 1e-12,
+        },
+        "attention": {
+            "qkv": normal(70, 3, 3, 16, dtype=dtype), "cu_seqlens": cu_seqlens, "max_seqlen": 64, "scale": 0.25,
+        },
+        "embed_layer_norm": {
+            "input_ids": ids, "token_type_ids": ids % 2, "position_ids": 9 - ids, "inputs_embeds": None,
+            "indices": places, "word_table": normal(11, width, dtype=dtype),
+            "position_table": normal(10, width, dtype=dtype), "token_type_table": normal(2, width, dtype=dtype),
+            "weight": norm_weight, "bias": norm_bias, "eps": 1e-12,
+        },
+        "unpack": {"hidden": hidden, "indices": places, "batch_size": 7, "seq_len": 10},
+        "pool": {"hidden": hidden, "cu_seqlens": cu_seqlens, "mode": "mean", "normalize": True, "indices": places},
+        "packing_plan": {"mask": ids > 3},
+    }[op]  # fmt: skip
+    return getattr(fastbert_kernels, op), arguments
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
+
+
+def _linear_activation(x, weight, bias, activation, num_tokens=None):
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def _qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, num_tokens=None):
+    parts = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
+    return torch.stack(parts, 1).unflatten(2, (num_heads, -1))
+
+
+def _linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, num_tokens=None):
+    return F.layer_norm(F.linear(x, weight, bias) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _attention(qkv, cu_seqlens, max_seqlen, scale):
+    outputs = []
+    for sequence in qkv.split(cu_seqlens.diff().tolist()):
+        q, k, v = sequence.permute(1, 2, 0, 3)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1).flatten(1))
+    return torch.cat(outputs)
+
+
+def _embed_layer_norm(
+    input_ids, token_type_ids, position_ids, inputs_embeds, indices, word_table, position_table, token_type_table,
+    weight, bias, eps, num_tokens=None,
+):  # fmt: skip
+    hidden = inputs_embeds if input_ids is None else word_table[input_ids.long()]
+    types = torch.zeros_like(hidden[..., 0]) if token_type_ids is None else token_type_ids
+    columns = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+    positions = columns if position_ids is None else position_ids
+    hidden = (hidden + token_type_table[types.long()] + position_table[positions.long()]).flatten(0, 1)
+    return F.layer_norm(hidden if indices is None else hidden[indices], weight.shape, weight, bias, eps)
+
+
+def _pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
+    hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+    texts = (hidden if indices is None else hidden[indices]).split(cu_seqlens.diff().tolist())
+    rows = [(x[0] if mode == "first" else x.mean(0)) if len(x) else hidden.new_zeros(hidden.shape[1]) for x in texts]
+    return F.normalize(torch.stack(rows), dim=-1) if normalize else torch.stack(rows)
+
+
+FORMULAS = {
+    "linear_activation": _linear_activation,
+    "qkv_projection": _qkv_projection,
+    "linear_residual_layer_norm": _linear_residual_layer_norm,
+    "attention": _attention,
+    "embed_layer_norm": _embed_layer_norm,
+    "pool": _pool,
+}
+
+
+def check(op: str, **arguments) -> Tensor:
+    """The launcher's output, held to the formula in float64; the peer is the formula in the arguments' dtypes."""
+    exact = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()
+    }
+    # On CPUs with AMX, torch 2.13 multiplies zeros by what lies behind a row of bfloat16, which may be NaN.
+    packed = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    ours = getattr(fastbert_kernels, op)(**arguments)
+    check_close(op, ours, FORMULAS[op](**packed).to(ours.dtype), FORMULAS[op](**exact), OP_FACTOR)
+    return ours
+
+
+def _inside(x: Tensor, before: int, after: int, step: int = 1) -> Tensor:
+    """x as a part of longer rows of NaN (integers: of zeros)."""
+    rows = x.new_full(
+        (*x.shape[:-1], before + x.shape[-1] * step + after), float("nan") if x.is_floating_point() else 0
+    )
+    return rows[..., before : before + x.shape[-1] * step : step].copy_(x)
+
+
+# How an operand may lie in memory. "columns" keeps the alignment that tensor descriptors need.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "columns": lambda x: _inside(x, 0, 16),
+    "unaligned": lambda x: _inside(x, 1, 2),
+    "every other": lambda x: _inside(x, 0, 0, 2),
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+def pairwise(**choices) -> pytest.MarkDecorator:
+    """Parametrize by cases in which any two values of any two lists meet, not by the full product."""
+    values = [list(choice) for choice in choices.values()]
+    numbers = [range(len(choice)) for choice in values]
+    unmet = dict.fromkeys(
+        ((i, a), (j, b)) for i, j in combinations(range(len(values)), 2) for a, b in product(numbers[i], numbers[j])
+    )
+    cases = []
+    while unmet:
+        case = dict(next(iter(unmet)))
+        for i in range(len(values)):
+            if i not in case:
+                met = [sum(tuple(sorted(((i, a), other))) in unmet for other in case.items()) for a in numbers[i]]
+                case[i] = met.index(max(met))
+        for pair in combinations(sorted(case.items()), 2):
+            unmet.pop(pair, None)
+        cases.append([values[i][case[i]] for i in range(len(values))])
+    return pytest.mark.parametrize(list(choices), [pytest.param(*case, id=_readable(case)) for case in cases])
+
+
+def _readable(case: list) -> str:
+    return "-".join(str(value).removeprefix("torch.").replace(" ", "") for value in case)
+
+
+def linear_residual_arguments(tokens: int, width: int, dtype: torch.dtype, residual_dtype: torch.dtype) -> dict:
+    """Arguments of linear_residual_layer_norm for 40 -> width columns."""
+    names = ("x", "weight", "bias", "residual", "norm_weight", "norm_bias")
+    shapes = (tokens, 40), (width, 40), (width,), (tokens, width), (width,), (width,)
+    dtypes = (dtype,) * 3 + (residual_dtype,) * 3
+    arguments = {name: normal(*shape, dtype=kind) for name, shape, kind in zip(names, shapes, dtypes, strict=True)}
+    return arguments | {"eps": 1e-12}
+
+
+def embed_arguments(
+    source: str, types: str | None, positions: str | None, layout: str, width: int, dtype: torch.dtype
+) -> dict:
+    """Arguments of embed_layer_norm for [3, 9] places: the integers' dtypes, or "embeds" for inputs_embeds."""
+    tables = {"word_table": 11, "position_table": 9, "token_type_table": 2}
+    arguments = {name: normal(rows, width, dtype=dtype) for name, rows in tables.items()}
+    arguments |= {"weight": normal(width, dtype=dtype), "bias": normal(width, dtype=dtype), "eps": 1e-12}
+    kinds = {"input_ids": None if source == "embeds" else source, "token_type_ids": types, "position_ids": positions}
+    for (name, kind), limit in zip(kinds.items(), (11, 2, 9), strict=True):
+        ids = torch.randint(0, limit, (3, 9)).to(DEVICE)
+        arguments[name] = None if kind is None else LAYOUTS[layout](ids.to(getattr(torch, kind)))
+    arguments["inputs_embeds"] = LAYOUTS[layout](normal(3, 9, width, dtype=dtype)) if source == "embeds" else None
+    return arguments
+
+
+KINDS = ("right", "left", "holes", "none", "all")
+
+
+def kept_places(kind: str, batch_size: int, seq_len: int) -> Tensor:
+    """bool [B, S] of lengths that differ by row; the first row of "holes" is empty."""
+    columns, rows = torch.arange(seq_len), torch.arange(batch_size)[:, None]
+    lengths = (rows * 37 + seq_len // 2) % (seq_len + 1)
+    return {
+        "right": columns < lengths,
+        "left": columns >= seq_len - lengths,
+        "holes": (rows > 0) & ((columns * 7 + rows) % 3 == 1),
+        "none": torch.zeros(batch_size, seq_len, dtype=torch.bool),
+        "all": torch.ones(batch_size, seq_len, dtype=torch.bool),
+    }[kind].to(DEVICE)
+
+
+def check_plan(mask: Tensor) -> None:
+    """packing_plan of the mask: the kept places in their order, then the others; bounds of the rows' kept places."""
+    kept = mask.bool()
+    indices, cu_seqlens = fastbert_kernels.packing_plan(mask)
+    assert (indices.dtype, cu_seqlens.dtype) == (torch.int64, torch.int32)
+    assert cu_seqlens.tolist() == [0, *kept.sum(1).cumsum(0).tolist()]
+    places = kept.flatten().nonzero().flatten()
+    assert torch.equal(indices[: len(places)], places)
+    assert torch.equal(indices.sort().values, torch.arange(mask.numel(), device=DEVICE))
+
+
+def layer(texts: list[Tensor], places: list[slice], seq_len: int, dtype: torch.dtype, embeds: bool) -> list[Tensor]:
+    """Every kernel in turn, as an encoder chains them, on texts at these columns of a padded batch of NaN or bad ids:
+    what it gives each text, [length, 48] and the vector of its mean."""
+    torch.manual_seed(1)
+    tables = embed_arguments("int64", None, None, "contiguous", 48, dtype)
+    tables["position_table"] = normal(100, 48, dtype=dtype)
+    weights = [(normal(48, 48, dtype=dtype), normal(48, dtype=dtype)) for _ in range(5)]
+    words = normal(11, 48, dtype=dtype)
+    ids = torch.full((len(texts), seq_len), -99, device=DEVICE)
+    positions = torch.full_like(ids, -99)
+    mask = torch.zeros_like(ids)
+    for row, (text, place) in enumerate(zip(texts, places, strict=True)):
+        ids[row, place], mask[row, place] = text, 1
+        positions[row, place] = torch.arange(len(text), device=DEVICE)
+    indices, cu_seqlens = fastbert_kernels.packing_plan(mask)
+    num_tokens, norm = cu_seqlens[-1:], weights[4]
+    tables |= {"input_ids": ids, "position_ids": positions, "indices": indices}
+    if embeds:
+        tables["inputs_embeds"] = torch.where(mask[..., None].bool(), words[ids.clamp(min=0)], float("nan"))
+        tables["input_ids"] = None
+    hidden = fastbert_kernels.embed_layer_norm(**tables, num_tokens=num_tokens)
+    qkv = fastbert_kernels.qkv_projection(hidden, *weights[0], *weights[1], *weights[2], 3, num_tokens)
+    context = fastbert_kernels.attention(qkv, cu_seqlens, seq_len, 0.25)
+    hidden = fastbert_kernels.linear_residual_layer_norm(
+        context, *weights[3], hidden, norm[0][0], norm[1], 1e-12, num_tokens
+    )
+    hidden = fastbert_kernels.linear_activation(hidden, *weights[0], "gelu", num_tokens)
+    vectors = fastbert_kernels.pool(hidden, cu_seqlens, "mean", True)
+    padded = fastbert_kernels.unpack(hidden, indices, *ids.shape, num_tokens)
+    assert not padded[mask == 0].any()
+    return [torch.cat((padded[row, place], vectors[row : row + 1])) for row, place in enumerate(places)]
+
+
+# A launcher, arguments that do not fit (a tuple is a tensor of that shape), and what is said of them.
+ERRORS = [
+    (
+        "linear_activation",
+        {"activation": "swish"},
+        ValueError,
+        "activation 'swish' is unknown; choose one of ('none', ",
+    ),
+    ("linear_activation", {"weight": (48, 41)}, ValueError, "linear_activation: weight is [48, 41], expected [48, 40]"),
+    ("linear_activation", {"bias": (47,)}, ValueError, "linear_activation: bias is [47], expected [48]"),
+    (
+        "linear_activation",
+        {"weight": torch.float16},
+        TypeError,
+        "the input is torch.float32 and a weight torch.float16",
+    ),
+    ("qkv_projection", {"k_weight": (48, 41)}, ValueError, "qkv_projection: k_weight is [48, 41], expected [48, 40]"),
+    ("qkv_projection", {"v_bias": (47,)}, ValueError, "qkv_projection: v_bias is [47], expected [48]"),
+    (
+        "qkv_projection",
+        {"v_weight": torch.bfloat16},
+        TypeError,
+        "the input is torch.float32 and a weight torch.bfloat16",
+    ),
+    ("qkv_projection", {"num_heads": 5}, ValueError, "a width of 48 cannot be cut into 5 heads"),
+    ("qkv_projection", {"num_heads": 0}, ValueError, "a width of 48 cannot be cut into 0 heads"),
+    ("qkv_projection", {"x": (70,)}, ValueError, "qkv_projection: x is [70], expected [T, K]"),
+    ("linear_activation", {"x": (7, 10, 40)}, ValueError, "linear_activation: x is [7, 10, 40], expected [T, K]"),
+    ("linear_residual_layer_norm", {"x": (40,)}, ValueError, "layer_norm: x is [40], expected [T, K]"),
+    ("attention", {"qkv": (9, 3, 48)}, ValueError, "attention: qkv is [9, 3, 48], expected [T, 3, H, D]"),
+    ("pool", {"hidden": (7, 10, 48)}, ValueError, "pool: hidden is [7, 10, 48], expected [T, E]"),
+    ("linear_residual_layer_norm", {"weight": (48, 1)}, ValueError, "weight is [48, 1], expected [48, 40]"),
+    ("linear_residual_layer_norm", {"bias": (1,)}, ValueError, "bias is [1], expected [48]"),
+    ("linear_residual_layer_norm", {"residual": (69, 48)}, ValueError, "residual is [69, 48], expected [70, 48]"),
+    ("linear_residual_layer_norm", {"norm_weight": (1,)}, ValueError, "norm_weight is [1], expected [48]"),
+    ("linear_residual_layer_norm", {"norm_bias": (49,)}, ValueError, "norm_bias is [49], expected [48]"),
+    (
+        "linear_residual_layer_norm",
+        {"weight": torch.float16},
+        TypeError,
+        "a weight torch.float16: a GEMM takes one dtype",
+    ),
+    (
+        "linear_residual_layer_norm",
+        {"weight": (16385, 40), "residual": (70, 16385)}
+        | dict.fromkeys(("bias", "norm_weight", "norm_bias"), (16385,)),
+        ValueError,
+        "linear_residual_layer_norm: rows of 16385 elements are longer than 16384",
+    ),
+    ("attention", {"qkv": (9, 2, 3, 16)}, ValueError, "attention: qkv is [9, 2, 3, 16], expected [9, 3, 3, 16]"),
+    ("attention", {"qkv": (9, 3, 1, 129)}, ValueError, "a head size of 129 is not served, only 1 to 128"),
+    ("attention", {"qkv": (9, 3, 1, 0)}, ValueError, "a head size of 0 is not served, only 1 to 128"),
+    ("embed_layer_norm", {"input_ids": None}, ValueError, "embed_layer_norm: pass input_ids or inputs_embeds"),
+    ("embed_layer_norm", {"token_type_ids": (7, 9)}, ValueError, "token_type_ids is [7, 9], expected [7, 10]"),
+    ("embed_layer_norm", {"position_ids": (1, 10)}, ValueError, "position_ids is [1, 10], expected [7, 10]"),
+    (
+        "embed_layer_norm",
+        {"input_ids": None, "inputs_embeds": (7, 10, 47)},
+        ValueError,
+        "inputs_embeds is [7, 10, 47], expected [7, 10, 48]",
+    ),
+    ("embed_layer_norm", {"position_table": (9, 47)}, ValueError, "position_table is [9, 47], expected [9, 48]"),
+    ("embed_layer_norm", {"token_type_table": (2, 1)}, ValueError, "token_type_table is [2, 1], expected [2, 48]"),
+    ("embed_layer_norm", {"weight": (47,)}, ValueError, "embed_layer_norm: weight is [47], expected [48]"),
+    ("embed_layer_norm", {"bias": (1,)}, ValueError, "embed_layer_norm: bias is [1], expected [48]"),
+    (
+        "embed_layer_norm",
+        dict.fromkeys(("word_table", "position_table", "token_type_table"), (2, 16385))
+        | dict.fromkeys(("weight", "bias"), (16385,)),
+        ValueError,
+        "embed_layer_norm: rows of 16385 elements are longer than 16384",
+    ),
+    (
+        "embed_layer_norm",
+        dict.fromkeys(
+            ("input_ids", "token_type_ids", "position_ids"),
+            torch.ones(1, 1, dtype=torch.int64, device=DEVICE).expand(2**16, 2**15),
+        ),
+        ValueError,
+        "embed_layer_norm: 65536 x 32768 places, it takes fewer than 2^31",
+    ),
+    ("unpack", {"indices": (69,)}, ValueError, "unpack: indices is [69], expected [70]"),
+    ("pool", {"mode": "max"}, ValueError, "pool mode 'max' is unknown; choose 'first' or 'mean'"),
+    ("pool", {"hidden": (2, 16385)}, ValueError, "pool: rows of 16385 elements are longer than 16384"),
+    ("packing_plan", {"mask": (3,)}, ValueError, "mask is [3], expected [B, S] of fewer than 2^31 places"),
+    ("packing_plan", {"mask": (2, 3, 4)}, ValueError, "mask is [2, 3, 4], expected [B, S]"),
+    (
+        "packing_plan",
+        {"mask": torch.ones(1, 1, device=DEVICE).expand(2**16, 2**15)},
+        ValueError,
+        "mask is [65536, 32768], expected [B, S] of fewer than 2^31 places",
+    ),
+]

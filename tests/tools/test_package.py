@@ -1,0 +1,198 @@
+"""The house: what imports what, what an import costs, what is exported."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastbert
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "fastbert"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_only_the_seam_knows_the_kernels():
+    for name, path in MODULES.items():
+        text = path.read_text()
+        assert 'import_module("fastbert_kernels")' not in text or name in ("ops.backend", "ops.torch_library"), path
+        assert not any(module.startswith("fastbert_kernels") for module in imported(path)), path
+
+
+def test_the_arrow_points_from_the_model_to_the_ops():
+    below = {
+        "ops.backend": set(),
+        "ops.eager": {"ops.backend"},
+        "ops.torch_library": {"ops.backend", "ops.eager"},
+        "ops": {"ops.backend", "ops.eager", "ops.torch_library"},
+        "tokens": {"ops"},
+        "patches": set(),
+        "outputs": {"ops"},
+        "fusion": {"ops", "patches"},
+        "encoder_layer": {"ops"},
+        "inputs": {"configuration", "ops", "tokens"},
+        "pretrained": {"configuration"},
+        "layers": {"configuration", "encoder_layer", "fusion", "inputs", "ops", "patches", "tokens"},
+        "model": {
+            "configuration",
+            "fusion",
+            "inputs",
+            "layers",
+            "ops",
+            "outputs",
+            "patches",
+            "pretrained",
+            "replaying",
+            "tokens",
+        },
+        "heads": {"fusion", "model", "ops", "outputs", "patches", "pretrained", "replaying", "tokens"},
+        "compilation": {"automatic", "graph_rules", "inference", "model", "ops"},
+        "tokenization": {"fusion"},
+        "windows": {"tokenization"},
+        "inference": {"fusion", "graphs", "heads", "layers", "model", "ops", "patches", "tokenization", "windows"},
+        "sentences": {"inference", "inputs", "ops", "tokenization", "tokens"},
+        "explanation": {"automatic", "fusion", "heads", "inference", "ops", "pretrained", "sentences"},
+        "conversion": {
+            "automatic",
+            "configuration",
+            "explanation",
+            "fusion",
+            "graphs",
+            "heads",
+            "model",
+            "patches",
+            "replaying",
+            "sentences",
+        },
+        "capture": {"graph_rules", "outputs", "tokens"},
+        "graph_rules": set(),
+        "replaying": {"ops"},
+        "automatic": {"capture", "graph_rules", "graph_state", "graphs", "ops", "pretrained", "replaying"},
+        "graph_state": {"fusion", "inputs", "layers", "model", "patches"},
+        "graphs": {"capture", "graph_rules", "graph_state", "inputs", "ops", "pretrained", "replaying"},
+        "configuration": set(),
+        "commands": set(),
+        "commands.texts": set(),
+        "commands.timing": set(),
+        "testing": set(),
+        "commands.machine": set(),
+        "commands.resumable": set(),
+        "commands.checkpoint": {"commands.texts"},
+        "commands.verify": {"commands.checkpoint", "ops", "testing", "tokens"},
+        "commands.benchmark": {"commands.checkpoint", "commands.timing", "testing"},
+        "commands.information": {"automatic", "commands.machine", "graph_rules", "ops"},
+        "commands.lines": set(),
+        "commands.encode": {
+            "commands.checkpoint",
+            "commands.lines",
+            "commands.resumable",
+            "inference",
+            "tokenization",
+            "windows",
+        },
+        "cli": {
+            f"commands.{name}" for name in ("benchmark", "checkpoint", "encode", "information", "machine", "verify")
+        },
+    }
+    assert below.keys() == MODULES.keys()
+    for name, allowed in below.items():
+        own = {module.removeprefix("fastbert.") for module in imported(MODULES[name]) if module.startswith("fastbert.")}
+        # Of `from fastbert.fusion import why_eager` the module is what stands before the last dot, of `import ops` all.
+        modules = {each if each in MODULES else each.rpartition(".")[0] for each in own} & MODULES.keys()
+        if not name.startswith("ops"):
+            modules = {"ops" if each.startswith("ops.") else each for each in modules}
+        assert modules <= allowed, f"{name} imports {modules - allowed}"
+
+
+def test_kernels_stand_alone():
+    files = list((ROOT / "kernels").rglob("*.py"))
+    assert files
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for path in files:
+        tops = {module.split(".")[0] for module in imported(path)}
+        assert tops <= {"torch", "triton", "fastbert_kernels", *sys.stdlib_module_names}, path
+
+
+def test_files_stay_short():
+    for path in [*ROOT.glob("fastbert/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def run(code: str) -> str:
+    """Run Python code elsewhere than in the repository and return what it prints."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sys.prefix))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_imports_without_triton_and_without_heavy_modules():
+    code = """
+import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NoTriton())
+import fastbert
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+import torch
+model = fastbert.BertModel(fastbert.BertConfig(hidden_size=12, num_hidden_layers=1, intermediate_size=12)).eval()
+print(tuple(model(torch.ones(1, 3, dtype=torch.long)).last_hidden_state.shape))
+"""
+    assert run(code).strip() == "(1, 3, 12)"
+
+
+def test_the_import_costs_little_more_than_transformers_own():
+    code = """
+import time
+import torch, transformers.models.bert.modeling_bert, transformers.models.bert.configuration_bert
+start = time.perf_counter()
+from fastbert import BertConfig, BertForMaskedLM, BertModel, backend, explain
+print(time.perf_counter() - start)
+"""
+    assert min(float(run(code)) for _ in range(3)) < 0.2
+
+
+def test_the_repository_root_is_not_on_the_path():
+    """A bare `kernels` folder on sys.path would be taken for the Hugging Face package of that name."""
+    assert run("import importlib.util; import fastbert; print(importlib.util.find_spec('kernels'))").strip() == "None"
+
+
+def test_exports():
+    assert set(fastbert.__all__) <= set(dir(fastbert))
+    for name in fastbert.__all__:
+        assert getattr(fastbert, name).__module__.startswith(("fastbert.", "transformers."))
+        assert getattr(fastbert, name).__doc__
+    with pytest.raises(AttributeError, match="module 'fastbert' has no attribute 'BertLMHeadModel'"):
+        fastbert.BertLMHeadModel  # noqa: B018
+
+
+def test_forward_signatures_are_transformers():
+    import inspect
+
+    import transformers
+    from cases import HEADS
+
+    for head in HEADS:
+        ours = inspect.signature(getattr(fastbert, head).forward).parameters
+        theirs = inspect.signature(getattr(transformers, head).forward).parameters
+        assert list(ours) == list(theirs)
+        assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
