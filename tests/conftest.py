@@ -2,8 +2,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The processes that tests start import the helpers of the tests, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent / "tools")])
+)
 # numpy's OpenBLAS gives a row other bits by its place in a tile; this core type's kernels do not.
 if "numpy" not in sys.modules:
     os.environ["OPENBLAS_CORETYPE"] = "Nehalem"
