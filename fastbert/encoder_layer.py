@@ -4,7 +4,7 @@ Letters as in `fastbert.tokens`.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,30 @@ from fastbert import ops
 from fastbert.ops import backend, torch_library
 
 
+class LayerWeights(NamedTuple):
+    """The tensors of a layer: weights [out, in], biases and LayerNorm's two [out]. As in `fastbert_kernels`, which need
+    not be there."""
+
+    q_weight: Tensor
+    q_bias: Tensor
+    k_weight: Tensor
+    k_bias: Tensor
+    v_weight: Tensor
+    v_bias: Tensor
+    attention_weight: Tensor
+    attention_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    output_norm_weight: Tensor
+    output_norm_bias: Tensor
+
+
 class LayerNumbers(NamedTuple):
-    """What a layer computes by beside its weights; eps of attention's LayerNorm and of the feed-forward part's."""
+    """What a layer computes with beside its weights; eps: of attention's LayerNorm and of the output's."""
 
     num_heads: int
     head_size: int
@@ -25,39 +47,41 @@ class LayerNumbers(NamedTuple):
 
 
 def encoder_layer(
-    x: Tensor, weights: Sequence[Tensor], numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int,
+    x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int,
     mask: Tensor | None, implementation: str, num_tokens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """x [T, E] -> [T, E], as `ops` says of each of its ops.
-
-    weights: weight and bias of the queries, of the keys, of the values, of attention's output and its LayerNorm, of the
-    feed-forward part's first linear, its second and its LayerNorm. mask, implementation: of `ops.attention`.
-    """
+    """x [T, E] -> [T, E], as `ops` says of each of its ops. mask, implementation: of `ops.attention`."""
 
     def compute(x, mask, *weights):
-        refused = backend.why_not_head_size(numbers.head_size)
-        if mask is None and backend.launches_directly(x, refused):
+        w = LayerWeights(*weights)
+        if mask is None and backend.launches_directly(x, numbers.head_size):
             # Already imported by launches_directly.
             whole = sys.modules["fastbert_kernels"].encoder_layer
-            num_heads, _, *others = numbers
-            return whole(x, weights, cu_seqlens, max_seqlen, num_heads, *others, num_tokens)
-        qkv, (attended, norm1, up, down, norm2) = weights[:6], zip(weights[6::2], weights[7::2], strict=True)
-        # Nested, so that the queries, keys and values [T, 3, H, D] are gone before the wider feed-forward part.
-        x = ops.linear_residual_layer_norm(
-            ops.attention(
-                ops.qkv_projection(x, *qkv, numbers.num_heads, num_tokens),
-                cu_seqlens, max_seqlen, numbers.scale, mask, implementation, num_tokens,
-            ),
-            *attended, x, *norm1, numbers.eps[0], num_tokens,
+            return whole(
+                x, w, cu_seqlens, max_seqlen, numbers.num_heads, numbers.scale, numbers.activation, numbers.eps,
+                num_tokens,
+            )  # fmt: skip
+        qkv = ops.qkv_projection(
+            x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, numbers.num_heads, num_tokens
+        )  # [T, 3, H, D]
+        context = ops.attention(qkv, cu_seqlens, max_seqlen, numbers.scale, mask, implementation, num_tokens)
+        del qkv  # before the feed-forward part, which takes more
+        attended = ops.linear_residual_layer_norm(
+            context, w.attention_weight, w.attention_bias, x, w.attention_norm_weight, w.attention_norm_bias,
+            numbers.eps[0], num_tokens,
         )  # fmt: skip
-        y = ops.linear_activation(x, *up, numbers.activation, num_tokens)  # [T, F]
-        return ops.linear_residual_layer_norm(y, *down, x, *norm2, numbers.eps[1], num_tokens)
+        del context
+        up = ops.linear_activation(attended, w.up_weight, w.up_bias, numbers.activation, num_tokens)  # [T, F]
+        return ops.linear_residual_layer_norm(
+            up, w.down_weight, w.down_bias, attended, w.output_norm_weight, w.output_norm_bias, numbers.eps[1],
+            num_tokens,
+        )  # fmt: skip
 
     return in_one_node(compute, x, mask, *weights) if torch.is_grad_enabled() else compute(x, mask, *weights)
 
 
 class _Recomputed(torch.autograd.Function):
-    """A computation of many ops as one node: forward in the kernels, backward through the eager twins, recomputed."""
+    """A computation of many ops as one node: forward in the kernels, backward through the references, recomputed."""
 
     @staticmethod
     def forward(ctx, compute, *tensors):

@@ -6,10 +6,10 @@ An adapter of PEFT's that is merged into the weights counts as the module that i
 Otherwise all of it runs through its modules, so that every hook fires and every adapter counts.
 """
 
-from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +38,51 @@ ORIGINAL = "_fastbert_original"
 PARAMETERS = {nn.Linear: 2, nn.LayerNorm: 2, nn.Embedding: 1}
 
 
+class EmbeddingsParts(NamedTuple):
+    """The modules of `BertEmbeddings`."""
+
+    embeddings: nn.Module
+    words: nn.Embedding
+    positions: nn.Embedding
+    types: nn.Embedding
+    norm: nn.LayerNorm
+    dropout: nn.Dropout
+
+
+class LayerParts(NamedTuple):
+    """The modules of a `BertLayer`, flat."""
+
+    layer: nn.Module
+    attention: nn.Module
+    self_attention: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    attention_dropout: nn.Dropout
+    self_output: nn.Module
+    self_output_dense: nn.Linear
+    self_output_norm: nn.LayerNorm
+    self_output_dropout: nn.Dropout
+    intermediate: nn.Module
+    intermediate_dense: nn.Linear
+    intermediate_activation: nn.Module
+    output: nn.Module
+    output_dense: nn.Linear
+    output_norm: nn.LayerNorm
+    output_dropout: nn.Dropout
+
+
+class PoolerParts(NamedTuple):
+    """The modules of `BertPooler`."""
+
+    pooler: nn.Module
+    dense: nn.Linear
+    activation: nn.Module
+
+
+Parts = EmbeddingsParts | LayerParts | PoolerParts
+
+
 class FusableBlock:
     """A block of the model that the ops can serve.
 
@@ -54,20 +99,11 @@ class FusableBlock:
         if "made_of" in vars(cls):
             cls.expected = tuple((kind, [nn.Parameter] * PARAMETERS.get(kind, 0)) for kind in (cls, *cls.made_of))
 
-    def parts(self) -> tuple[nn.Module, ...]:
+    def parts(self) -> Parts:
         raise NotImplementedError
 
-    def refusal(self, parts: tuple[nn.Module, ...]) -> tuple[str | None, bool]:
+    def refusal(self, parts: Parts) -> tuple[str | None, bool]:
         return None, False
-
-
-# The modules of a `BertLayer`, flat.
-LayerParts = namedtuple(
-    "LayerParts",
-    "layer attention self_attention query key value attention_dropout self_output self_output_dense self_output_norm "
-    "self_output_dropout intermediate intermediate_dense intermediate_activation output output_dense output_norm "
-    "output_dropout",
-)
 
 
 def parameters_of(module: nn.Linear | nn.LayerNorm) -> tuple[nn.Parameter, nn.Parameter]:
@@ -102,7 +138,7 @@ def why_no_block() -> str | None:
     return "a global module hook is registered" if _has_any_global_hook() else patches.replaced()
 
 
-def fused_parts(block: nn.Module, asked: bool = False) -> tuple[tuple[nn.Module, ...] | None, str | None]:
+def fused_parts(block: nn.Module, asked: bool = False) -> tuple[Parts | None, str | None]:
     """The parts of a block that the ops serve, and None; or None, and why it runs through its modules.
 
     asked: the caller knows that `why_no_block` has no reason. This runs for every block of every call: it reads the
@@ -133,7 +169,7 @@ def fused_parts(block: nn.Module, asked: bool = False) -> tuple[tuple[nn.Module,
             if reason:
                 return None, f"{_name(block, base or module)} {reason}"
             if base is not None:
-                parts = getattr(type(parts), "_make", tuple)([*parts[:index], base, *parts[index + 1 :]])
+                parts = parts._make([*parts[:index], base, *parts[index + 1 :]])
     reason, _ = block.refusal(parts)
     return (None, reason) if reason else (parts, None)
 

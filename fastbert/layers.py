@@ -16,7 +16,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastbert import patches
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
-from fastbert.encoder_layer import LayerNumbers, encoder_layer
+from fastbert.encoder_layer import LayerNumbers, LayerWeights, encoder_layer
 from fastbert.fusion import (
     ACTIVATIONS,
     FUSED_ACTIVATIONS,
@@ -29,6 +29,7 @@ from fastbert.fusion import (
     has_patched_forward,
     is_number,
     must_see_padding,
+    parameters_of,
     why_no_block,
 )
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
@@ -90,7 +91,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
         hf.BertOutput, nn.Linear, nn.LayerNorm, nn.Dropout,
     )  # fmt: skip
 
-    def parts(self):
+    def parts(self) -> LayerParts:
         own = self._modules
         attention, intermediate, output = own["attention"], own["intermediate"], own["output"]
         self_attention, self_output = attention._modules["self"], attention._modules["output"]
@@ -102,8 +103,8 @@ class BertLayer(hf.BertLayer, FusableBlock):
             output, o["dense"], o["LayerNorm"], o["dropout"],
         )  # fmt: skip
 
-    def refusal(self, parts):
-        attention, q, k, v = parts[2:6]
+    def refusal(self, parts: LayerParts):
+        attention = parts.self_attention
         if attention.is_causal:
             return "its attention is causal", True
         if not is_number(attention.scaling):
@@ -111,7 +112,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
         if "feed_forward_chunk" in self.__dict__:
             return "has a patched feed_forward_chunk", True
         # A weight that is no parameter is the modules' affair.
-        weights = [x._parameters.get("weight") for x in (q, k, v)]
+        weights = [x._parameters.get("weight") for x in (parts.query, parts.key, parts.value)]
         widths = {int(x.shape[0]) for x in weights if x is not None}  # in a trace, tensors
         if len(widths) > 1 or any(width % attention.attention_head_size for width in widths):
             return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}", True
@@ -157,14 +158,15 @@ class BertLayer(hf.BertLayer, FusableBlock):
         return self.feed_forward_chunk(hidden_states)
 
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
-        weighted = (
-            p.query, p.key, p.value, p.self_output_dense, p.self_output_norm, p.intermediate_dense, p.output_dense,
-            p.output_norm,
+        weights = LayerWeights(
+            *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
+            *parameters_of(p.self_output_dense), *parameters_of(p.self_output_norm),
+            *parameters_of(p.intermediate_dense),
+            *parameters_of(p.output_dense), *parameters_of(p.output_norm),
         )  # fmt: skip
-        weights = [module._parameters[name] for module in weighted for name in ("weight", "bias")]
         head_size = p.self_attention.attention_head_size
         numbers = LayerNumbers(
-            int(weights[0].shape[0]) // head_size, head_size, float(p.self_attention.scaling),
+            int(weights.q_weight.shape[0]) // head_size, head_size, float(p.self_attention.scaling),
             fused_activation(p.intermediate_activation), (p.self_output_norm.eps, p.output_norm.eps),
         )  # fmt: skip
         x = encoder_layer(

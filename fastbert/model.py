@@ -17,11 +17,14 @@ from transformers.processing_utils import Unpack
 from fastbert import ops, patches
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.fusion import (
+    EmbeddingsParts,
     FusableBlock,
+    PoolerParts,
     class_name,
     fused_parts,
     linear_of_any_rank,
     must_see_padding,
+    parameters_of,
     runs_in_kernels,
     why_no_block,
 )
@@ -52,18 +55,17 @@ class BertEmbeddings(hf.BertEmbeddings, FusableBlock):
     ops_used = ("embed_layer_norm",)
     made_of = (nn.Embedding, nn.Embedding, nn.Embedding, nn.LayerNorm, nn.Dropout)
 
-    def parts(self):
+    def parts(self) -> EmbeddingsParts:
         own = self._modules
-        return (
+        return EmbeddingsParts(
             self, own["word_embeddings"], own["position_embeddings"], own["token_type_embeddings"],
             own["LayerNorm"], own["dropout"],
         )  # fmt: skip
 
-    def refusal(self, parts):
-        _, words, positions, types, _, _ = parts
-        if any(map(looks_up_with_options, (words, positions, types))):
+    def refusal(self, parts: EmbeddingsParts):
+        if any(map(looks_up_with_options, (parts.words, parts.positions, parts.types))):
             return "an embedding has max_norm, sparse or scale_grad_by_freq set", False
-        if positions.padding_idx is not None or types.padding_idx is not None:
+        if parts.positions.padding_idx is not None or parts.types.padding_idx is not None:
             return "an embedding of positions or token types has a padding_idx", False
         return None, False
 
@@ -74,13 +76,13 @@ class BertPooler(hf.BertPooler, FusableBlock):
     ops_used = ("linear_activation",)
     made_of = (nn.Linear, nn.Tanh)
 
-    def parts(self):
-        return self, self._modules["dense"], self._modules["activation"]
+    def parts(self) -> PoolerParts:
+        return PoolerParts(self, self._modules["dense"], self._modules["activation"])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         parts, refused = fused_parts(self)
         if parts is not None:
-            return linear_of_any_rank(hidden_states[:, 0], parts[1], "tanh")
+            return linear_of_any_rank(hidden_states[:, 0], parts.dense, "tanh")
         backend.fall_back("the pooler", refused, hidden_states.device)
         return super().forward(hidden_states)
 
@@ -219,7 +221,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         embeddings, inputs = self.embeddings, batch.embedded()
         parts, refused = (None, refused) if refused else fused_parts(embeddings, asked=True)
         if parts is not None:
-            words, positions, types, weight = (x._parameters["weight"] for x in parts[1:5])
+            words, positions, types = (x._parameters["weight"] for x in (parts.words, parts.positions, parts.types))
+            weight, bias = parameters_of(parts.norm)
             first = words if batch.inputs_embeds is None else batch.inputs_embeds
             summed = torch.promote_types(torch.promote_types(first.dtype, positions.dtype), types.dtype)
             if summed != weight.dtype:
@@ -230,8 +233,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 hidden_states = ops.embed_layer_norm(
                     **inputs, indices=layout.indices, num_tokens=layout.num_tokens,
                     word_table=words, position_table=positions, token_type_table=types,
-                    weight=weight, bias=parts[4]._parameters["bias"], eps=parts[4].eps,
-                    padding_idx=parts[1].padding_idx,
+                    weight=weight, bias=bias, eps=parts.norm.eps, padding_idx=parts.words.padding_idx,
                 )  # fmt: skip
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
                 return hidden_states.view(shape) if layout.padded else hidden_states
@@ -251,7 +253,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         first = layout.first_tokens(sequence_output)
         parts, refused = (None, refused) if refused else fused_parts(pooler, asked=True)
         if parts is not None and pooler._compiled_call_impl is None and BertPooler.forward is _OWN_FORWARDS[2]:
-            return linear_of_any_rank(first, parts[1], "tanh")  # not through the module: nobody sees it
+            return linear_of_any_rank(first, parts.dense, "tanh")  # not through the module: nobody sees it
         first = first[:, None]
         if parts is None and must_see_padding(pooler) and len(first) == layout.batch_size:
             first = torch.cat((first, sequence_output[:, 1:]), 1)

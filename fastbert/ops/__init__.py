@@ -90,7 +90,7 @@ def attention(
     implementation, "sdpa" or "eager", chooses the eager path's attention. Vaswani et al. 2017, section 3.2.
     """
     refused = "a mask of attention scores cannot be packed" if mask is not None else None
-    kernel = backend.kernel("attention", qkv, refused or backend.why_not_head_size(qkv.shape[-1]))
+    kernel = backend.kernel("attention", qkv, refused, size=qkv.shape[-1])
     if kernel is None:
         return eager.attention(qkv, cu_seqlens, max_seqlen, scale, mask, implementation, num_tokens)
     return kernel(qkv, cu_seqlens, max_seqlen, scale)
@@ -150,9 +150,7 @@ def pool(
     tokens gives zeros. indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is packed.
     Raises ValueError for another mode.
     """
-    width = hidden.shape[-1]
-    refused = f"rows of {width} elements are longer than {backend.MAX_ROW}" if width > backend.MAX_ROW else None
-    kernel = backend.kernel("pool", hidden, refused)
+    kernel = backend.kernel("pool", hidden, size=hidden.shape[-1])
     if kernel is None:
         return eager.pool(hidden, cu_seqlens, mode, normalize, indices)
     return kernel(hidden, cu_seqlens, mode, normalize, indices)

@@ -23,8 +23,6 @@ from torch.compiler import is_compiling
 
 BACKENDS = ("auto", "triton", "eager")
 
-MAX_HEAD_SIZE = 128
-MAX_ROW = 16384  # elements of a row of `pool`
 NEED_CUDA = "the kernels need a CUDA device"
 
 logger = logging.getLogger("fastbert")
@@ -146,15 +144,34 @@ def launch_configurations(device: torch.device) -> Path | None:
     """The file by which kernels are launched on a device, None where none can be. Raises ValueError for a bad file."""
     if why_not_triton("attention", device, torch.float32) is not None:
         return None
-    launch = import_module("fastbert_kernels.launch")
-    name = launch.configuration_name(device)
-    launch.configurations(name)  # reads and checks it
-    return launch.configuration_file(name)
+    configs = import_module("fastbert_kernels.configs")
+    name = configs.name_for(device)
+    configs.table_for(name)  # reads and checks it
+    return configs.file_for(name)
 
 
-def why_not_head_size(head_size: int) -> str | None:
-    """Why no kernel attends with heads of this size; None if one does."""
-    return f"heads of {head_size} are larger than {MAX_HEAD_SIZE}" if head_size > MAX_HEAD_SIZE else None
+def why_not_size(op: str, size: int) -> str | None:
+    """Why the kernel of an op takes no head (`attention`) or row (`pool`) of this size; None if it does.
+
+    The limits are the kernels' own: ask only if `why_not_triton` has no reason, for this imports them.
+    """
+    if op == "attention" and size > (limit := _limit_of_kernels("MAX_HEAD_SIZE")):
+        return f"heads of {size} are larger than {limit}"
+    if op == "pool" and size > (limit := _limit_of_kernels("MAX_ROW")):
+        return f"rows of {size} elements are longer than {limit}"
+    return None
+
+
+def _limit_of_kernels(name: str) -> int:
+    return _cached_limit(name)
+
+
+_limit_of_kernels._dynamo_marked_constant = True  # as of why_not_triton
+
+
+@functools.cache
+def _cached_limit(name: str) -> int:
+    return getattr(import_module("fastbert_kernels.limits"), name)
 
 
 def _wants_kernels(device: torch.device) -> bool:
@@ -170,11 +187,11 @@ def _why_not_exported() -> str | None:
     return "what torch.jit.trace and torch.onnx record runs without fastbert" if leaves else None
 
 
-def why_eager(op: str, device: torch.device, dtype: torch.dtype, head_size: int = 0) -> str | None:
-    """Why the eager twin serves a call of `op` on such tensors; None if a kernel does."""
+def why_eager(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str | None:
+    """Why the reference runs a call of `op` on such tensors; None if a kernel does. size: see `why_not_size`."""
     if _wants_kernels(device):
         exported = _why_not_exported() if is_tracing() else None
-        return exported or why_not_triton(op, device, dtype) or why_not_head_size(head_size)
+        return exported or why_not_triton(op, device, dtype) or why_not_size(op, size)
     chosen = current_backend()
     return "backend 'eager' is chosen" if chosen == "eager" else f"the tensors are on 'cpu' and {NEED_CUDA}"
 
@@ -184,21 +201,22 @@ def packs_on_device(device: torch.device) -> bool:
     return why_eager("packing_plan", device, torch.float32) is None
 
 
-def launches_directly(tensor: Tensor, refused: str | None = None) -> bool:
-    """Whether every op without gradients of tensors like this one, in their own dtype, is a launch of its kernel:
-    nobody traces, transforms or watches. refused: as for a call of an op."""
+def launches_directly(tensor: Tensor, head_size: int) -> bool:
+    """Whether every op of an encoder layer, on tensors like this one in their own dtype, is a launch of its kernel:
+    nobody records gradients, traces, transforms or watches."""
     return (
-        refused is None
-        and _wants_kernels(tensor.device)
+        _wants_kernels(tensor.device)
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type))
         and not (is_tracing() or is_transforming() or is_watched())
         and why_not_triton("encoder_layer", tensor.device, tensor.dtype) is None
+        and why_not_size("attention", head_size) is None
     )
 
 
-def kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | None:
+def kernel(op: str, tensor: Tensor, refused: str | None = None, size: int = 0) -> Callable | None:
     """What runs a call of `op` on tensors like this one: the kernel's launcher, the op of `torch_library` where
-    somebody traces or records it, None for the reference. refused: why only the reference can, if so."""
+    somebody traces or records it, None for the reference. refused: why only the reference can, if so; size: see
+    `why_not_size`."""
     if not _wants_kernels(tensor.device):
         return None
     tracing = is_tracing()
@@ -206,7 +224,7 @@ def kernel(op: str, tensor: Tensor, refused: str | None = None) -> Callable | No
         refused = _why_not_exported() or refused
     elif is_transforming():
         refused = "a function transform or a forward-mode derivative is active"
-    reason = refused or why_not_triton(op, tensor.device, tensor.dtype)
+    reason = refused or why_not_triton(op, tensor.device, tensor.dtype) or why_not_size(op, size)
     if reason is not None:
         fall_back(op, reason, tensor.device)
         return None

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 SHORT_ATTENTION = 2**17
 
 
-def clear_past(hidden, num_tokens):
+def clear_past(hidden: Tensor, num_tokens: Tensor | None) -> Tensor:
     """hidden [T, ...] with zeros from row num_tokens on, where it is given: what stands there must not matter."""
     if num_tokens is None:
         return hidden
@@ -40,19 +40,20 @@ def sequence_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
 
 
-def packing_plan(mask):
+def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     keep = (mask != 0).flatten()
     cu_seqlens = F.pad((mask != 0).sum(1).cumsum(0), (1, 0)).int()
     return torch.argsort(keep, stable=True, descending=True), cu_seqlens
 
 
 def embed_layer_norm(
-    input_ids, token_type_ids, position_ids, inputs_embeds, indices,
-    word_table, position_table, token_type_table, weight, bias, eps, padding_idx=None, num_tokens=None,
-):  # fmt: skip
+    input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
+    weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     seq_len = (inputs_embeds if input_ids is None else input_ids).shape[1]
 
-    def kept(tensor):  # [B, S, ...] -> [T, ...]
+    def kept(tensor: Tensor) -> Tensor:  # [B, S, ...] -> [T, ...]
         tensor = tensor.flatten(0, 1)
         return clear_past(tensor if indices is None else tensor[indices], num_tokens)
 
@@ -73,7 +74,10 @@ def embed_layer_norm(
     return clear_past(torch.layer_norm(hidden, weight.shape, weight, bias, eps), num_tokens)
 
 
-def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, num_tokens=None):
+def qkv_projection(
+    x: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
+    num_heads: int, num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     x, hidden_size = clear_past(x, num_tokens), q_weight.shape[0]
     if may_overwrite():
         qkv = x.new_empty(x.shape[0], 3, hidden_size)
@@ -87,7 +91,10 @@ def qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_
     return clear_past(qkv.view(x.shape[0], 3, num_heads, hidden_size // num_heads), num_tokens)
 
 
-def attention(qkv, cu_seqlens, max_seqlen, scale, mask=None, implementation="sdpa", num_tokens=None):
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    mask: Tensor | None = None, implementation: str = "sdpa", num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     (size, _, num_heads, head_size), num_sequences = qkv.shape, cu_seqlens.shape[0] - 1
     if mask is None and (num_tokens is not None or size != num_sequences * max_seqlen):
         q, k, v = clear_past(qkv, num_tokens).unbind(1)
@@ -98,18 +105,25 @@ def attention(qkv, cu_seqlens, max_seqlen, scale, mask=None, implementation="sdp
     return context.transpose(1, 2).reshape(size, num_heads * head_size)
 
 
-def linear_activation(x, weight, bias, activation, num_tokens=None):
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str, num_tokens: Tensor | None = None
+) -> Tensor:
     hidden = F.linear(clear_past(x, num_tokens), weight, bias)
     return clear_past(ACTIVATIONS[activation](hidden, out=hidden if may_overwrite() else None), num_tokens)
 
 
-def linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, num_tokens=None):
+def linear_residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     hidden, residual = F.linear(clear_past(x, num_tokens), weight, bias), clear_past(residual, num_tokens)
     hidden = hidden.add_(residual) if may_overwrite() else hidden + residual
     return clear_past(torch.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, eps), num_tokens)
 
 
-def unpack(hidden, indices, batch_size, seq_len, num_tokens=None):
+def unpack(
+    hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int, num_tokens: Tensor | None = None
+) -> Tensor:
     if indices is not None:
         hidden = clear_past(hidden, num_tokens)
         hidden = hidden.new_zeros(batch_size * seq_len, *hidden.shape[1:]).index_copy_(0, indices, hidden)
@@ -117,7 +131,9 @@ def unpack(hidden, indices, batch_size, seq_len, num_tokens=None):
     return hidden.view(batch_size, seq_len, *hidden.shape[1:])
 
 
-def pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
+def pool(
+    hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, indices: Tensor | None = None
+) -> Tensor:
     if mode not in ("first", "mean"):
         raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
     if mode == "first" and indices is not None:
@@ -196,7 +212,9 @@ def finite(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
-def _attend(q, k, v, mask, scale, dropout, implementation):
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, implementation: str
+) -> tuple[Tensor, Tensor | None]:
     """q, k, v [N, H, S, D] -> [N, H, S, D], and of "eager" the weights [N, H, S, S]."""
     if implementation == "eager":
         return _softmax_attention(q, k, v, mask, scale, dropout)
@@ -205,7 +223,9 @@ def _attend(q, k, v, mask, scale, dropout, implementation):
     return F.scaled_dot_product_attention(q, k, v, finite(mask, q.dtype), dropout, scale=scale), None
 
 
-def _softmax_attention(q, k, v, mask, scale, dropout):
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
     """Attention by its definition, for its weights (after dropout, as transformers returns them)."""
     scores = q @ k.transpose(-2, -1) * scale
     if mask is not None:

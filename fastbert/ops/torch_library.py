@@ -20,29 +20,28 @@ from fastbert.ops.backend import is_tracing
 
 _LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 
-SCHEMAS = {
-    "packing_plan": "(Tensor mask) -> (Tensor, Tensor)",
-    "embed_layer_norm": (
-        "(Tensor? input_ids, Tensor? token_type_ids, Tensor? position_ids, Tensor? inputs_embeds, Tensor? indices, "
-        "Tensor word_table, Tensor position_table, Tensor token_type_table, Tensor weight, Tensor bias, float eps, "
-        "int? padding_idx, Tensor? num_tokens) -> Tensor"
-    ),
-    "qkv_projection": (
-        "(Tensor x, Tensor q_weight, Tensor q_bias, Tensor k_weight, Tensor k_bias, Tensor v_weight, Tensor v_bias, "
-        "int num_heads, Tensor? num_tokens) -> Tensor"
-    ),
-    "attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> Tensor",
-    "linear_activation": "(Tensor x, Tensor weight, Tensor bias, str activation, Tensor? num_tokens) -> Tensor",
-    "linear_residual_layer_norm": (
-        "(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor norm_weight, Tensor norm_bias, float eps, "
-        "Tensor? num_tokens) -> Tensor"
-    ),
-    "unpack": "(Tensor hidden, Tensor indices, SymInt batch_size, SymInt seq_len, Tensor? num_tokens) -> Tensor",
-    "pool": "(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize, Tensor? indices) -> Tensor",
-}
+# By its name, the fake of each op: what it returns, by its inputs' shapes and dtypes alone. Its annotations are the
+# op's schema.
+FAKES: dict[str, Callable] = {}
 
 
-def _embedded_like(input_ids, inputs_embeds, indices, word_table, position_table, token_type_table):
+def _fake(function: Callable) -> Callable:
+    FAKES[function.__name__] = function
+    return function
+
+
+@_fake
+def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
+    indices = mask.new_empty(mask.numel(), dtype=torch.int64)
+    return indices, mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
+
+
+@_fake
+def embed_layer_norm(
+    input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
+    weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None, num_tokens: Tensor | None,
+) -> Tensor:  # fmt: skip
     given = inputs_embeds if input_ids is None else input_ids
     size = given.shape[0] * given.shape[1] if indices is None else indices.shape[0]
     summands = inputs_embeds if input_ids is None else word_table, position_table, token_type_table
@@ -50,24 +49,43 @@ def _embedded_like(input_ids, inputs_embeds, indices, word_table, position_table
     return word_table.new_empty(size, word_table.shape[1], dtype=dtype)
 
 
-# What each op returns, by its inputs' shapes and dtypes alone.
-FAKES = {
-    "packing_plan": lambda mask: (
-        mask.new_empty(mask.numel(), dtype=torch.int64),
-        mask.new_empty(mask.shape[0] + 1, dtype=torch.int32),
-    ),
-    "embed_layer_norm": lambda input_ids, _types, _positions, inputs_embeds, indices, *tables: _embedded_like(
-        input_ids, inputs_embeds, indices, *tables[:3]
-    ),
-    "qkv_projection": lambda x, q_weight, _q, _kw, _k, _vw, _v, num_heads, _: x.new_empty(
-        x.shape[0], 3, num_heads, q_weight.shape[0] // num_heads
-    ),
-    "attention": lambda qkv, *_: qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
-    "linear_activation": lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
-    "linear_residual_layer_norm": lambda x, weight, bias, residual, *_: residual.new_empty(residual.shape),
-    "unpack": lambda hidden, _, batch_size, seq_len, __: hidden.new_empty(batch_size, seq_len, *hidden.shape[1:]),
-    "pool": lambda hidden, cu_seqlens, *_: hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1]),
-}
+@_fake
+def qkv_projection(
+    x: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
+    num_heads: int, num_tokens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], 3, num_heads, q_weight.shape[0] // num_heads)
+
+
+@_fake
+def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
+
+
+@_fake
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, activation: str, num_tokens: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_fake
+def linear_residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_tokens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return residual.new_empty(residual.shape)
+
+
+@_fake
+def unpack(hidden: Tensor, indices: Tensor, batch_size: int, seq_len: int, num_tokens: Tensor | None) -> Tensor:
+    return hidden.new_empty(batch_size, seq_len, *hidden.shape[1:])
+
+
+@_fake
+def pool(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool, indices: Tensor | None) -> Tensor:
+    return hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1])
+
+
+SCHEMAS = {name: torch.library.infer_schema(fake, mutates_args=()) for name, fake in FAKES.items()}
 
 
 def gradients(compute: Callable[..., Tensor], inputs: tuple, wanted: tuple[bool, ...], grad: Tensor) -> list:

@@ -4,10 +4,10 @@ Every name here is a launcher that takes and returns tensors of one CUDA device;
 shapes and the limits. With TRITON_INTERPRET=1 set before Triton is first imported they run on CPU tensors, slowly.
 """
 
-from fastbert_kernels.attention import MAX_HEAD_SIZE, attention
+from fastbert_kernels.attention import attention
 from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids
-from fastbert_kernels.encoder_layer import encoder_layer
-from fastbert_kernels.launch import MAX_ROW
+from fastbert_kernels.encoder_layer import LayerWeights, encoder_layer
+from fastbert_kernels.limits import MAX_HEAD_SIZE, MAX_ROW
 from fastbert_kernels.linear_activation import linear_activation
 from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm
 from fastbert_kernels.matmul import INTERPRETED
@@ -20,6 +20,7 @@ __all__ = [
     "MAX_HEAD_SIZE",
     "MAX_ROW",
     "BadId",
+    "LayerWeights",
     "attention",
     "embed_layer_norm",
     "encoder_layer",

@@ -1,6 +1,6 @@
 """softmax(scale Q K^T) V of every head within every packed sequence, non-causal: [T, 3, H, D] -> [T, H D].
 
-A program takes BLOCK_Q queries of one head of one sequence and goes once over the sequence's keys with the online
+A program takes BLOCK_M queries of one head of one sequence and goes once over the sequence's keys with the online
 softmax (Milakov and Gimelshein 2018; Dao et al. 2022), so no S x S matrix exists. Scores, their maximum, their sum and
 the output accumulate in float32; probabilities are rounded to the dtype before they meet V. exp2 replaces exp, with
 log2(e) folded into the scale, which is applied as the maximum is subtracted, in one instruction. Sequences of any
@@ -11,24 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import (
-    Layout,
-    Plan,
-    architecture,
+from fastbert_kernels.configs import choose
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.limits import MAX_HEAD_SIZE
+from fastbert_kernels.matmul import dot
+from fastbert_kernels.operands import (
+    TensorSpec,
     check,
     check_shape,
-    choose,
-    layout_of,
-    planned,
-    precision,
+    have_unit_strides,
     shape_of,
-    torch_precision,
-    unit_strides,
+    spec_of,
     with_unit_stride,
 )
-from fastbert_kernels.matmul import dot
+from fastbert_kernels.target import architecture, dot_precision, torch_precision
 
-MAX_HEAD_SIZE = 128
 SHORT = 64  # tokens: no sequence fills more than half of a block of 128 queries
 LOG2_E = 1.4426950408889634
 SMALLEST = 2.0**-126  # of float32's normal numbers
@@ -50,8 +47,8 @@ def _attention_fwd_kernel(
     scale_log2,
     HEAD_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEGATE: tl.constexpr,
     BRANCH: tl.constexpr,
@@ -64,11 +61,11 @@ def _attention_fwd_kernel(
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
     end = tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0)
     length = tl.minimum(end, num_tokens) - start
-    first = block % query_blocks * BLOCK_Q
+    first = block % query_blocks * BLOCK_M
     if first < length:
-        offs_q = first + tl.arange(0, BLOCK_Q)
+        offs_q = first + tl.arange(0, BLOCK_M)
         offs_d = tl.arange(0, BLOCK_D)
-        offs_key = tl.arange(0, BLOCK_KEYS)
+        offs_key = tl.arange(0, BLOCK_N)
         mask_d = (offs_d < HEAD_SIZE)[None, :]
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_qkv_token + head.to(tl.int64) * stride_qkv_head
         k_ptr = q_ptr + stride_qkv_part
@@ -77,18 +74,18 @@ def _attention_fwd_kernel(
         q = tl.load(q_ptr + offs_q.to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :], mask=mask_q, other=0.0)
         if NEGATE:
             q = (-q.to(tl.float32)).to(q.dtype)  # the interpreter has no minus in bfloat16
-        row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-        row_sum = tl.zeros((BLOCK_Q,), tl.float32)
-        context = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-        for key in range(0, length, BLOCK_KEYS):
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        context = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for key in range(0, length, BLOCK_N):
             live = key + offs_key < length
             # Masked, not clamped: a key of the next sequence may be NaN, and zero times NaN is NaN.
             places = (key + offs_key).to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :]
             mask = live[:, None] & mask_d
             k = tl.load(k_ptr + places, mask=mask, other=0.0)
-            scores = dot(q, k.T, tl.zeros((BLOCK_Q, BLOCK_KEYS), tl.float32), PRECISION)
+            scores = dot(q, k.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             # Most blocks are full. Only on sm_90 a branch pays: elsewhere it costs registers or shared memory.
-            if key + BLOCK_KEYS > length or not BRANCH:
+            if key + BLOCK_N > length or not BRANCH:
                 scores = tl.where(live[None, :], scores, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
             weights = tl.exp2(scores * scale_log2 - new_max[:, None])
@@ -102,26 +99,28 @@ def _attention_fwd_kernel(
         tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@planned
-def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: float, wanted: str | None) -> Plan | None:
+@cached_by_specs
+def attention_launch(
+    qkv: TensorSpec, cu_seqlens: TensorSpec, max_seqlen: int, scale: float, allowed: str | None
+) -> CachedLaunch | None:
+    """None if operands have to be copied first; allowed: see `dot_precision`."""
     check("attention", qkv, cu_seqlens)
     num_tokens, _, num_heads, head_size = shape_of("attention", "qkv", qkv, "T 3 H D")
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
     if not 0 < head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
-    if not unit_strides(qkv, cu_seqlens):
+    if not have_unit_strides(qkv, cu_seqlens):
         return None
     config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
     config = config or choose("attention", qkv, head_size)
-    query_blocks = triton.cdiv(max_seqlen, config["BLOCK_Q"]) if num_tokens else 0
+    query_blocks = triton.cdiv(max_seqlen, config.BLOCK_M) if num_tokens else 0
     programs = (cu_seqlens.shape[0] - 1) * query_blocks * num_heads
     if programs >= 2**31:
         raise ValueError(f"attention: {programs} programs are not served, only less than 2^31: make batches smaller")
-    return Plan(
+    return CachedLaunch(
         _attention_fwd_kernel,
         (programs,),
         qkv.device,
-        dict.fromkeys(("qkv_ptr", "cu_seqlens_ptr", "out_ptr")),
         {
             "stride_qkv_token": qkv.strides[0],
             "stride_qkv_part": qkv.strides[1],
@@ -132,15 +131,15 @@ def plan_attention(qkv: Layout, cu_seqlens: Layout, max_seqlen: int, scale: floa
             # Never zero, of which minus infinity times would be NaN.
             "scale_log2": max(abs(scale) * LOG2_E, SMALLEST),
             "HEAD_SIZE": head_size,
-            "PRECISION": precision(qkv, wanted),
-            "BLOCK_Q": config["BLOCK_Q"],
-            "BLOCK_KEYS": config["BLOCK_KEYS"],
+            "PRECISION": dot_precision(qkv.dtype, qkv.device, allowed),
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
             "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
             # The largest score is the largest after scaling only where the scale is positive.
             "NEGATE": scale < 0,
             "BRANCH": architecture(qkv.device) == "sm_90",
-            "num_warps": config["num_warps"],
-            "num_stages": config["num_stages"],
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
         },
     )
 
@@ -152,9 +151,9 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     Raises ValueError for a head size above 128 or 2^31 programs, one for each head and block of queries, and TypeError
     for dtypes.
     """
-    plan = plan_attention(layout_of(qkv), layout_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
-    if plan is None:
+    launch = attention_launch(spec_of(qkv), spec_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
+    if launch is None:
         return attention(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale)
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
-    plan.launch(qkv, cu_seqlens, out)
+    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, out_ptr=out)
     return out

@@ -1,10 +1,10 @@
 """A launch by what Triton's own launcher calls in the end: its binding to the driver, a function in C.
 
 Triton's launcher looks at every argument in Python, builds every TMA descriptor anew and keeps lists of hooks, in each
-launch. What it hands to the binding is recorded here once for each plan. Later launches put addresses, descriptors and
-the stream into the places that these have there, and call the binding themselves. Of Triton's launcher this knows that
-it has a method `launch`, which is the binding or a closure around one called `launcher`; the versions that are tested
-are in constraints.txt and in the Makefile.
+launch. What it hands to the binding is recorded here once for each cached launch. Later launches put addresses,
+descriptors and the stream into the places that these have there, and call the binding themselves. Of Triton's launcher
+this knows that it has a method `launch`, which is the binding or a closure around one called `launcher`; the versions
+that are tested are in constraints.txt and in the Makefile.
 """
 
 import copy
@@ -59,8 +59,8 @@ class _Descriptors(dict):
         return found
 
 
-# By kernel, number of the operand and `Block`.
-_known: dict[tuple[CompiledKernel, int, Block], _Descriptors] = {}
+# By kernel, name of the operand and `Block`.
+_known: dict[tuple[CompiledKernel, str, Block], _Descriptors] = {}
 
 
 def forget_descriptors() -> None:
@@ -76,21 +76,21 @@ def is_watched() -> bool:
 class Binding:
     """The binding's call for one compiled kernel on one grid.
 
-    arguments are those of the kernel, by name; `operands` the names of its tensors in the order in which a launch gets
-    their addresses, with a `Block` for each that is read through a descriptor, and None for the others. addresses: of
-    tensors that there are, for which descriptors can be built. Raises LookupError, or whatever it comes to, where
-    Triton's launcher is built otherwise than this module knows.
+    arguments: all of the kernel's, by name; addresses: those of its tensors, None for one that is None; blocks: the
+    `Block` of each tensor that is read or written through a descriptor. Descriptors are built, so these tensors have to
+    be there. Raises LookupError, or whatever it comes to, if Triton's launcher is built otherwise than this module
+    knows. pointers and descriptors say where in the template the address or the descriptor of a tensor goes, by name.
     """
 
     def __init__(
-        self, compiled: CompiledKernel, grid: tuple[int, int, int], arguments: dict, operands: dict[str, Block | None],
-        addresses: list[int | None],
+        self, compiled: CompiledKernel, grid: tuple[int, int, int], arguments: dict, addresses: dict[str, int | None],
+        blocks: dict[str, Block],
     ):  # fmt: skip
         metadata = compiled.metadata
         if getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0):
             raise LookupError("each launch allocates memory for the kernel")
         self._compiled, self._grid = compiled, grid
-        self._arguments, self._operands = arguments, operands
+        self._arguments, self._blocks = arguments, blocks
         self._launch = compiled.run.launch
         names = getattr(getattr(self._launch, "__code__", None), "co_freevars", ())
         self._wrapped = "launcher" in names
@@ -98,32 +98,39 @@ class Binding:
         if self._wrapped:
             self._binding = self._launch.__closure__[names.index("launcher")].cell_contents
         # Where the binding gets an address is found by a number that stands for it.
-        stand_ins = [
-            _ADDRESS + number if block is None and address is not None else address
-            for number, (block, address) in enumerate(zip(operands.values(), addresses, strict=True))
-        ]
+        stand_ins = {
+            name: _ADDRESS + number if name not in blocks and address is not None else address
+            for number, (name, address) in enumerate(addresses.items())
+        }
         self._before, self._after, self.template = self._recorded(stand_ins)
         _, _, again = self._recorded(stand_ins)
         anew = [place for place, (x, y) in enumerate(zip(self.template, again, strict=True)) if _is_descriptor(x, y)]
-        self.pointers, self.descriptors = [], []
-        for number, (block, address) in enumerate(zip(operands.values(), addresses, strict=True)):
-            if block is not None:
-                place = anew[len(self.descriptors)]
-                # Of a weight it is the same whatever the number of tokens.
-                known = _known.get((compiled, number, block))
-                if known is None:
-                    if len(_known) >= MOST_BLOCKS:
-                        forget_descriptors()
-                    known = _Descriptors(partial(self._descriptor, place, stand_ins))
-                    known = _known.setdefault((compiled, number, block), known)
-                self.descriptors.append((place, number, known))
-            elif address is not None:
-                self.pointers.append((self.template.index(stand_ins[number]), number))
-        if len(anew) != len(self.descriptors):
-            raise LookupError(f"{len(anew)} arguments are made anew in each launch, of {len(self.descriptors)}")
+        if len(anew) != len(blocks):
+            raise LookupError(f"{len(anew)} arguments are made anew in each launch, of {len(blocks)}")
+        self.pointers = [
+            (self.template.index(stand_in), name)
+            for name, stand_in in stand_ins.items()
+            if name not in blocks and stand_in is not None
+        ]
+        # In the order of the kernel's arguments, as they stand in the template.
+        described = [name for name in arguments if name in blocks]
+        self.descriptors = [
+            (place, name, self._descriptors_of(name, place, stand_ins))
+            for place, name in zip(anew, described, strict=True)
+        ]
         self._calls: dict[int, Callable[[list], None]] = {}
 
-    def _recorded(self, addresses: list[int | None]) -> tuple[tuple, tuple, list]:
+    def _descriptors_of(self, name: str, place: int, stand_ins: dict[str, int | None]) -> _Descriptors:
+        # Of a weight they are the same whatever the number of tokens.
+        key = self._compiled, name, self._blocks[name]
+        known = _known.get(key)
+        if known is None:
+            if len(_known) >= MOST_BLOCKS:
+                forget_descriptors()
+            known = _known.setdefault(key, _Descriptors(partial(self._descriptor, place, stand_ins)))
+        return known
+
+    def _recorded(self, addresses: dict[str, int | None]) -> tuple[tuple, tuple, list]:
         """What the binding is called with: before the stream, between it and the kernel's arguments, and these."""
         calls: list[tuple] = []
 
@@ -139,15 +146,8 @@ class Binding:
                 for name, cell in zip(code.co_freevars, cells, strict=True)
             )
             launcher.launch = FunctionType(code, self._launch.__globals__, closure=tuple(cells))
-        values = dict(zip(self._operands, addresses, strict=True))
-        given = [
-            values[name]
-            if name in values and self._operands[name] is None
-            else self._operands[name].descriptor(values[name])
-            if name in values
-            else value
-            for name, value in self._arguments.items()
-        ]
+        described = {name: block.descriptor(addresses[name]) for name, block in self._blocks.items()}
+        given = (self._arguments | addresses | described).values()
         compiled = self._compiled
         launcher(*self._grid, _STREAM, compiled.function, compiled.packed_metadata, None, None, None, *given)
         (call,) = calls
@@ -159,10 +159,9 @@ class Binding:
         arguments = call[-1] if nested else call[stream + 1 :]
         return call[:stream], call[stream + 1 : -1] if nested else None, list(arguments)
 
-    def _descriptor(self, place: int, addresses: list[int | None], address: int) -> object:
+    def _descriptor(self, place: int, addresses: dict[str, int | None], address: int) -> object:
         # The memory of the other descriptors may be gone.
-        blocks = self._operands.values()
-        _, _, arguments = self._recorded([x if y is None else address for x, y in zip(addresses, blocks, strict=True)])
+        _, _, arguments = self._recorded(addresses | dict.fromkeys(self._blocks, address))
         return arguments[place]
 
     def on(self, stream: int) -> Callable[[list], None]:
@@ -175,13 +174,13 @@ class Binding:
                 call = self._calls[stream] = partial(self._binding, *self._before, stream, *self._after)
         return call
 
-    def launch(self, stream: int, addresses: list[int | None]) -> None:
+    def launch(self, stream: int, addresses: dict[str, int | None]) -> None:
         """Launch on memory at these addresses."""
         arguments = self.template.copy()
-        for place, number in self.pointers:
-            arguments[place] = addresses[number]
-        for place, number, known in self.descriptors:
-            arguments[place] = known[addresses[number]]
+        for place, name in self.pointers:
+            arguments[place] = addresses[name]
+        for place, name, known in self.descriptors:
+            arguments[place] = known[addresses[name]]
         self.on(stream)(arguments)
 
 

@@ -15,20 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import (
-    MAX_ROW,
-    Layout,
-    Plan,
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.layer_norm import normalize_rows
+from fastbert_kernels.limits import MAX_ROW
+from fastbert_kernels.operands import (
+    TensorSpec,
     check,
     check_shape,
     common_unit,
-    layout_of,
-    planned,
+    have_unit_strides,
+    live_tokens,
+    row_blocks,
     row_stride,
-    unit_strides,
+    spec_of,
     with_unit_stride,
 )
-from fastbert_kernels.layer_norm import live_tokens, normalize_rows, row_blocks
 
 INPUTS = ("input_ids", "token_type_ids", "position_ids")
 
@@ -205,12 +206,13 @@ def _embed_layer_norm_kernel(
         )
 
 
-@planned
-def _plan(
-    input_ids: Layout | None, token_type_ids: Layout | None, position_ids: Layout | None,
-    inputs_embeds: Layout | None, indices: Layout | None, word_table: Layout, position_table: Layout,
-    token_type_table: Layout, weight: Layout, bias: Layout, num_tokens: Layout | None, eps: float,
-) -> Plan | None:  # fmt: skip
+@cached_by_specs
+def _embed_layer_norm_launch(
+    input_ids: TensorSpec | None, token_type_ids: TensorSpec | None, position_ids: TensorSpec | None,
+    inputs_embeds: TensorSpec | None, indices: TensorSpec | None, word_table: TensorSpec, position_table: TensorSpec,
+    token_type_table: TensorSpec, weight: TensorSpec, bias: TensorSpec, num_tokens: TensorSpec | None, eps: float,
+) -> CachedLaunch | None:  # fmt: skip
+    """None if operands have to be copied first."""
     operation = "embed_layer_norm"
     given = inputs_embeds if input_ids is None else input_ids
     if given is None:
@@ -232,21 +234,16 @@ def _plan(
     if width > MAX_ROW:
         raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
     tables = {"word": word_table, "position": position_table, "token_type": token_type_table}
-    if not unit_strides(*tables.values(), weight, bias, indices, inputs_embeds):
+    if not have_unit_strides(*tables.values(), weight, bias, indices, inputs_embeds):
         return None
     size, blocks = batch_size * seq_len if indices is None else indices.shape[0], row_blocks(width)
     wide_strides = _strides("embeds", inputs_embeds)
     wide_strides |= {f"stride_{name}_table": row_stride(table) for name, table in tables.items()}
     unit = common_unit(word_table, width, *wide_strides.values())
-    pointers = (
-        *(f"{name}_ptr" for name in (*INPUTS, "inputs_embeds", "indices")),
-        *(f"{name}_table_ptr" for name in tables), "weight_ptr", "bias_ptr", "out_ptr", "bad_ids_ptr", "num_tokens_ptr",
-    )  # fmt: skip
-    return Plan(
+    return CachedLaunch(
         _embed_layer_norm_kernel,
         (triton.cdiv(size, blocks["BLOCK_ROWS"]),),
         word_table.device,
-        dict.fromkeys(pointers),
         {
             **_strides("ids", input_ids),
             **_strides("types", token_type_ids),
@@ -279,22 +276,34 @@ def embed_layer_norm(
     device: rows from it on are neither read nor written. padding_idx concerns gradients alone. Raises ValueError or
     TypeError for shapes, dtypes or devices that do not fit.
     """
-    inputs = input_ids, token_type_ids, position_ids, None if input_ids is not None else inputs_embeds, indices
-    tables = word_table, position_table, token_type_table, weight, bias
-    plan = _plan(*map(layout_of, (*inputs, *tables, num_tokens)), eps)
-    if plan is None:
+    if input_ids is not None:
+        inputs_embeds = None
+    launch = _embed_layer_norm_launch(
+        spec_of(input_ids), spec_of(token_type_ids), spec_of(position_ids), spec_of(inputs_embeds), spec_of(indices),
+        spec_of(word_table), spec_of(position_table), spec_of(token_type_table), spec_of(weight), spec_of(bias),
+        spec_of(num_tokens), eps,
+    )  # fmt: skip
+    if launch is None:
         # Of ids any column stride is served.
-        copied = map(with_unit_stride, (*inputs[3:], *tables))
-        return embed_layer_norm(*inputs[:3], *copied, eps, padding_idx, num_tokens)
-    places = (input_ids if inputs[3] is None else inputs_embeds).shape[:2].numel()
-    summands = (word_table if inputs[3] is None else inputs_embeds, position_table, token_type_table)
+        copied = map(
+            with_unit_stride,
+            (inputs_embeds, indices, word_table, position_table, token_type_table, weight, bias),
+        )
+        return embed_layer_norm(input_ids, token_type_ids, position_ids, *copied, eps, padding_idx, num_tokens)
+    places = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2].numel()
+    summands = (word_table if inputs_embeds is None else inputs_embeds, position_table, token_type_table)
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in summands))
     out = word_table.new_empty(places if indices is None else indices.shape[0], word_table.shape[1], dtype=dtype)
-    plan.launch(*inputs, *tables, out, _notes_of(out.device).buffer, num_tokens)
+    launch(
+        input_ids_ptr=input_ids, token_type_ids_ptr=token_type_ids, position_ids_ptr=position_ids,
+        inputs_embeds_ptr=inputs_embeds, indices_ptr=indices, word_table_ptr=word_table,
+        position_table_ptr=position_table, token_type_table_ptr=token_type_table, weight_ptr=weight, bias_ptr=bias,
+        out_ptr=out, bad_ids_ptr=_notes_of(out.device).buffer, num_tokens_ptr=num_tokens,
+    )  # fmt: skip
     return out
 
 
-def _strides(name: str, x: Layout | None) -> dict[str, int]:
+def _strides(name: str, x: TensorSpec | None) -> dict[str, int]:
     row, column = (0, 0) if x is None else x.strides[:2]
     row = row if x is not None and x.shape[0] > 1 else 0  # of one row the stride may be anything
     return {f"stride_{name}_row": row, f"stride_{name}_column": column}

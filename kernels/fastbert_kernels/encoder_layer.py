@@ -1,8 +1,9 @@
 """A whole layer of BERT's encoder (Devlin et al. 2019) as one call: x [T, E] -> [T, E].
 
 Its launches are those of `qkv_projection`, `attention`, `linear_residual_layer_norm`, `linear_activation` and
-`linear_residual_layer_norm`, one after another, and so are its bits. The first call of a shape calls these. Later ones
-find the layer's launches as one object, look at the weights once, and put addresses into calls of the driver's binding.
+`linear_residual_layer_norm`, one after another, so its results are bitwise equal to theirs. The first call of a shape
+calls these. Later ones find the layer's launches as one object, look at the weights once, and put addresses into calls
+of the driver's binding.
 """
 
 from collections.abc import Sequence
@@ -12,31 +13,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert_kernels.attention import attention, plan_attention
-from fastbert_kernels.launch import (
-    Plan,
-    current_stream,
-    forgotten_with_plans,
-    launches_directly,
-    layout_of,
-    on_device,
-    torch_precision,
+from fastbert_kernels.attention import attention, attention_launch
+from fastbert_kernels.launch import CachedLaunch, forgotten_with_launches, launches_directly
+from fastbert_kernels.linear_activation import linear_activation, linear_launch
+from fastbert_kernels.linear_residual_layer_norm import (
+    linear_residual_layer_norm,
+    linear_residual_layer_norm_launches,
 )
-from fastbert_kernels.layer_norm import plan_layer_norm
-from fastbert_kernels.linear_activation import linear_activation, plan_linear
-from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm, plan_linear_residual_layer_norm
-from fastbert_kernels.qkv_projection import plan_qkv_projection, qkv_projection
+from fastbert_kernels.operands import spec_of, spec_of_new
+from fastbert_kernels.qkv_projection import qkv_projection, qkv_projection_launch
+from fastbert_kernels.target import current_stream, on_device, torch_precision
 
-# By what a step's operands are numbered; the weights follow.
-X, QKV, CONTEXT, ATTENDED, UP, OUT, CU_SEQLENS, NUM_TOKENS, WEIGHTS = range(9)
 ALIGNMENT = 256  # elements, of the parts of a workspace
 MOST_SHAPES, MOST_LAYERS = 1024, 1024  # that are remembered; beyond, all are forgotten
 
 _nbytes_of, _dtype_of = attrgetter("nbytes"), attrgetter("dtype")
 
 
-class Weights(NamedTuple):
-    """What a layer's weights are, and the plans of layers with such weights, by what else varies.
+class LayerWeights(NamedTuple):
+    """The tensors of a layer, each once: weights [out, in], biases and LayerNorm's two [out]."""
+
+    q_weight: Tensor
+    q_bias: Tensor
+    k_weight: Tensor
+    k_bias: Tensor
+    v_weight: Tensor
+    v_bias: Tensor
+    attention_weight: Tensor
+    attention_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    output_norm_weight: Tensor
+    output_norm_bias: Tensor
+
+
+class _KnownWeights(NamedTuple):
+    """What a layer's weights are, and the layers with such weights, by what else varies.
 
     They count as unchanged if their addresses, sizes in bytes, dtypes and strides are the same.
     """
@@ -44,42 +60,47 @@ class Weights(NamedTuple):
     nbytes: list[int]
     dtypes: list[torch.dtype]
     strides: list[tuple[int, ...]]
-    plans: dict[tuple, "LayerPlan | None"]
+    layers: dict[tuple, "CachedLayer | None"]
 
 
 # By the addresses of all weights, and by what they are but for their addresses.
-_weights: dict[tuple[int, ...], Weights] = {}
-_plans: dict[tuple, dict[tuple, "LayerPlan | None"]] = {}
+_weights: dict[tuple[int, ...], _KnownWeights] = {}
+_layers: dict[tuple, dict[tuple, "CachedLayer | None"]] = {}
 
 
-@forgotten_with_plans
+@forgotten_with_launches
 def _forget_layers() -> None:
     _weights.clear()
-    _plans.clear()
+    _layers.clear()
 
 
-def _plans_for(weights: Sequence[Tensor], addresses: tuple[int, ...]) -> dict[tuple, "LayerPlan | None"]:
-    """The plans of layers whose weights are what these are now."""
+def _layers_with(weights: Sequence[Tensor], addresses: tuple[int, ...]) -> dict[tuple, "CachedLayer | None"]:
+    """The layers whose weights are what these are now."""
     nbytes, dtypes = list(map(_nbytes_of, weights)), list(map(_dtype_of, weights))
     strides = list(map(Tensor.stride, weights))
     found = _weights.get(addresses)
     if found is None or found[:3] != (nbytes, dtypes, strides):
         if len(_weights) >= MOST_LAYERS:
             _forget_layers()
-        plans = _plans.setdefault(tuple(map(layout_of, weights)), {})
-        found = _weights[addresses] = Weights(nbytes, dtypes, strides, plans)
-    return found.plans
+        layers = _layers.setdefault(tuple(map(spec_of, weights)), {})
+        found = _weights[addresses] = _KnownWeights(nbytes, dtypes, strides, layers)
+    return found.layers
+
+
+# The tensors of a layer beside its weights, by which a step names its operands; the weights follow in their order.
+_TENSORS = ("x", "qkv", "context", "attended", "up", "out", "cu_seqlens", "num_tokens")
+_PLACE = {name: place for place, name in enumerate((*_TENSORS, *LayerWeights._fields))}
 
 
 class Step(NamedTuple):
-    """A launch: its plan, and the numbers of its operands."""
+    """A launch of a layer: the layer's tensor, or None, for each tensor argument of the kernel."""
 
-    plan: Plan
-    operands: tuple[int | None, ...]
+    launch: CachedLaunch
+    operands: dict[str, str | None]
 
 
-class LayerPlan:
-    """The launches of a layer on tensors of certain layouts.
+class CachedLayer:
+    """The launches of a layer on tensors of certain specs.
 
     Its intermediate tensors are parts of one workspace: queries, keys and values and the context, over both of them
     what the feed-forward part has between its linears, and behind what attention's part returns.
@@ -93,18 +114,18 @@ class LayerPlan:
         self._context, self._attended = (offset * x.dtype.itemsize for offset in (qkv, attended))
         self._steps = [
             (
-                step.plan.binding,
-                [(place, step.operands[number]) for place, number in step.plan.binding.pointers],
-                [(place, step.operands[number], known) for place, number, known in step.plan.binding.descriptors],
+                launch.binding,
+                [(place, _PLACE[operands[name]]) for place, name in launch.binding.pointers],
+                [(place, _PLACE[operands[name]], known) for place, name, known in launch.binding.descriptors],
             )
-            for step in steps
+            for launch, operands in steps
         ]
 
     def launch(self, x: Tensor, addresses: tuple[int, ...], bounds: int, count: int | None, stream: int) -> Tensor:
         """The layer's output for the weights, the bounds and the count of tokens at these addresses."""
         out, workspace = x.new_empty(self._shape), x.new_empty(self._workspace)
         start = workspace.data_ptr()
-        addresses = (
+        addresses = (  # in the order of _TENSORS; qkv and up begin where the workspace does
             x.data_ptr(), start, start + self._context, start + self._attended, start, out.data_ptr(), bounds, count,
             *addresses,
         )  # fmt: skip
@@ -118,94 +139,103 @@ class LayerPlan:
         return out
 
 
-def _planned(
-    x: Tensor, weights: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int, num_heads: int, scale: float,
+def _cached_layer(
+    x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, scale: float,
     activation: str, eps: tuple[float, float], num_tokens: Tensor | None,
-) -> LayerPlan | None:  # fmt: skip
-    """The plan of a layer whose launches have just been made; None where one copies operands or is not bound."""
-    count, wanted = layout_of(num_tokens), torch_precision(x)
-    given, (size, width) = list(map(layout_of, weights)), (x.shape[0], weights[0].shape[0])
-    hidden, up_width = weights[6].shape[0], weights[10].shape[0]
+) -> CachedLayer | None:  # fmt: skip
+    """The layer whose launches have just been made; None if one of them copies operands or is not bound."""
+    w = LayerWeights(*map(spec_of, weights))
+    size, width, inner = x.shape[0], weights.q_weight.shape[0], weights.up_weight.shape[0]
+    hidden, allowed, count = weights.attention_weight.shape[0], torch_precision(x), spec_of(num_tokens)
 
-    def fresh(*shape: int) -> tuple:
-        strides = tuple(torch.Size(shape[index + 1 :]).numel() for index in range(len(shape)))
-        return torch.Size(shape), strides, x.dtype, x.device, 0
+    def new(*shape: int) -> tuple:
+        return tuple(spec_of_new(*shape, dtype=x.dtype, device=x.device))
 
-    qkv, context = fresh(size, 3, num_heads, width // num_heads), fresh(size, width)
-    attended, up = fresh(size, hidden), fresh(size, up_width)
-    w = range(WEIGHTS, WEIGHTS + 16)
-    steps = [
-        Step(plan_qkv_projection(layout_of(x), *given[:6], count, num_heads, wanted), (X, *w[:6], QKV, NUM_TOKENS)),
-        Step(plan_attention(qkv, layout_of(cu_seqlens), max_seqlen, scale, wanted), (QKV, CU_SEQLENS, CONTEXT)),
-        *_linear_residual_layer_norm(
-            (context, *given[6:8], layout_of(x), *given[8:10]), (CONTEXT, *w[6:8], X, *w[8:10], ATTENDED),
-            attended, count, eps[0], wanted,
-        ),
-        Step(
-            plan_linear("linear_activation", attended, *given[10:12], None, count, activation, wanted),
-            (ATTENDED, *w[10:12], None, UP, NUM_TOKENS),
-        ),
-        *_linear_residual_layer_norm(
-            (up, *given[12:14], attended, *given[14:]), (UP, *w[12:14], ATTENDED, *w[14:], OUT),
-            attended, count, eps[1], wanted,
-        ),
-    ]  # fmt: skip
-    if any(step.plan is None or step.plan.binding is None for step in steps):
+    qkv, context = new(size, 3, num_heads, width // num_heads), new(size, width)
+    attended, up = new(size, hidden), new(size, inner)
+    qkv_launch = qkv_projection_launch(
+        spec_of(x), w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, count, num_heads, allowed
+    )
+    attending = attention_launch(qkv, spec_of(cu_seqlens), max_seqlen, scale, allowed)
+    attention_output = linear_residual_layer_norm_launches(
+        context, w.attention_weight, w.attention_bias, spec_of(x), w.attention_norm_weight, w.attention_norm_bias,
+        count, eps[0], allowed,
+    )  # fmt: skip
+    up_launch = linear_launch("linear_activation", attended, w.up_weight, w.up_bias, None, count, activation, allowed)
+    output = linear_residual_layer_norm_launches(
+        up, w.down_weight, w.down_bias, attended, w.output_norm_weight, w.output_norm_bias, count, eps[1], allowed
+    )
+    if None in (qkv_launch, attending, attention_output, up_launch, output):
         return None
-    return LayerPlan(steps, (3 * width, width, up_width, hidden), x)
 
+    def linear_residual_layer_norm_steps(launches, x: str, linear: str, residual: str, norm: str, out: str):
+        operands = {"x": x, "weight": f"{linear}_weight", "bias_ptr": f"{linear}_bias", "residual_ptr": residual}
+        operands["num_tokens_ptr"] = "num_tokens"
+        norms = {"norm_weight_ptr": f"{norm}_weight", "norm_bias_ptr": f"{norm}_bias"}
+        if launches.layer_norm is None:
+            return [Step(launches.linear, operands | norms | {"out_ptr": out})]
+        norms |= {"x_ptr": out, "out_ptr": out, "num_tokens_ptr": "num_tokens"}
+        return [Step(launches.linear, operands | {"out": out}), Step(launches.layer_norm, norms)]
 
-def _linear_residual_layer_norm(
-    layouts: tuple, operands: tuple[int, ...], out: tuple, count: tuple | None, eps: float, wanted: str | None
-) -> list[Step]:
-    """One launch or two, as the operation itself takes: of x, weight, bias, residual and the two of LayerNorm."""
-    plan = plan_linear_residual_layer_norm(*layouts, count, eps, wanted)
-    if plan != ():
-        return [Step(plan, (*operands, NUM_TOKENS))]
-    x, weight, bias, residual, *norm = layouts
-    *linear, norm_weight, norm_bias, result = operands
-    return [
+    steps = [
         Step(
-            plan_linear("linear_residual", x, weight, bias, residual, count, "none", wanted),
-            (*linear, result, NUM_TOKENS),
+            qkv_launch,
+            {"x": "x", "q_weight": "q_weight", "q_bias_ptr": "q_bias", "k_weight": "k_weight", "k_bias_ptr": "k_bias"}
+            | {"v_weight": "v_weight", "v_bias_ptr": "v_bias", "out": "qkv", "num_tokens_ptr": "num_tokens"},
         ),
-        Step(plan_layer_norm(out, *norm, out, count, eps), (result, norm_weight, norm_bias, result, NUM_TOKENS)),
-    ]
+        Step(attending, {"qkv_ptr": "qkv", "cu_seqlens_ptr": "cu_seqlens", "out_ptr": "context"}),
+        *linear_residual_layer_norm_steps(
+            attention_output, "context", "attention", "x", "attention_norm", "attended"
+        ),
+        Step(
+            up_launch,
+            {"x": "attended", "weight": "up_weight", "bias_ptr": "up_bias", "residual_ptr": None, "out": "up"}
+            | {"num_tokens_ptr": "num_tokens"},
+        ),
+        *linear_residual_layer_norm_steps(output, "up", "down", "attended", "output_norm", "out"),
+    ]  # fmt: skip
+    if any(launch.binding is None for launch, _ in steps):
+        return None
+    return CachedLayer(steps, (3 * width, width, inner, hidden), x)
 
 
 def encoder_layer(
-    x: Tensor, weights: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int, num_heads: int, scale: float,
+    x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, scale: float,
     activation: str, eps: tuple[float, float], num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [T, E], cu_seqlens int32 [N + 1] on the device -> [T, E].
 
-    weights: weight and bias of the queries, of the keys, of the values, of attention's output and its LayerNorm, of the
-    feed-forward part's first linear, its second and its LayerNorm, 16 in all. eps: of both LayerNorms. max_seqlen,
-    scale, activation and num_tokens as in the operations that it is made of, whose errors it raises.
+    eps: of attention's LayerNorm and of the output's. max_seqlen, scale, activation and num_tokens as in the operations
+    that it is made of, whose errors it raises.
     """
     addresses = tuple(map(Tensor.data_ptr, weights))
     bounds, count = cu_seqlens.data_ptr(), None if num_tokens is None else num_tokens.data_ptr()
-    plans = _plans_for(weights, addresses)
+    layers = _layers_with(weights, addresses)
     of_count = None if count is None else (num_tokens.shape, num_tokens.dtype, num_tokens.device, count % 16)
     key = (
         x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, cu_seqlens.shape, cu_seqlens.stride(),
         cu_seqlens.dtype, cu_seqlens.device, bounds % 16, of_count, max_seqlen, num_heads, scale, activation,
         eps, torch_precision(x),
     )  # fmt: skip
-    plan = plans.get(key)
-    if plan is not None and launches_directly():
+    layer = layers.get(key)
+    if layer is not None and launches_directly():
         with on_device(x.device):
-            return plan.launch(x, addresses, bounds, count, current_stream())
-    *qkv, o, o_bias, norm1, norm1_bias, up, up_bias, down, down_bias, norm2, norm2_bias = weights
-    # Nested, so that the queries, keys and values are gone before the wider feed-forward part.
+            return layer.launch(x, addresses, bounds, count, current_stream())
+    w = weights
+    qkv = qkv_projection(x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads, num_tokens)
+    context = attention(qkv, cu_seqlens, max_seqlen, scale)
+    del qkv  # before the wider feed-forward part
     attended = linear_residual_layer_norm(
-        attention(qkv_projection(x, *qkv, num_heads, num_tokens), cu_seqlens, max_seqlen, scale),
-        o, o_bias, x, norm1, norm1_bias, eps[0], num_tokens,
+        context, w.attention_weight, w.attention_bias, x, w.attention_norm_weight, w.attention_norm_bias, eps[0],
+        num_tokens,
     )  # fmt: skip
-    hidden = linear_activation(attended, up, up_bias, activation, num_tokens)
-    out = linear_residual_layer_norm(hidden, down, down_bias, attended, norm2, norm2_bias, eps[1], num_tokens)
-    if key not in plans and launches_directly():
-        if len(plans) >= MOST_SHAPES:
-            plans.clear()
-        plans[key] = _planned(x, weights, cu_seqlens, max_seqlen, num_heads, scale, activation, eps, num_tokens)
+    del context
+    up = linear_activation(attended, w.up_weight, w.up_bias, activation, num_tokens)
+    out = linear_residual_layer_norm(
+        up, w.down_weight, w.down_bias, attended, w.output_norm_weight, w.output_norm_bias, eps[1], num_tokens
+    )
+    if key not in layers and launches_directly():
+        if len(layers) >= MOST_SHAPES:
+            layers.clear()
+        layers[key] = _cached_layer(x, weights, cu_seqlens, max_seqlen, num_heads, scale, activation, eps, num_tokens)
     return out

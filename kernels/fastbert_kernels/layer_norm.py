@@ -7,16 +7,9 @@ it, and a row without variance becomes the bias to the bit, as in PyTorch. Limit
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastbert_kernels.launch import Layout, Plan, common_unit, layout_of, planned, row_stride
-
-
-def row_blocks(width: int) -> dict:
-    """Rows a program takes and warps it runs on, from the width alone, so that a row's bits never depend on others."""
-    block = max(1, triton.next_power_of_2(width))
-    rows = max(1, min(16, 2048 // block))
-    return {"BLOCK_ROWS": rows, "BLOCK_E": block, "num_warps": 4 if rows * block <= 4096 else 8}
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.operands import TensorSpec, common_unit, live_tokens, row_blocks, row_stride
 
 
 @triton.jit
@@ -29,20 +22,11 @@ def normalize_rows(rows, mask, width, weight, bias, eps):
     return centered * tl.rsqrt(variance + eps)[:, None] * weight + bias
 
 
-@triton.jit
-def live_tokens(num_tokens_ptr, num_tokens):
-    """How many rows count: the number on the device where one is given, every row of the buffer otherwise."""
-    count = num_tokens
-    if num_tokens_ptr is not None:
-        count = tl.minimum(tl.load(num_tokens_ptr), num_tokens)
-    return count
-
-
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _layer_norm_kernel(
     x_ptr,  # [T, E]
-    weight_ptr,  # [E]
-    bias_ptr,  # [E]
+    norm_weight_ptr,  # [E]
+    norm_bias_ptr,  # [E]
     out_ptr,  # [T, E], may be x
     num_tokens_ptr,  # int32 [1] or None
     stride_x,  # in UNITs, like every stride and width
@@ -64,24 +48,24 @@ def _layer_norm_kernel(
         mask = (offs_t < count)[:, None] & mask_e
         offs_t = offs_t.to(tl.int64)[:, None]
         rows = tl.load(x_ptr + offs_t * (stride_x * UNIT) + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
-        bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(norm_weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(norm_bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
         rows = normalize_rows(rows, mask_e, width, weight, bias, eps)
         places = offs_t * (stride_out * UNIT) + offs_e[None, :]
         tl.store(out_ptr + places, rows.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@planned
-def plan_layer_norm(
-    x: Layout, weight: Layout, bias: Layout, out: Layout, num_tokens: Layout | None, eps: float
-) -> Plan:
+@cached_by_specs
+def layer_norm_launch(
+    x: TensorSpec, weight: TensorSpec, bias: TensorSpec, out: TensorSpec, num_tokens: TensorSpec | None, eps: float
+) -> CachedLaunch:
+    """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself; weight and bias [E] are contiguous."""
     (size, width), blocks = x.shape, row_blocks(x.shape[1])
     unit = common_unit(x, row_stride(x), row_stride(out), width)
-    return Plan(
+    return CachedLaunch(
         _layer_norm_kernel,
         (triton.cdiv(size, blocks["BLOCK_ROWS"]) if width else 0,),
         x.device,
-        dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "num_tokens_ptr")),
         {
             "stride_x": row_stride(x) // unit,
             "stride_out": row_stride(out) // unit,
@@ -92,9 +76,3 @@ def plan_layer_norm(
             **blocks,
         },
     )
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, num_tokens: Tensor | None) -> None:
-    """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself; weight and bias [E] are contiguous."""
-    tensors = x, weight, bias, out, num_tokens
-    plan_layer_norm(*map(layout_of, tensors), eps).launch(*tensors)

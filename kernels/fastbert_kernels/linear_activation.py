@@ -11,30 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert_kernels.activation import ACTIVATIONS, activate
-from fastbert_kernels.launch import (
-    Layout,
-    Plan,
+from fastbert_kernels.configs import GemmConfig, choose
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.matmul import main_loop_blocks, main_loop_constants, matmul_tiles, reads_by_descriptors
+from fastbert_kernels.operands import (
+    TensorSpec,
     check,
     check_shape,
-    choose,
     common_unit,
-    epilogue_options,
-    gemm_blocks,
-    gemm_options,
-    layout_of,
-    num_processors,
-    planned,
-    precision,
+    have_unit_strides,
+    live_tokens,
     row_stride,
     shape_of,
-    stored_block,
-    through_descriptors,
-    torch_precision,
-    unit_strides,
+    spec_of,
     with_unit_stride,
 )
-from fastbert_kernels.layer_norm import live_tokens
-from fastbert_kernels.matmul import matmul_tiles
+from fastbert_kernels.target import dot_precision, num_sms, torch_precision
 
 
 @triton.jit
@@ -69,10 +61,10 @@ def finish_tile(
     One half of the columns after the other where HALVES: with the residual of a whole tile of 128 columns beside the
     accumulator, registers would leave room for one program on a multiprocessor instead of two.
     """
-    BLOCK_T: tl.constexpr = tile.shape[0]
+    BLOCK_M: tl.constexpr = tile.shape[0]
     BLOCK_N: tl.constexpr = tile.shape[1]
     if HALVES:
-        halves = tl.split(tl.permute(tl.reshape(tile, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
+        halves = tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         for half in tl.static_range(2):
             _finish_part(
                 halves[half], row, col + half * (BLOCK_N // 2), count, num_outputs, bias_ptr, residual_ptr,
@@ -83,6 +75,19 @@ def finish_tile(
             tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first,
             stride_out, ACTIVATION, EXACT, STORE_DESCRIPTOR,
         )  # fmt: skip
+
+
+def stored_block(config: GemmConfig, descriptors: bool, dtype: torch.dtype, width: int) -> list[int] | None:
+    """The block of a contiguous output [T, width] that `finish_tile` stores through a descriptor: if configured, if the
+    device has descriptors at all and if TMA can address the rows. None: through pointers."""
+    if not (config.store_descriptor and descriptors) or width * dtype.itemsize % 16:
+        return None
+    return [config.BLOCK_M, config.BLOCK_N // (2 if config.halves else 1)]
+
+
+def epilogue_constants(config: GemmConfig, block_out: list[int] | None) -> dict[str, bool]:
+    """The constants of a kernel that ends in `finish_tile`, beside those of its main loop."""
+    return {"FLATTEN": config.flatten, "HALVES": config.halves, "STORE_DESCRIPTOR": block_out is not None}
 
 
 @triton.jit(
@@ -108,7 +113,7 @@ def _linear_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -119,14 +124,14 @@ def _linear_kernel(
     num_inputs *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(num_outputs, BLOCK_N)
-    tiles = tl.cdiv(count, BLOCK_T) * tiles_n
+    tiles = tl.cdiv(count, BLOCK_M) * tiles_n
     # What an epilogue needs, hoisted out of this loop, would take registers from the main loop.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
-        row = tile // tiles_n * BLOCK_T
+        row = tile // tiles_n * BLOCK_M
         col = tile % tiles_n * BLOCK_N
         result, _, _ = matmul_tiles(
             x, weight, row, col, count, num_outputs, num_inputs, stride_x * UNIT, stride_weight * UNIT,
-            BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
+            BLOCK_M, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         finish_tile(
             result, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual * UNIT, out, 0,
@@ -134,32 +139,32 @@ def _linear_kernel(
         )  # fmt: skip
 
 
-@planned
-def plan_linear(
-    operation: str, x: Layout, weight: Layout, bias: Layout, residual: Layout | None, num_tokens: Layout | None,
-    activation: str, wanted: str | None,
-) -> Plan | None:  # fmt: skip
+@cached_by_specs
+def linear_launch(
+    operation: str, x: TensorSpec, weight: TensorSpec, bias: TensorSpec, residual: TensorSpec | None,
+    num_tokens: TensorSpec | None, activation: str, allowed: str | None,
+) -> CachedLaunch | None:  # fmt: skip
+    """None if operands have to be copied first; allowed: see `dot_precision`."""
     check(operation, x, weight, bias, residual, num_tokens)
     (size, num_inputs), num_outputs = shape_of(operation, "x", x, "T K"), weight.shape[0]
     check_shape(operation, "weight", weight, num_outputs, num_inputs)
     check_shape(operation, "bias", bias, num_outputs)
-    if not unit_strides(x, weight, bias, residual):
+    if not have_unit_strides(x, weight, bias, residual):
         return None
     config = choose(operation, x, size)
-    descriptors = through_descriptors(config, x, weight)
-    block_x, block_weight = gemm_blocks(config, config["BLOCK_N"], descriptors)
+    descriptors = reads_by_descriptors(config, x, weight)
+    block_x, block_weight = main_loop_blocks(config, config.BLOCK_N, descriptors)
     out_dtype = (x if residual is None else residual).dtype
     block_out = stored_block(config, descriptors, out_dtype, num_outputs)
-    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(num_outputs, config["BLOCK_N"])
+    tiles = triton.cdiv(size, config.BLOCK_M) * triton.cdiv(num_outputs, config.BLOCK_N)
     stride_residual = 0 if residual is None else row_stride(residual)
     stride_x, stride_weight = row_stride(x), row_stride(weight)
     unit = common_unit(x, stride_x, stride_weight, stride_residual, num_outputs, num_inputs)
-    return Plan(
+    precision = dot_precision(x.dtype, x.device, allowed)
+    return CachedLaunch(
         _linear_kernel,
-        (min(tiles, num_processors(x.device) * config["programs"]),),
+        (min(tiles, num_sms(x.device) * config.ctas_per_sm),),
         x.device,
-        {"x": block_x, "weight": block_weight}
-        | {"bias_ptr": None, "residual_ptr": None, "out": block_out, "num_tokens_ptr": None},
         {
             "stride_x": stride_x // unit,
             "stride_weight": stride_weight // unit,
@@ -170,27 +175,11 @@ def plan_linear(
             "num_inputs": num_inputs // unit,
             "ACTIVATION": activation,
             "EXACT": out_dtype == torch.float32,
-            **gemm_options(config, config["BLOCK_N"], unit, precision(x, wanted), descriptors),
-            **epilogue_options(config, block_out),
+            **main_loop_constants(config, config.BLOCK_N, unit, precision, descriptors),
+            **epilogue_constants(config, block_out),
         },
+        {"x": block_x, "weight": block_weight, "out": block_out},
     )
-
-
-def linear(
-    operation: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str,
-    num_tokens: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """activation(x W^T + b + residual) -> [T, N] in the residual's dtype, or x's without one."""
-    plan = plan_linear(
-        operation, layout_of(x), layout_of(weight), layout_of(bias), layout_of(residual), layout_of(num_tokens),
-        activation, torch_precision(x),
-    )  # fmt: skip
-    if plan is None:
-        copied = map(with_unit_stride, (x, weight, bias, residual))
-        return linear(operation, *copied, activation, num_tokens)
-    out = (x if residual is None else residual).new_empty(x.shape[0], weight.shape[0])
-    plan.launch(x, weight, bias, residual, out, num_tokens)
-    return out
 
 
 def linear_activation(
@@ -204,4 +193,12 @@ def linear_activation(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear_activation: activation {activation!r} is unknown; choose one of {ACTIVATIONS}")
-    return linear("linear_activation", x, weight, bias, None, activation, num_tokens)
+    launch = linear_launch(
+        "linear_activation", spec_of(x), spec_of(weight), spec_of(bias), None, spec_of(num_tokens), activation,
+        torch_precision(x),
+    )  # fmt: skip
+    if launch is None:
+        return linear_activation(*map(with_unit_stride, (x, weight, bias)), activation, num_tokens)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    launch(x=x, weight=weight, bias_ptr=bias, residual_ptr=None, out=out, num_tokens_ptr=num_tokens)
+    return out

@@ -7,34 +7,32 @@ residual in its epilogue writes the sum, rounded as eager PyTorch rounds it, and
 Which of the two runs depends on E, the dtype and the device alone, so that a row's bits do not depend on the batch.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import (
-    MAX_ROW,
-    Layout,
-    Plan,
+from fastbert_kernels.configs import choose
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.layer_norm import layer_norm_launch
+from fastbert_kernels.limits import MAX_ROW
+from fastbert_kernels.linear_activation import linear_launch
+from fastbert_kernels.matmul import main_loop_blocks, main_loop_constants, matmul_tiles, reads_by_descriptors
+from fastbert_kernels.operands import (
+    TensorSpec,
     check,
     check_shape,
-    choose,
     common_unit,
-    gemm_blocks,
-    gemm_options,
-    layout_of,
-    num_processors,
-    planned,
-    precision,
+    have_unit_strides,
+    live_tokens,
     row_stride,
     shape_of,
-    through_descriptors,
-    torch_precision,
-    unit_strides,
+    spec_of,
+    spec_of_new,
     with_unit_stride,
 )
-from fastbert_kernels.layer_norm import layer_norm, live_tokens
-from fastbert_kernels.linear_activation import linear
-from fastbert_kernels.matmul import matmul_tiles
+from fastbert_kernels.target import dot_precision, num_sms, torch_precision
 
 
 @triton.jit
@@ -92,7 +90,7 @@ def _linear_residual_layer_norm_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -102,13 +100,13 @@ def _linear_residual_layer_norm_kernel(
     stride_out *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_T), tl.num_programs(0), disable_licm=True):
-        row = tile * BLOCK_T
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_M), tl.num_programs(0), disable_licm=True):
+        row = tile * BLOCK_M
         first, second, third = matmul_tiles(
             x, weight, row, 0, count, width, num_inputs, stride_x * UNIT, stride_weight * UNIT,
-            BLOCK_T, BLOCK_N, BLOCK_K, TILES, PRECISION, DESCRIPTORS,
+            BLOCK_M, BLOCK_N, BLOCK_K, TILES, PRECISION, DESCRIPTORS,
         )  # fmt: skip
-        offs_t = (row + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        offs_t = (row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
         first = _plus_bias_and_residual(
             first, 0, offs_t, count, bias_ptr, residual_ptr, stride_residual, width, BLOCK_N
         )
@@ -154,12 +152,19 @@ def _linear_residual_layer_norm_kernel(
             )  # fmt: skip
 
 
-@planned
-def plan_linear_residual_layer_norm(
-    x: Layout, weight: Layout, bias: Layout, residual: Layout, norm_weight: Layout, norm_bias: Layout,
-    num_tokens: Layout | None, eps: float, wanted: str | None,
-) -> Plan | tuple[()] | None:  # fmt: skip
-    """A plan; an empty tuple where two launches serve, None where operands have to be copied."""
+class Launches(NamedTuple):
+    """One launch, or two: the linear with the residual, and LayerNorm of what it wrote."""
+
+    linear: CachedLaunch
+    layer_norm: CachedLaunch | None
+
+
+@cached_by_specs
+def linear_residual_layer_norm_launches(
+    x: TensorSpec, weight: TensorSpec, bias: TensorSpec, residual: TensorSpec, norm_weight: TensorSpec,
+    norm_bias: TensorSpec, num_tokens: TensorSpec | None, eps: float, allowed: str | None,
+) -> Launches | None:  # fmt: skip
+    """None if operands have to be copied first; allowed: see `dot_precision`."""
     operation = "linear_residual_layer_norm"
     check(operation, x, weight, bias, residual, norm_weight, norm_bias, num_tokens)
     (size, num_inputs), width = shape_of(operation, "x", x, "T K"), weight.shape[0]
@@ -170,22 +175,24 @@ def plan_linear_residual_layer_norm(
     check_shape(operation, "norm_bias", norm_bias, width)
     if width > MAX_ROW:
         raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
-    if not unit_strides(x, weight, bias, residual, norm_weight, norm_bias):
+    if not have_unit_strides(x, weight, bias, residual, norm_weight, norm_bias):
         return None
     config = choose(operation, x, width)
     if config is None:
-        return ()
-    block_n = min(config["BLOCK_N"], max(16, triton.next_power_of_2(width)))
-    descriptors = through_descriptors(config, x, weight)
-    block_x, block_weight = gemm_blocks(config, block_n, descriptors)
+        out = spec_of_new(size, width, dtype=residual.dtype, device=residual.device)
+        return Launches(
+            linear_launch("linear_residual", x, weight, bias, residual, num_tokens, "none", allowed),
+            layer_norm_launch(out, norm_weight, norm_bias, out, num_tokens, eps),
+        )
+    block_n = min(config.BLOCK_N, max(16, triton.next_power_of_2(width)))
+    descriptors = reads_by_descriptors(config, x, weight)
+    block_x, block_weight = main_loop_blocks(config, block_n, descriptors)
     stride_x, stride_weight, stride_residual = row_stride(x), row_stride(weight), row_stride(residual)
     unit = common_unit(x, stride_x, stride_weight, stride_residual, width, num_inputs)
-    return Plan(
+    whole = CachedLaunch(
         _linear_residual_layer_norm_kernel,
-        (min(triton.cdiv(size, config["BLOCK_T"]), num_processors(x.device) * config["programs"]),),
+        (min(triton.cdiv(size, config.BLOCK_M), num_sms(x.device) * config.ctas_per_sm),),
         x.device,
-        {"x": block_x, "weight": block_weight, "bias_ptr": None, "residual_ptr": None}
-        | dict.fromkeys(("norm_weight_ptr", "norm_bias_ptr", "out_ptr", "num_tokens_ptr")),
         {
             "stride_x": stride_x // unit,
             "stride_weight": stride_weight // unit,
@@ -196,9 +203,11 @@ def plan_linear_residual_layer_norm(
             "num_inputs": num_inputs // unit,
             "eps": eps,
             "TILES": triton.cdiv(width, block_n),
-            **gemm_options(config, block_n, unit, precision(x, wanted), descriptors),
+            **main_loop_constants(config, block_n, unit, dot_precision(x.dtype, x.device, allowed), descriptors),
         },
+        {"x": block_x, "weight": block_weight},
     )
+    return Launches(whole, None)
 
 
 def linear_residual_layer_norm(
@@ -210,17 +219,19 @@ def linear_residual_layer_norm(
     norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on change no other row, and hold
     anything in the output. Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
     """
-    plan = plan_linear_residual_layer_norm(
-        layout_of(x), layout_of(weight), layout_of(bias), layout_of(residual), layout_of(norm_weight),
-        layout_of(norm_bias), layout_of(num_tokens), eps, torch_precision(x),
+    launches = linear_residual_layer_norm_launches(
+        spec_of(x), spec_of(weight), spec_of(bias), spec_of(residual), spec_of(norm_weight), spec_of(norm_bias),
+        spec_of(num_tokens), eps, torch_precision(x),
     )  # fmt: skip
-    tensors = x, weight, bias, residual, norm_weight, norm_bias
-    if plan is None:
-        return linear_residual_layer_norm(*map(with_unit_stride, tensors), eps, num_tokens)
-    if not plan:
-        summed = linear("linear_residual", x, weight, bias, residual, "none", num_tokens)
-        layer_norm(summed, norm_weight, norm_bias, eps, summed, num_tokens)
-        return summed
+    if launches is None:
+        tensors = map(with_unit_stride, (x, weight, bias, residual, norm_weight, norm_bias))
+        return linear_residual_layer_norm(*tensors, eps, num_tokens)
     out = residual.new_empty(residual.shape)
-    plan.launch(*tensors, out, num_tokens)
+    operands = {"x": x, "weight": weight, "bias_ptr": bias, "residual_ptr": residual, "num_tokens_ptr": num_tokens}
+    norm = {"norm_weight_ptr": norm_weight, "norm_bias_ptr": norm_bias}
+    if launches.layer_norm is None:
+        launches.linear(**operands, **norm, out_ptr=out)
+    else:
+        launches.linear(**operands, out=out)
+        launches.layer_norm(x_ptr=out, **norm, out_ptr=out, num_tokens_ptr=num_tokens)
     return out

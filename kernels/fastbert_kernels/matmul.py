@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from fastbert_kernels.configs import GemmConfig
+from fastbert_kernels.operands import TensorSpec, addressable_by_tma
+
 # Triton's interpreter multiplies bfloat16 as if it were uint16 (seen in 3.6 to 3.9), so there it is widened first.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
@@ -42,19 +45,19 @@ def _load_tile(
 @triton.jit
 def matmul_tiles(
     x, weight, row, col, num_rows, num_cols, num_inner, stride_x, stride_weight,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """x[row :] times the weight rows [col :] -> three accumulators [BLOCK_T, BLOCK_N], the first TILES of them filled.
+    """x[row :] times the weight rows [col :] -> three accumulators [BLOCK_M, BLOCK_N], the first TILES of them filled.
 
     They stand side by side in the output; a width like 384 is no power of two and so cannot be one tile.
-    x and weight are pointers, or descriptors of blocks [BLOCK_T, BLOCK_K] and [BLOCK_N, BLOCK_K].
+    x and weight are pointers, or descriptors of blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
     """
-    first = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    second = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    third = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    third = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for inner in range(0, num_inner, BLOCK_K):
-        rows = _load_tile(x, row, inner, num_rows, num_inner, stride_x, BLOCK_T, BLOCK_K, DESCRIPTORS)
+        rows = _load_tile(x, row, inner, num_rows, num_inner, stride_x, BLOCK_M, BLOCK_K, DESCRIPTORS)
         cols = _load_tile(weight, col, inner, num_cols, num_inner, stride_weight, BLOCK_N, BLOCK_K, DESCRIPTORS)
         first = dot(rows, cols.T, first, PRECISION)
         if TILES > 1:
@@ -68,3 +71,32 @@ def matmul_tiles(
             )
             third = dot(rows, cols.T, third, PRECISION)
     return first, second, third
+
+
+def reads_by_descriptors(config: GemmConfig, x: TensorSpec, *weights: TensorSpec) -> bool:
+    """Whether the main loop reads x [T, K] and weights [N, K] through host descriptors: if configured and if TMA can
+    address them (16-byte aligned rows); through pointers otherwise. Built on the host, they need no memory on the
+    device. Raises TypeError for a weight of another dtype than x."""
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise TypeError(f"the input is {x.dtype} and a weight {weight.dtype}: a GEMM takes one dtype")
+    return config.descriptors and all(map(addressable_by_tma, (x, *weights)))
+
+
+def main_loop_blocks(config: GemmConfig, block_n: int, descriptors: bool) -> tuple[list[int] | None, list[int] | None]:
+    """The blocks of the descriptors of x and of a weight; None if there are none."""
+    return ([config.BLOCK_M, config.BLOCK_K], [block_n, config.BLOCK_K]) if descriptors else (None, None)
+
+
+def main_loop_constants(config: GemmConfig, block_n: int, unit: int, precision: str, descriptors: bool) -> dict:
+    """The constants and launch options of a kernel around `matmul_tiles`."""
+    return {
+        "UNIT": unit,
+        "PRECISION": precision,
+        "DESCRIPTORS": descriptors,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": block_n,
+        "BLOCK_K": config.BLOCK_K,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

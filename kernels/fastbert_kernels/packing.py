@@ -12,18 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import (
-    Layout,
-    Plan,
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.operands import (
+    TensorSpec,
     check,
     check_shape,
     common_unit,
-    layout_of,
-    planned,
+    have_unit_strides,
+    live_tokens,
+    row_blocks,
     row_stride,
-    unit_strides,
+    spec_of,
 )
-from fastbert_kernels.layer_norm import live_tokens, row_blocks
 
 BLOCK = 1024
 
@@ -83,18 +83,18 @@ def _packing_plan_kernel(
     tl.store(cu_seqlens_ptr + row + 1, kept.to(tl.int32))
 
 
-@planned
-def _plan_packing(mask: Layout) -> tuple[Plan, Plan]:
+@cached_by_specs
+def _packing_plan_launches(mask: TensorSpec) -> tuple[CachedLaunch, CachedLaunch]:
+    """The launch that counts each row's tokens, and the one that writes the plan."""
     if len(mask.shape) != 2 or math.prod(mask.shape) >= 2**31:
         raise ValueError(f"packing_plan: mask is {list(mask.shape)}, expected [B, S] of fewer than 2^31 places")
     batch_size, seq_len = mask.shape
     row, column = mask.strides
     constants = {"stride_row": row, "stride_column": column, "seq_len": seq_len, "BLOCK": BLOCK}
     grid = (batch_size if seq_len else 0,)
-    filled = dict.fromkeys(("mask_ptr", "lengths_ptr", "indices_ptr", "cu_seqlens_ptr"))
     return (
-        Plan(_row_lengths_kernel, grid, mask.device, dict.fromkeys(("mask_ptr", "lengths_ptr")), constants),
-        Plan(_packing_plan_kernel, grid, mask.device, filled, constants),
+        CachedLaunch(_row_lengths_kernel, grid, mask.device, constants),
+        CachedLaunch(_packing_plan_kernel, grid, mask.device, constants),
     )
 
 
@@ -105,7 +105,7 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     the rows' tokens, its last entry is the number of all of them. Raises ValueError for a mask that is not [B, S] or
     has 2^31 places or more.
     """
-    count, fill = _plan_packing(layout_of(mask))
+    count, fill = _packing_plan_launches(spec_of(mask))
     batch_size, size = mask.shape[0], mask.numel()
     indices = torch.empty(size, dtype=torch.int64, device=mask.device)
     if size == 0:
@@ -114,8 +114,8 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     lengths = cu_seqlens  # not read of a single row, which has none before it
     if batch_size > 1:
         lengths = torch.empty(batch_size, dtype=torch.int32, device=mask.device)
-        count.launch(mask, lengths)
-    fill.launch(mask, lengths, indices, cu_seqlens)
+        count(mask_ptr=mask, lengths_ptr=lengths)
+    fill(mask_ptr=mask, lengths_ptr=lengths, indices_ptr=indices, cu_seqlens_ptr=cu_seqlens)
     return indices, cu_seqlens
 
 
@@ -153,23 +153,23 @@ def _unpack_kernel(
         tl.store(out_ptr + place[:, None] * width + offs_e[None, :], rows, mask=inside[:, None] & mask_e)
 
 
-@planned
-def _plan_unpacking(
-    hidden: Layout, indices: Layout, num_tokens: Layout | None, batch_size: int, seq_len: int
-) -> Plan | None:
+@cached_by_specs
+def _unpack_launch(
+    hidden: TensorSpec, indices: TensorSpec, num_tokens: TensorSpec | None, batch_size: int, seq_len: int
+) -> CachedLaunch | None:
+    """None if operands have to be copied first."""
     check("unpack", hidden, indices, num_tokens)
     size, num_places = hidden.shape[0], batch_size * seq_len
     check_shape("unpack", "indices", indices, size)
     # Rows that do not lie one after another are copied, as [T, width].
-    if len(hidden.shape) != 2 or not unit_strides(hidden, indices):
+    if len(hidden.shape) != 2 or not have_unit_strides(hidden, indices):
         return None
     width, blocks = hidden.shape[1], row_blocks(min(hidden.shape[1], BLOCK))
     unit = common_unit(hidden, row_stride(hidden), width)
-    return Plan(
+    return CachedLaunch(
         _unpack_kernel,
         (triton.cdiv(size, blocks["BLOCK_ROWS"]) if num_places and width else 0,),
         hidden.device,
-        dict.fromkeys(("hidden_ptr", "indices_ptr", "out_ptr", "num_tokens_ptr")),
         {
             "stride_hidden": row_stride(hidden) // unit,
             "num_tokens": size,
@@ -192,13 +192,13 @@ def unpack(
     """
     if indices is None:
         return hidden.unflatten(0, (batch_size, seq_len))
-    plan = _plan_unpacking(layout_of(hidden), layout_of(indices), layout_of(num_tokens), batch_size, seq_len)
-    if plan is None:
+    launch = _unpack_launch(spec_of(hidden), spec_of(indices), spec_of(num_tokens), batch_size, seq_len)
+    if launch is None:
         rows = hidden.reshape(hidden.shape[0], math.prod(hidden.shape[1:])).contiguous()
         unpacked = unpack(rows, indices.contiguous(), batch_size, seq_len, num_tokens)
         return unpacked.view(batch_size, seq_len, *hidden.shape[1:])
     # A permutation of all places fills them all.
     new = hidden.new_empty if hidden.shape[0] == batch_size * seq_len else hidden.new_zeros
     out = new(batch_size, seq_len, hidden.shape[1])
-    plan.launch(hidden, indices, out, num_tokens)
+    launch(hidden_ptr=hidden, indices_ptr=indices, out_ptr=out, num_tokens_ptr=num_tokens)
     return out

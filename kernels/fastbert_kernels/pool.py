@@ -8,20 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import (
-    MAX_ROW,
-    Layout,
-    Plan,
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.limits import MAX_ROW
+from fastbert_kernels.operands import (
+    TensorSpec,
     check,
     common_unit,
-    layout_of,
-    planned,
+    have_unit_strides,
+    row_blocks,
     row_stride,
     shape_of,
-    unit_strides,
+    spec_of,
     with_unit_stride,
 )
-from fastbert_kernels.layer_norm import row_blocks
 
 MODES = ("first", "mean")
 
@@ -76,22 +75,24 @@ def _pool_kernel(
     tl.store(out_ptr + sequence * width + offs_e, pooled.to(out_ptr.dtype.element_ty), mask=mask_e)
 
 
-@planned
-def _plan(hidden: Layout, cu_seqlens: Layout, indices: Layout | None, mode: str, normalize: bool) -> Plan | None:
+@cached_by_specs
+def _pool_launch(
+    hidden: TensorSpec, cu_seqlens: TensorSpec, indices: TensorSpec | None, mode: str, normalize: bool
+) -> CachedLaunch | None:
+    """None if operands have to be copied first."""
     if mode not in MODES:
         raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
     check("pool", hidden, cu_seqlens, indices)
     num_rows, width = shape_of("pool", "hidden", hidden, "T E")
     if width > MAX_ROW:
         raise ValueError(f"pool: rows of {width} elements are longer than {MAX_ROW}")
-    if not unit_strides(hidden, cu_seqlens, indices):
+    if not have_unit_strides(hidden, cu_seqlens, indices):
         return None
     unit = common_unit(hidden, row_stride(hidden), width)
-    return Plan(
+    return CachedLaunch(
         _pool_kernel,
         (cu_seqlens.shape[0] - 1 if width else 0,),
         hidden.device,
-        dict.fromkeys(("hidden_ptr", "cu_seqlens_ptr", "indices_ptr", "out_ptr")),
         {
             "stride_hidden": row_stride(hidden) // unit,
             "num_tokens": num_rows if indices is None else indices.shape[0],
@@ -113,12 +114,12 @@ def pool(
     mode: "first" or "mean". indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is
     packed. Raises ValueError for another mode or E above 16384, TypeError for dtypes.
     """
-    plan = _plan(layout_of(hidden), layout_of(cu_seqlens), layout_of(indices), mode, normalize)
-    if plan is None:
+    launch = _pool_launch(spec_of(hidden), spec_of(cu_seqlens), spec_of(indices), mode, normalize)
+    if launch is None:
         hidden, cu_seqlens, indices = map(with_unit_stride, (hidden, cu_seqlens, indices))
         return pool(hidden, cu_seqlens, mode, normalize, indices)
     if hidden.shape[0] == 0:
         return hidden.new_zeros(cu_seqlens.shape[0] - 1, hidden.shape[1])
     out = hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1])
-    plan.launch(hidden, cu_seqlens, indices, out)
+    launch(hidden_ptr=hidden, cu_seqlens_ptr=cu_seqlens, indices_ptr=indices, out_ptr=out)
     return out

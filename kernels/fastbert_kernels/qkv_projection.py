@@ -8,31 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.launch import (
-    Layout,
-    Plan,
+from fastbert_kernels.configs import choose
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.linear_activation import epilogue_constants, finish_tile, stored_block
+from fastbert_kernels.matmul import main_loop_blocks, main_loop_constants, matmul_tiles, reads_by_descriptors
+from fastbert_kernels.operands import (
+    TensorSpec,
     check,
     check_shape,
-    choose,
     common_unit,
-    epilogue_options,
-    gemm_blocks,
-    gemm_options,
-    layout_of,
-    num_processors,
-    planned,
-    precision,
+    have_unit_strides,
+    live_tokens,
     row_stride,
     shape_of,
-    stored_block,
-    through_descriptors,
-    torch_precision,
-    unit_strides,
+    spec_of,
     with_unit_stride,
 )
-from fastbert_kernels.layer_norm import live_tokens
-from fastbert_kernels.linear_activation import finish_tile
-from fastbert_kernels.matmul import matmul_tiles
+from fastbert_kernels.target import dot_precision, num_sms, torch_precision
 
 
 @triton.jit(
@@ -56,7 +48,7 @@ def _qkv_projection_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -68,25 +60,25 @@ def _qkv_projection_kernel(
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(width, BLOCK_N)
     # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
-    tiles = tl.cdiv(count, BLOCK_T) * tiles_n * 3
+    tiles = tl.cdiv(count, BLOCK_M) * tiles_n * 3
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
-        row = tile // (tiles_n * 3) * BLOCK_T
+        row = tile // (tiles_n * 3) * BLOCK_M
         part = tile // tiles_n % 3
         col = tile % tiles_n * BLOCK_N
         if DESCRIPTORS:
-            # A statement: nothing else chooses between descriptors.
+            # Use `if`: `tl.where` does not accept descriptors.
             weight = q_weight
             if part == 1:
                 weight = k_weight
             elif part == 2:
                 weight = v_weight
         else:
-            # No statement: Triton 3.6 for AMD compiles no pointers that come out of one.
+            # Use `tl.where`: Triton 3.6 for AMD does not compile pointers that an `if` chooses.
             weight = tl.where(part == 0, q_weight, tl.where(part == 1, k_weight, v_weight))
         bias_ptr = tl.where(part == 0, q_bias_ptr, tl.where(part == 1, k_bias_ptr, v_bias_ptr))
         result, _, _ = matmul_tiles(
             x, weight, row, col, count, width, num_inputs, stride_x * UNIT, stride_weight * UNIT,
-            BLOCK_T, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
+            BLOCK_M, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         finish_tile(
             result, row, col, count, width, bias_ptr, None, 0, out, part * width, 3 * width,
@@ -94,11 +86,12 @@ def _qkv_projection_kernel(
         )  # fmt: skip
 
 
-@planned
-def plan_qkv_projection(
-    x: Layout, q_weight: Layout, q_bias: Layout, k_weight: Layout, k_bias: Layout, v_weight: Layout, v_bias: Layout,
-    num_tokens: Layout | None, num_heads: int, wanted: str | None,
-) -> Plan | None:  # fmt: skip
+@cached_by_specs
+def qkv_projection_launch(
+    x: TensorSpec, q_weight: TensorSpec, q_bias: TensorSpec, k_weight: TensorSpec, k_bias: TensorSpec,
+    v_weight: TensorSpec, v_bias: TensorSpec, num_tokens: TensorSpec | None, num_heads: int, allowed: str | None,
+) -> CachedLaunch | None:  # fmt: skip
+    """None if operands have to be copied first; allowed: see `dot_precision`."""
     check("qkv_projection", x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_tokens)
     (size, num_inputs), width = shape_of("qkv_projection", "x", x, "T K"), q_weight.shape[0]
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
@@ -108,31 +101,31 @@ def plan_qkv_projection(
         raise ValueError(f"qkv_projection: a width of {width} cannot be cut into {num_heads} heads")
     stride_x, stride_weight = row_stride(x), row_stride(q_weight)
     unequal = {row_stride(k_weight), row_stride(v_weight)} != {stride_weight} and 0 not in q_weight.shape
-    if unequal or not unit_strides(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias):
+    if unequal or not have_unit_strides(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias):
         return None
     config = choose("qkv_projection", x, size)
-    descriptors = through_descriptors(config, x, q_weight, k_weight, v_weight)
-    block_x, block_weight = gemm_blocks(config, config["BLOCK_N"], descriptors)
+    descriptors = reads_by_descriptors(config, x, q_weight, k_weight, v_weight)
+    block_x, block_weight = main_loop_blocks(config, config.BLOCK_N, descriptors)
     # Of a tile over the end of one part, a descriptor would write the next one's first columns.
-    fits = width % config["BLOCK_N"] == 0
+    fits = width % config.BLOCK_N == 0
     block_out = stored_block(config, descriptors, x.dtype, width) if fits else None
-    tiles = triton.cdiv(size, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_N"]) * 3
+    tiles = triton.cdiv(size, config.BLOCK_M) * triton.cdiv(width, config.BLOCK_N) * 3
     unit = common_unit(x, stride_x, stride_weight, width, 3 * width, num_inputs)  # 3 width: a row of the output
-    return Plan(
+    precision = dot_precision(x.dtype, x.device, allowed)
+    return CachedLaunch(
         _qkv_projection_kernel,
-        (min(tiles, num_processors(x.device) * config["programs"]),),
+        (min(tiles, num_sms(x.device) * config.ctas_per_sm),),
         x.device,
-        {"x": block_x, "q_weight": block_weight, "q_bias_ptr": None, "k_weight": block_weight, "k_bias_ptr": None}
-        | {"v_weight": block_weight, "v_bias_ptr": None, "out": block_out, "num_tokens_ptr": None},
         {
             "stride_x": stride_x // unit,
             "stride_weight": stride_weight // unit,
             "num_tokens": size,
             "width": width // unit,
             "num_inputs": num_inputs // unit,
-            **gemm_options(config, config["BLOCK_N"], unit, precision(x, wanted), descriptors),
-            **epilogue_options(config, block_out),
+            **main_loop_constants(config, config.BLOCK_N, unit, precision, descriptors),
+            **epilogue_constants(config, block_out),
         },
+        {"x": block_x, "q_weight": block_weight, "k_weight": block_weight, "v_weight": block_weight, "out": block_out},
     )
 
 
@@ -145,16 +138,18 @@ def qkv_projection(
     num_tokens int32 [1], on the device: rows from it on change no other row, and hold anything in the output. Raises
     ValueError or TypeError for tensors whose shapes, dtypes or devices do not fit.
     """
-    plan = plan_qkv_projection(
-        layout_of(x), layout_of(q_weight), layout_of(q_bias), layout_of(k_weight), layout_of(k_bias),
-        layout_of(v_weight), layout_of(v_bias), layout_of(num_tokens), num_heads, torch_precision(x),
+    launch = qkv_projection_launch(
+        spec_of(x), spec_of(q_weight), spec_of(q_bias), spec_of(k_weight), spec_of(k_bias),
+        spec_of(v_weight), spec_of(v_bias), spec_of(num_tokens), num_heads, torch_precision(x),
     )  # fmt: skip
-    tensors = x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
-    if plan is None:
+    if launch is None:
         # Weights of several strides, too, are copied to have one.
-        parts = (tensor.contiguous() for tensor in tensors[1:])
-        return qkv_projection(with_unit_stride(x), *parts, num_heads, num_tokens)
+        weights = (tensor.contiguous() for tensor in (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias))
+        return qkv_projection(with_unit_stride(x), *weights, num_heads, num_tokens)
     width = q_weight.shape[0]
     out = x.new_empty(x.shape[0], 3 * width)
-    plan.launch(*tensors, out, num_tokens)
+    launch(
+        x=x, q_weight=q_weight, q_bias_ptr=q_bias, k_weight=k_weight, k_bias_ptr=k_bias, v_weight=v_weight,
+        v_bias_ptr=v_bias, out=out, num_tokens_ptr=num_tokens,
+    )  # fmt: skip
     return out.view(x.shape[0], 3, num_heads, width // num_heads)

@@ -18,15 +18,19 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastbert import encoder_layer as fastbert_layer
 from fastbert_kernels import (
+    LayerWeights,
     attention,
+    configs,
     encoder_layer,
     launch,
     linear_activation,
     linear_residual_layer_norm,
     qkv_projection,
 )
-from fastbert_kernels.layer_norm import plan_layer_norm
+from fastbert_kernels.layer_norm import layer_norm_launch
+from fastbert_kernels.operands import spec_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the driver's own bindings serve every test")
 KERNELS = import_module("fastbert_kernels.encoder_layer")  # behind the function of its name
@@ -46,52 +50,52 @@ class Descriptors:
 class Interpreted:
     """In the place of a `Binding`."""
 
-    def __init__(self, plan: launch.Plan, tensors: tuple[Tensor | None, ...], calls: list[str]):
-        self._plan, self._calls = plan, calls
-        self._kinds = [None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors]
-        blocks = list(plan.operands.values())
-        there = [number for number, x in enumerate(tensors) if x is not None]
+    def __init__(self, cached: launch.CachedLaunch, tensors: dict[str, Tensor | None], calls: list[str]):
+        self._launch, self._calls = cached, calls
+        self._specs = {name: x if x is None else (x.shape, x.stride(), x.dtype) for name, x in tensors.items()}
         self.template = [None] * len(tensors)
-        self.pointers = [(number, number) for number in there if blocks[number] is None]
-        self.descriptors = [(number, number, Descriptors()) for number in there if blocks[number] is not None]
+        places = [(place, name) for place, (name, x) in enumerate(tensors.items()) if x is not None]
+        self.pointers = [(place, name) for place, name in places if name not in cached.blocks]
+        self.descriptors = [(place, name, Descriptors()) for place, name in places if name in cached.blocks]
 
     def on(self, stream: int) -> Callable[[list], None]:
         return self._run
 
-    def launch(self, stream: int, addresses: list[int | None]) -> None:
-        self._run(addresses)
+    def launch(self, stream: int, addresses: dict[str, int | None]) -> None:
+        self._run(list(addresses.values()))
 
     def _run(self, addresses: list[int | None]) -> None:
         arguments = {}
-        for (name, block), kind, address in zip(self._plan.operands.items(), self._kinds, addresses, strict=True):
-            if kind is None:
+        for (name, spec), address in zip(self._specs.items(), addresses, strict=True):
+            if spec is None:
                 arguments[name] = None
-            elif block is None:
-                arguments[name] = memory(address, 1, kind[2])
+            elif name not in self._launch.blocks:
+                arguments[name] = memory(address, 1, spec[2])
             else:
-                (rows, columns), (stride, _), dtype = kind
+                (rows, columns), (stride, _), dtype = spec
                 whole = memory(address, (rows - 1) * stride + columns, dtype)
-                arguments[name] = TensorDescriptor.from_tensor(whole.as_strided(*kind[:2]), block)
-        self._calls.append(self._plan.kernel.fn.__name__)
+                block = self._launch.blocks[name]
+                arguments[name] = TensorDescriptor.from_tensor(whole.as_strided(*spec[:2]), block)
+        self._calls.append(self._launch.kernel.fn.__name__)
         with launch._launching:  # the interpreter's state is global
-            launch.run(self._plan.kernel, self._plan.grid, arguments | self._plan.constants)
+            launch.run(self._launch.kernel, self._launch.grid, arguments | self._launch.constants)
 
 
 @pytest.fixture
 def bound(monkeypatch) -> list[str]:
     """The kernels that bindings launch during the test, in their order."""
-    calls, by_triton = [], launch.Plan._launch_by_triton
+    calls, by_triton = [], launch.CachedLaunch._launch_by_triton
 
-    def launch_by_triton(plan, tensors):
-        by_triton(plan, tensors)
-        plan.binding = Interpreted(plan, tensors, calls)
+    def launch_by_triton(cached, tensors):
+        by_triton(cached, tensors)
+        cached.binding = Interpreted(cached, tensors, calls)
 
-    monkeypatch.setattr(launch.Plan, "_launch_by_triton", launch_by_triton)
+    monkeypatch.setattr(launch.CachedLaunch, "_launch_by_triton", launch_by_triton)
     monkeypatch.setattr(launch, "current_stream", lambda: 0)
     monkeypatch.setattr(KERNELS, "current_stream", lambda: 0)
-    launch.forget_plans()
+    launch.forget_launches()
     yield calls
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 class Layer:
@@ -111,7 +115,7 @@ class Layer:
     def arguments(self, x: Tensor, lengths=LENGTHS, counted: bool = True, activation: str = "gelu") -> tuple:
         cu_seqlens = bounds(lengths)
         count = cu_seqlens[-1:] if counted else None
-        return x, self.weights, cu_seqlens, max(lengths), self.heads, 0.3, activation, self.eps, count
+        return x, LayerWeights(*self.weights), cu_seqlens, max(lengths), self.heads, 0.3, activation, self.eps, count
 
     def one_after_another(self, x, weights, cu_seqlens, longest, heads, scale, activation, eps, count) -> Tensor:
         qkv = qkv_projection(x, *weights[:6], heads, count)
@@ -155,34 +159,34 @@ def test_bits(dtype, width, bound):
 def test_results_through_descriptors(bound):
     """In memory of the workspace and of the output, which lie elsewhere in each call."""
     config = {
-        "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "programs": 1,
+        "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 1,
         "descriptors": True, "flatten": True, "halves": True, "store_descriptor": True,
     }  # fmt: skip
     entries, in_one_launch = {"16": [{"up_to": None, "config": config}]}, {"16": []}
     gemms = dict.fromkeys(("qkv_projection", "linear_activation", "linear_residual"), entries)
-    table = launch.configurations("sm_90") | gemms | {"linear_residual_layer_norm": in_one_launch}
-    with launch.configured_by(table):
+    table = configs.table_for("sm_90") | gemms | {"linear_residual_layer_norm": in_one_launch}
+    with configs.configured_by(table):
         layer = Layer(torch.float16, width=64, heads=4, feed_forward=96)
         kept = []
         for _ in range(3):
             kept.append(torch.empty(7 * CAPACITY * 64, dtype=torch.float16))
             layer.check(tokens_of(layer))
         assert len(bound) >= 2 * 7
-        stored = [step.plan.operands["out"] for step in steps_of(layer) if "out" in step.plan.operands]
+        stored = [step.launch.blocks["out"] for step in steps_of(layer) if "out" in step.operands]
         assert stored == [[16, 16]] * 4
 
 
 def steps_of(layer: Layer) -> list:
-    """The steps of a layer's plan, made again."""
+    """The steps of a cached layer, made again."""
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KERNELS, "LayerPlan", lambda steps, *_: made.extend(steps))
-        KERNELS._planned(*layer.arguments(tokens_of(layer)))
+        patch.setattr(KERNELS, "CachedLayer", lambda steps, *_: made.extend(steps))
+        KERNELS._cached_layer(*layer.arguments(tokens_of(layer)))
     return made
 
 
 def test_everything_that_varies(bound):
-    """Of one layer, in an order in which each call meets the plans of those before."""
+    """Of one layer, in an order in which each call meets the launches of those before."""
     layer = Layer(torch.bfloat16)
     for _ in range(2):
         for size in (33, 28, 64, 28):
@@ -327,17 +331,22 @@ def test_what_is_remembered_is_bounded(bound, monkeypatch):
         assert len(KERNELS._weights) <= 2
     for size in (28, 29, 30, 31):
         layers[0].check(tokens_of(layers[0], size))
-        assert all(len(plans) <= 2 for plans in KERNELS._plans.values())
+        assert all(len(cached) <= 2 for cached in KERNELS._layers.values())
 
 
 def test_a_launcher_that_nobody_knows_is_said_once_and_used(caplog):
     """The launches of a Triton whose launcher is built otherwise go through it."""
-    tensors = normal(3, 48), normal(48), normal(48), normal(3, 48), None
+    tensors = {"x_ptr": normal(3, 48), "norm_weight_ptr": normal(48), "norm_bias_ptr": normal(48)}
+    tensors |= {"out_ptr": normal(3, 48), "num_tokens_ptr": None}
     launch._warn_once.cache_clear()
     for _ in range(2):
-        plan = plan_layer_norm(*map(launch.layout_of, tensors), 1e-12)
-        given = dict.fromkeys(plan.operands) | plan.constants
-        assert plan._bound(SimpleNamespace(metadata=None, run=object()), tensors, given) is None
+        cached = layer_norm_launch(*map(spec_of, tensors.values()), 1e-12)
+        compiled = SimpleNamespace(metadata=None, run=object())
+        assert cached._bound(compiled, tensors, tensors | cached.constants) is None
     (message,) = caplog.messages
     assert message.startswith("launches go through the launcher of Triton")
     launch._warn_once.cache_clear()
+
+
+def test_the_model_names_the_weights_of_a_layer_alike():
+    assert fastbert_layer.LayerWeights._fields == LayerWeights._fields

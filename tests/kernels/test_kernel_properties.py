@@ -33,9 +33,11 @@ from sanitizer import sanitized
 from torch import Tensor
 
 import fastbert_kernels
-from fastbert_kernels import configuration, packing_plan, take_bad_ids, unpack
-from fastbert_kernels.launch import configured_by, launching_by
-from fastbert_kernels.layer_norm import layer_norm
+from fastbert_kernels import configs, packing_plan, take_bad_ids, unpack
+from fastbert_kernels.configs import configured_by
+from fastbert_kernels.launch import launching_by
+from fastbert_kernels.layer_norm import layer_norm_launch
+from fastbert_kernels.operands import spec_of
 
 pytestmark = MARKS
 
@@ -114,7 +116,7 @@ def test_epilogues_change_no_bit(op, operation, width, dtype):
     """Flattened, in halves, through a descriptor, also for a residual of another dtype. A descriptor writes the other
     rows of the last tile, pointers and tiles over the end of a part do not."""
     config = {
-        "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "programs": 1,
+        "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 1,
         "descriptors": DESCRIPTORS,
     }  # fmt: skip
     launcher, arguments = example(op, dtype)
@@ -144,7 +146,7 @@ def test_epilogues_change_no_bit(op, operation, width, dtype):
 def test_only_whole_tiles_of_a_part_are_stored_through_a_descriptor(heads, stored_by_descriptor):
     """A tile over the end of the queries would write the first keys, in a race with the program that they belong to."""
     config = {
-        "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "programs": 1,
+        "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 1,
         "descriptors": True, "flatten": False, "halves": False, "store_descriptor": True,
     }  # fmt: skip
     width, seen = 16 * heads, []
@@ -161,7 +163,9 @@ def test_only_whole_tiles_of_a_part_are_stored_through_a_descriptor(heads, store
 def test_layer_norm_writes_no_rows_past_the_count(num_tokens):
     """Over a buffer of numbers: in its own place LayerNorm would make NaN of NaN."""
     x, out = normal(70, 48), torch.full((70, 48), 7.0, device=DEVICE)
-    layer_norm(x, torch.ones_like(x[0]), torch.zeros_like(x[0]), 1e-12, out, count(num_tokens))
+    weight, bias = torch.ones_like(x[0]), torch.zeros_like(x[0])
+    norm = layer_norm_launch(*map(spec_of, (x, weight, bias, out, count(num_tokens))), 1e-12)
+    norm(x_ptr=x, norm_weight_ptr=weight, norm_bias_ptr=bias, out_ptr=out, num_tokens_ptr=count(num_tokens))
     torch.testing.assert_close(out[:num_tokens], torch.layer_norm(x[:num_tokens], (48,), eps=1e-12))
     assert (out[num_tokens:] == 7).all()
 
@@ -536,12 +540,12 @@ def test_launches_on_a_device_that_is_not_current(op):
 @pytest.mark.parametrize("name", TABLES)
 def test_configurations(name):
     """What batch invariance and the kernels ask of every configuration file."""
-    path = configuration.path_of(name)
-    document = configuration.check(configuration.read(path), path)
+    path = configs.path_of(name)
+    document = configs.check(configs.read(path), path)
     # Of the matrix instructions none but wgmma and tcgen05, which take 64 rows or more.
     if document.get("architecture", name) in ("sm_90", "sm_100"):
         gemms = (TABLES[name][operation]["16"] for operation in TABLES[name] if not operation.startswith("attention"))
-        assert all(entry["config"]["BLOCK_T"] >= 64 for entries in gemms for entry in entries)
+        assert all(entry["config"]["BLOCK_M"] >= 64 for entries in gemms for entry in entries)
     # What nobody has measured says so.
     timed = "measured_us" in path.read_text()
     assert timed == ("device" in document)

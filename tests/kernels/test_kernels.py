@@ -32,7 +32,7 @@ from sanitizer import sanitized
 from torch import Tensor
 
 import fastbert_kernels
-from fastbert_kernels import BadId, configuration, launch, packing, packing_plan, take_bad_ids, unpack
+from fastbert_kernels import BadId, configs, launch, operands, packing, packing_plan, take_bad_ids, target, unpack
 
 pytestmark = MARKS
 
@@ -58,10 +58,10 @@ def configured(monkeypatch):
 
     def use(table: dict) -> None:
         monkeypatch.setattr(launch, "configurations", lambda name: table)
-        launch.forget_plans()
+        launch.forget_launches()
 
     yield use
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 @pairwise(
@@ -164,7 +164,7 @@ def test_linear_residual_layer_norm(width, dtypes, tokens, layout, launches):
     kept = arguments["residual"].clone()
     assert check("linear_residual_layer_norm", **arguments).dtype == dtypes[1]
     assert torch.equal(arguments["residual"], kept)
-    if launch.architecture(DEVICE) in ("sm_80", "sm_90", "sm_100"):
+    if target.architecture(DEVICE) in ("sm_80", "sm_90", "sm_100"):
         one = dtypes[0] in HALVES and width <= 384
         two = ["_linear_kernel", "_layer_norm_kernel"]
         assert launches == (["_linear_residual_layer_norm_kernel"] if one else two)
@@ -282,9 +282,9 @@ def test_attention_masks_the_same_with_and_without_a_branch(branch, monkeypatch)
     expected = fastbert_kernels.attention(qkv, **arguments)
     module = import_module("fastbert_kernels.attention")
     monkeypatch.setattr(module, "architecture", lambda device: "sm_90" if branch else "sm_80")
-    launch.forget_plans()
+    launch.forget_launches()
     assert torch.equal(fastbert_kernels.attention(qkv, **arguments), expected)
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 def test_a_row_of_queries_keys_and_values_is_below_2_to_the_31():
@@ -386,9 +386,9 @@ def test_packing_plan(kind, batch_size, seq_len, value, layout):
 
 def test_packing_plan_of_more_rows_than_a_block(monkeypatch):
     monkeypatch.setattr(packing, "BLOCK", 16)
-    launch.forget_plans()
+    launch.forget_launches()
     check_plan(kept_places("holes", 40, 3))
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(0, 4), (3, 0), (0, 0)])
@@ -447,7 +447,7 @@ def test_a_mean_is_of_a_sum_in_float32():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TABLES)
 def test_every_configuration_computes_the_truth(name, dtype, configured):
-    if DEVICE.type == "cuda" and name not in ("default", configuration.path_of(launch.configuration_name(DEVICE)).stem):
+    if DEVICE.type == "cuda" and name not in ("default", configs.path_of(configs.name_for(DEVICE)).stem):
         pytest.skip("a GPU runs its own configurations")
     configured(TABLES[name])
     for op in ("linear_activation", "qkv_projection", "linear_residual_layer_norm"):
@@ -462,7 +462,7 @@ def test_every_configuration_computes_the_truth(name, dtype, configured):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["linear_activation", "qkv_projection", "linear_residual_layer_norm"])
 def test_pointers_and_descriptors_agree(op, dtype, configured):
-    table = deepcopy(launch.configurations(launch.architecture(DEVICE)))
+    table = deepcopy(configs.table_for(target.architecture(DEVICE)))
     launcher, arguments = example(op, dtype)
     expected = launcher(**arguments)
     for entries in (entries for name, widths in table.items() if name != "attention" for entries in widths.values()):
@@ -473,7 +473,7 @@ def test_pointers_and_descriptors_agree(op, dtype, configured):
 
 
 def test_plans_follow_the_configurations(configured):
-    table = deepcopy(launch.configurations(launch.architecture(DEVICE)))
+    table = deepcopy(configs.table_for(target.architecture(DEVICE)))
     launcher, arguments = example("linear_activation", torch.float32)
     seen = []
     with launch.launching_by(lambda kernel, grid, given: seen.append(given["num_stages"])):
@@ -486,10 +486,10 @@ def test_plans_follow_the_configurations(configured):
 
 
 def test_descriptors_serve_rows_of_16_bytes_only():
-    config = {"descriptors": True, "BLOCK_T": 64, "BLOCK_K": 32}
+    config = {"descriptors": True, "BLOCK_M": 64, "BLOCK_K": 32}
 
     def served(*tensors, config=config):
-        return launch.through_descriptors(config, *(launch.Layout(*launch.layout_of(x)) for x in tensors))
+        return launch.through_descriptors(config, *(operands.TensorSpec(*operands.spec_of(x)) for x in tensors))
 
     for columns, expected in ((48, True), (13, False)):
         x, weight = normal(5, columns), normal(7, columns)
@@ -501,9 +501,9 @@ def test_descriptors_serve_rows_of_16_bytes_only():
 
 
 def test_an_unknown_architecture_takes_the_defaults(caplog):
-    launch.configurations.cache_clear()
+    configs.table_for.cache_clear()
     with caplog.at_level(logging.INFO, logger="fastbert_kernels"):
-        assert [launch.configurations("sm_75"), launch.configurations("sm_75")] == [TABLES["default"]] * 2
+        assert [configs.table_for("sm_75"), configs.table_for("sm_75")] == [TABLES["default"]] * 2
     (message,) = caplog.messages
     assert "no launch configurations for sm_75" in message
 
@@ -513,15 +513,15 @@ def test_architecture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for hip, name in ((None, "sm_86"), ("6.4", "gfx942")):
         monkeypatch.setattr(torch.version, "hip", hip)
-        launch._architecture_of_gpu.cache_clear()
-        assert launch.architecture(torch.device("cuda", 0)) == name
-    launch._architecture_of_gpu.cache_clear()
-    assert launch.architecture(torch.device("cpu")) in TABLES
+        target._architecture_of_gpu.cache_clear()
+        assert target.architecture(torch.device("cuda", 0)) == name
+    target._architecture_of_gpu.cache_clear()
+    assert target.architecture(torch.device("cpu")) in TABLES
 
 
 def test_precision_follows_torch(monkeypatch):
     def products(x):
-        return launch.precision(launch.Layout(*launch.layout_of(x)), launch.torch_precision(x))
+        return launch.precision(operands.TensorSpec(*operands.spec_of(x)), target.torch_precision(x))
 
     x, matmul = torch.zeros(1), torch.backends.cuda.matmul
     kept = matmul.fp32_precision

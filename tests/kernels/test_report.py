@@ -19,7 +19,7 @@ from kernel_cases import TABLES
 from torch.utils.flop_counter import FlopCounterMode
 from triton.backends.compiler import GPUTarget
 
-from fastbert_kernels import configuration
+from fastbert_kernels import configs
 from fastbert_kernels.tuning import roofline
 from fastbert_kernels.tuning.ahead_of_time import CHIPS, Compiled, Resources
 from fastbert_kernels.tuning.report import DTYPES, SHAPES, failures, page
@@ -32,7 +32,7 @@ KERNELS = ROOT / "kernels" / "fastbert_kernels"
 COMMITTED = ROOT / "bench" / "results" / "compiled" / "README.md"
 KEYS = (
     "op", "kernel", "target", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "matrix_instruction",
-    "tma", "code_bytes", "compile_s", "programs", "occupancy", "reasons", "shapes",
+    "tma", "code_bytes", "compile_s", "ctas_per_sm", "occupancy", "reasons", "shapes",
 )  # fmt: skip
 
 # Of the architecture, and of a device of it.
@@ -41,7 +41,7 @@ OF_SM_90 = (TABLES["sm_90"], TABLES["nvidia-h200"])
 
 def compiled_keys(entry: dict) -> dict:
     """What a row of the report has of an entry's configuration: all that decides the code where TMA serves."""
-    config = {key: value for key, value in entry["config"].items() if key not in ("programs", "descriptors")}
+    config = {key: value for key, value in entry["config"].items() if key not in ("ctas_per_sm", "descriptors")}
     return {key.upper() if isinstance(value, bool) else key: value for key, value in config.items()}
 
 
@@ -118,11 +118,11 @@ def test_a_persistent_grid_is_what_a_multiprocessor_holds(sm_90):
             for entry in table[operation][width]:
                 config = compiled_keys(entry)
                 held = {
-                    row["programs"]
+                    row["ctas_per_sm"]
                     for row in rows
                     if (row["dtype"] == "fp32") == (width == "32") and config.items() <= row["config"].items()
                 }
-                assert min(held) == entry["config"]["programs"], (operation, entry)
+                assert min(held) == entry["config"]["ctas_per_sm"], (operation, entry)
 
 
 def test_other_targets_compile_their_configurations():
@@ -141,8 +141,9 @@ def test_short_sequences_sum_rows_as_all_others_do():
     script = r"""
 import json, re, sys, torch
 from fastbert_kernels import attention
+from fastbert_kernels.configs import table_for
+from fastbert_kernels.launch import launching_by
 from fastbert_kernels.tuning.ahead_of_time import CHIPS, compiling_for
-from fastbert_kernels.launch import configurations, launching_by
 
 def layouts(target, head_size, longest):
     code = []
@@ -155,7 +156,7 @@ def layouts(target, head_size, longest):
     return sorted((int(columns), shape) for _, columns, shape in found)
 
 sizes = (16, 32, 64, 80, 128)
-targets = [target for target in CHIPS if configurations(target)["attention_short"]["16"]]
+targets = [target for target in CHIPS if table_for(target)["attention_short"]["16"]]
 print(json.dumps({f"{target} D {d}": [layouts(target, d, s) for s in (64, 65)] for target in targets for d in sizes}))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -191,17 +192,17 @@ def test_what_should_not_ship_fails_with_its_reason(tmp_path):
     path = tmp_path / "fastbert_kernels" / "configs" / "sm_90.json"
     table = json.loads(path.read_text())
     few, *_, many = table["qkv_projection"]["16"]
-    few["config"]["BLOCK_T"] = 16
+    few["config"]["BLOCK_M"] = 16
     many["config"] |= {"BLOCK_N": 256, "num_warps": 4}
     few, *_, many = table["linear_activation"]["16"]
     few["config"]["num_stages"] = 16
     many["config"]["num_warps"] = 3
-    table["linear_residual_layer_norm"]["16"][0]["config"]["BLOCK_T"] = 96
+    table["linear_residual_layer_norm"]["16"][0]["config"]["BLOCK_M"] = 96
     path.write_text(json.dumps(table))
     ops = ("--op=qkv_projection", "--op=linear_activation", "--op=linear_residual_layer_norm")
     run = report("--json", "--target=sm_90", "--dtype=bf16", *ops, packages=tmp_path)
     assert run.returncode == 1, run.stderr
-    reasons = {(row["op"], row["config"].get("BLOCK_T"), *row["reasons"]) for row in json.loads(run.stdout)}
+    reasons = {(row["op"], row["config"].get("BLOCK_M"), *row["reasons"]) for row in json.loads(run.stdout)}
 
     def found(op: str, block_t: int | None, pattern: str) -> bool:
         return any(key[:2] == (op, block_t) and len(key) > 2 and re.match(pattern, key[2]) for key in reasons)
@@ -220,7 +221,7 @@ def test_the_interpreter_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("chip", "registers", "shared_bytes", "columns", "num_warps", "programs"),
+    ("chip", "registers", "shared_bytes", "columns", "num_warps", "ctas_per_sm"),
     [
         ("sm_90", 128, 0, 0, 8, 2),  # 16 warps by registers
         ("sm_90", 129, 0, 0, 8, 1),  # 136 a thread, 15 warps, 12 in units of four
@@ -276,7 +277,7 @@ def test_chips_are_their_names():
     for name, chip in CHIPS.items():
         known = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
         assert chip.target == known
-    documents = {path.stem: configuration.read(path) for path in configuration.FOLDER.glob("*.json")}
+    documents = {path.stem: configs.read(path) for path in configs.FOLDER.glob("*.json")}
     assert CHIPS.keys() >= {document.get("architecture", name) for name, document in documents.items()} - {"default"}
 
 

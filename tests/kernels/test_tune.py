@@ -15,7 +15,7 @@ import torch
 import triton
 from kernel_cases import DEVICE, MARKS, TABLES, normal
 
-from fastbert_kernels import configuration, launch, linear_activation
+from fastbert_kernels import configs, launch, linear_activation, target
 from fastbert_kernels.launch import launching_by, run
 from fastbert_kernels.tuning import cases, report, trial, tune
 from fastbert_kernels.tuning.ahead_of_time import CHIPS
@@ -26,8 +26,8 @@ from fastbert_kernels.tuning.trial import Timing, Trial
 
 OPERATION = "linear_activation"
 PRESENT = {
-    "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "programs": 2, "descriptors": False,
-    "flatten": False, "halves": False, "store_descriptor": False,
+    "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "ctas_per_sm": 2,
+    "descriptors": False, "flatten": False, "halves": False, "store_descriptor": False,
 }  # fmt: skip
 TABLE = TABLES["sm_90"] | {OPERATION: {"16": [], "32": [{"up_to": None, "config": PRESENT}]}}
 # The planted bugs, by the number of stages, which changes no result by itself.
@@ -59,7 +59,7 @@ def times(monkeypatch):
 
     def captured(given, turns):
         given[0]()
-        (entry, *_), *_ = launch.configurations("")[OPERATION].values()
+        (entry, *_), *_ = configs.table_for("")[OPERATION].values()
         return entry["config"], len(given[0].args[0])
 
     monkeypatch.setattr(trial, "captured", captured)
@@ -129,7 +129,7 @@ def test_bits_alone_make_a_family_of_16_bits(times):
         tried.bits = lambda config: [torch.zeros(1)]
         chosen = tried.run([candidate(BLOCK_K=64, num_stages=FINE)], lambda config, up_to: [], 1000.0)
         assert [timing.config["BLOCK_K"] for timing in chosen.values()] == blocks
-        few_rows = PRESENT | {"BLOCK_T": 32}
+        few_rows = PRESENT | {"BLOCK_M": 32}
         assert tried.admit(few_rows)
         assert not tried.alike(few_rows, PRESENT)
 
@@ -149,7 +149,7 @@ def test_what_the_finals_have_no_time_for_is_said(times, monkeypatch):
     lines = []
     chosen = trial_of(lines).run([candidate(num_stages=FINE)], lambda config, up_to: [], 60.0)
     assert [timing.config for timing in chosen.values()] == [PRESENT, PRESENT]
-    untimed = [PRESENT | {"num_stages": FINE, "programs": count} for count in (2, 1)]
+    untimed = [PRESENT | {"num_stages": FINE, "ctas_per_sm": count} for count in (2, 1)]
     assert lines == [f"no time for {config}, up_to {up_to}" for up_to in (16, 512) for config in untimed]
 
 
@@ -161,14 +161,14 @@ def test_heats_are_of_what_may_win(times, monkeypatch):
 
     def of(config, tokens):
         if config != PRESENT:
-            heated.append((config["BLOCK_T"], config["BLOCK_N"], config["halves"], tokens))
-        return 0.5 if config["BLOCK_T"] == 256 else 1.0
+            heated.append((config["BLOCK_M"], config["BLOCK_N"], config["halves"], tokens))
+        return 0.5 if config["BLOCK_M"] == 256 else 1.0
 
     times.of = of
     tried = trial_of([])
-    tiles = [{"BLOCK_T": 128, "BLOCK_N": 128}, {"BLOCK_T": 256, "BLOCK_N": 64}, {"BLOCK_T": 64, "BLOCK_N": 16}]
+    tiles = [{"BLOCK_M": 128, "BLOCK_N": 128}, {"BLOCK_M": 256, "BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 16}]
     given = [candidate(**tile, halves=halves) for halves in (True, False) for tile in tiles[: 2 if halves else 3]]
-    given.append(candidate(BLOCK_T=128, BLOCK_N=256, halves=True))  # of which the plain one is no candidate
+    given.append(candidate(BLOCK_M=128, BLOCK_N=256, halves=True))  # of which the plain one is no candidate
     tried._heats(given, float("inf"))
     assert set(heated) == {
         (128, 128, False, 160), (128, 128, False, 640), (256, 64, False, 160), (256, 64, False, 640),
@@ -310,7 +310,7 @@ def test_models_that_are_tuned_unless_some_are_named(h200, monkeypatch):
 
 def test_bits_of_another_device_are_refused(h200, tmp_path, capsys):
     path = tmp_path / "own.json"
-    document = configuration.read(configuration.path_of("sm_90")) | {"device": "NVIDIA H100", "bits": "measured"}
+    document = configs.read(configs.path_of("sm_90")) | {"device": "NVIDIA H100", "bits": "measured"}
     path.write_text(json.dumps(document))
     with pytest.raises(SystemExit, match="2"):
         tune.main(["--out", str(path)])
@@ -326,7 +326,7 @@ def test_one_launch_or_two(times):
 
     def captured(given, turns):
         given[0]()
-        return launch.configurations("")["linear_residual_layer_norm"]["32"]
+        return configs.table_for("")["linear_residual_layer_norm"]["32"]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "captured", captured)
@@ -352,16 +352,16 @@ def test_other_operations_are_checked_by_their_formulas(operation, times, monkey
 
 @pytest.mark.parametrize(("keys", "left"), [(64, 1), (32, 0)])
 def test_short_sequences_keep_no_configuration_of_other_bits(keys, left, times, monkeypatch, tmp_path, capsys):
-    document = configuration.read(configuration.path_of("sm_90"))
+    document = configs.read(configs.path_of("sm_90"))
     entry, *_ = document["attention"]["16"]
-    config = entry["config"] | {"BLOCK_KEYS": keys, "num_stages": 1}
+    config = entry["config"] | {"BLOCK_N": keys, "num_stages": 1}
     found = trial.Timing(config, 0.5, 0.5, {"a case": 1.0})
     monkeypatch.setattr(trial.Trial, "run", lambda self, *_: {32: found})
     monkeypatch.setattr(tune, "provenance", lambda device, source: {"source": source})
     nothing_compiles = SimpleNamespace(cut=lambda *_: list, refuse=lambda *_: [])
     path = tmp_path / "out.json"
     tune.tune(path, document, ["attention"], ["fp16"], ["toy"], 1.0, nothing_compiles, DEVICE)
-    written = configuration.read(path)
+    written = configs.read(path)
     assert written["attention"]["16"][0]["config"] == config
     assert len(written["attention_short"]["16"]) == left
     assert ("attention_short has no configuration any more" in capsys.readouterr().out) == (left == 0)
@@ -387,7 +387,7 @@ def test_a_killed_run_keeps_what_it_has_found(times, monkeypatch, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         tune.tune(path, document, [OPERATION, "attention"], ["fp32"], ["toy"], 1000.0, Compilers(), DEVICE)
-    written = configuration.check(configuration.read(path), path)
+    written = configs.check(configs.read(path), path)
     assert not list(tmp_path.glob("*.unfinished"))
     small, between, large, rest = written[OPERATION]["32"]
     assert [(entry["up_to"], entry["config"]["num_stages"]) for entry in (small, large)] == [(16, FINE), (512, FINE)]
@@ -470,10 +470,10 @@ import json, sys
 from fastbert_kernels.tuning import tune
 from fastbert_kernels.tuning.candidates import examine, grid
 from fastbert_kernels.tuning.ahead_of_time import CHIPS
-given = [c for c in grid("qkv_projection", CHIPS["sm_90"], 2) if c["BLOCK_T"] == c["BLOCK_N"] == 128][:1]
+given = [c for c in grid("qkv_projection", CHIPS["sm_90"], 2) if c["BLOCK_M"] == c["BLOCK_N"] == 128][:1]
 assert given[0]["descriptors"]
 given += [given[0] | {"BLOCK_N": 256, "num_warps": 4}, given[0] | {"num_stages": 8, "BLOCK_K": 128}]
-given += [given[0] | {"BLOCK_T": 16}]
+given += [given[0] | {"BLOCK_M": 16}]
 print(json.dumps([vars(c) for c in examine("sm_90", ["bf16"], "qkv_projection", ["tiny"], given)]))
 try:
     tune.main([])
@@ -488,7 +488,7 @@ except SystemExit as error:
     found, code = done.stdout.splitlines()
     fine, spilling, large, rows = json.loads(found)
     assert fine["reasons"] == []
-    assert (fine["matrix_instruction"], fine["programs"]) == ("HGMMA", 2)
+    assert (fine["matrix_instruction"], fine["ctas_per_sm"]) == ("HGMMA", 2)
     assert re.fullmatch(r"spills \d+ bytes a thread", spilling["reasons"][0])
     assert re.fullmatch(r"\d+ bytes of shared memory of 232448", large["reasons"][0])
     assert rows["reasons"] == ["matrix instruction HMMA instead of HGMMA"]
@@ -512,9 +512,9 @@ def forgetful():
     """Files are read again."""
 
     def forget():
-        launch.configurations.cache_clear()
-        launch._configuration_name_of_gpu.cache_clear()
-        launch.forget_plans()
+        configs.table_for.cache_clear()
+        configs._name_for_gpu.cache_clear()
+        launch.forget_launches()
 
     forget()
     yield
@@ -524,42 +524,42 @@ def forgetful():
 def test_a_file_of_ones_own(forgetful, monkeypatch, tmp_path):
     """It serves in place of what is shipped; every GPU and target takes it."""
     path = tmp_path / "own.json"
-    document = deepcopy(configuration.read(configuration.path_of("sm_90")))
+    document = deepcopy(configs.read(configs.path_of("sm_90")))
     document[OPERATION]["32"] = [{"up_to": None, "config": PRESENT | {"BLOCK_N": 32}}]
-    configuration.write(document, path)
-    assert configuration.read(path) == document
+    configs.write(document, path)
+    assert configs.read(path) == document
     monkeypatch.setenv("FASTBERT_CONFIGS", str(path))
     seen = []
     with launching_by(lambda kernel, grid, arguments: seen.append(arguments["BLOCK_N"])):
         linear_activation(normal(5, 48), normal(7, 48), normal(7), "none")
     assert seen == [32]
-    assert launch.configurations("sm_80") == configuration.operations(document)
+    assert configs.table_for("sm_80") == configs.operations(document)
 
 
 def test_a_devices_own_file_goes_before_its_architectures(forgetful, monkeypatch, tmp_path):
-    monkeypatch.setattr(configuration, "FOLDER", tmp_path)
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     properties = SimpleNamespace(major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     device = torch.device("cuda", 7)
     for name, document in (("sm_90", {"source": "architecture"}), ("default", {"source": "default"})):
-        configuration.path_of(name).write_text(json.dumps(document | TABLE))
-    assert launch.configuration_name(device) == "sm_90"
-    own = configuration.path_of("NVIDIA H200")
+        configs.path_of(name).write_text(json.dumps(document | TABLE))
+    assert configs.name_for(device) == "sm_90"
+    own = configs.path_of("NVIDIA H200")
     assert own == tmp_path / "nvidia-h200.json"
     own.write_text(json.dumps({"source": "device", "architecture": "sm_90"} | TABLES["sm_80"]))
-    forgotten = (launch.configurations, launch._configuration_name_of_gpu)
+    forgotten = (configs.table_for, configs._name_for_gpu)
     for cache in forgotten:
         cache.cache_clear()
-    assert launch.configurations(launch.configuration_name(device)) == TABLES["sm_80"]
-    assert launch.configurations("sm_90") == TABLE
+    assert configs.table_for(configs.name_for(device)) == TABLES["sm_80"]
+    assert configs.table_for("sm_90") == TABLE
     assert report.tables_of("sm_90") == [TABLE, TABLES["sm_80"]]
-    assert launch.configuration_name(torch.device("cpu")) == launch.INTERPRETED_ARCHITECTURE
+    assert configs.name_for(torch.device("cpu")) == target.INTERPRETED_ARCHITECTURE
 
 
 def changed(*path, to=None):
     """A shipped file with another value, or without it."""
-    document = deepcopy(configuration.read(configuration.path_of("sm_90")))
+    document = deepcopy(configs.read(configs.path_of("sm_90")))
     place = document
     for key in path[:-1]:
         place = place[key]
@@ -583,15 +583,15 @@ FIRST = ("qkv_projection", "16", 0)
         (changed("attention", "16", to={}), "attention, 16 bits: expected a list of entries, not {}"),
         (changed("attention", "16", to=[]), "attention, 16 bits: the last up_to has to be 128"),
         (changed("attention", "16", to=[3]), "attention, 16 bits, entry 0: expected an object, not 3"),
-        (changed("attention", "16", 0, "config", "BLOCK_K", to=64), "entry 0: 'BLOCK_K' is unknown; known are BLOCK_Q"),
+        (changed("attention", "16", 0, "config", "BLOCK_K", to=64), "entry 0: 'BLOCK_K' is unknown; known are BLOCK_M"),
         (changed(*FIRST, "config", "BLOCK_K"), "qkv_projection, 16 bits, entry 0: 'BLOCK_K' is missing"),
-        (changed(*FIRST, "config", "BLOCK_T", to=96), "entry 0: BLOCK_T is 96, expected a power of two from 16 on"),
+        (changed(*FIRST, "config", "BLOCK_M", to=96), "entry 0: BLOCK_M is 96, expected a power of two from 16 on"),
         (changed(*FIRST, "config", "BLOCK_N", to=8), "entry 0: BLOCK_N is 8, expected a power of two from 16 on"),
         (changed(*FIRST, "config", "BLOCK_K", to=32), "qkv_projection, 16 bits: entries differ in BLOCK_K, [32, 64]"),
         (changed(*FIRST, "config", "num_warps", to=3), "entry 0: num_warps is 3, expected a power of two up to 32"),
         (changed(*FIRST, "config", "num_warps", to=64), "entry 0: num_warps is 64, expected a power of two up to 32"),
         (changed(*FIRST, "config", "num_stages", to=0), "entry 0: num_stages is 0, expected a positive integer"),
-        (changed(*FIRST, "config", "programs", to=1.5), "entry 0: programs is 1.5, expected a positive integer"),
+        (changed(*FIRST, "config", "ctas_per_sm", to=1.5), "entry 0: programs is 1.5, expected a positive integer"),
         (changed(*FIRST, "config", "descriptors", to=1), "entry 0: descriptors is 1, expected true or false"),
         (changed(*FIRST, "config", "flatten", to=0), "entry 0: flatten is 0, expected true or false"),
         (changed(*FIRST, "config", "halves"), "qkv_projection, 16 bits, entry 0: 'halves' is missing"),
@@ -601,18 +601,18 @@ FIRST = ("qkv_projection", "16", 0)
         (changed("bits", to="measured"), "bits are measured on a device, and 'device' is missing"),
         (changed("qkv_projection", "32", 0, "config", "BLOCK_K", to=64) | {"device": "H", "bits": "measured"},
          "qkv_projection, 32 bits: entries differ in BLOCK_K, [32, 64]"),
-        (changed(*FIRST, "config", "BLOCK_T", to=32) | {"device": "H", "bits": "measured"},
-         "qkv_projection, 16 bits: BLOCK_T is below 64 and not"),
+        (changed(*FIRST, "config", "BLOCK_M", to=32) | {"device": "H", "bits": "measured"},
+         "qkv_projection, 16 bits: BLOCK_M is below 64 and not"),
         (changed(*FIRST, "up_to", to="many"), "entry 0: up_to is 'many', expected a positive integer or null"),
         (changed("qkv_projection", "16", 2), "qkv_projection, 16 bits: the last up_to has to be null"),
         (changed("qkv_projection", "16", 1, "up_to", to=64), "up_to has to grow from entry to entry, not [256, 64, "),
-        (changed("attention_short", "16", 0, "config", "BLOCK_KEYS", to=32), "attention_short, 16 bits: BLOCK_KEYS, "),
-        (changed("attention_short", "16", 0, "config", "num_warps", to=8), "attention_short, 16 bits: BLOCK_KEYS, "),
+        (changed("attention_short", "16", 0, "config", "BLOCK_N", to=32), "attention_short, 16 bits: BLOCK_N, "),
+        (changed("attention_short", "16", 0, "config", "num_warps", to=8), "attention_short, 16 bits: BLOCK_N, "),
         (changed("attention_short", "16", 0, "up_to", to=256), "attention_short, 16 bits: no head size is above 128"),
         (changed("attention_short", "16", 0, "config", to={
-            "BLOCK_Q": 32, "BLOCK_KEYS": 64, "num_warps": 2, "num_stages": 2,
-        }), "attention_short, 16 bits: BLOCK_KEYS, the rows a warp or 64 rows"),
-        (changed(*FIRST, "config", "BLOCK_T", to=32), "qkv_projection, 16 bits: BLOCK_T is below 64 and not"),
+            "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 2, "num_stages": 2,
+        }), "attention_short, 16 bits: BLOCK_N, the rows a warp or 64 rows"),
+        (changed(*FIRST, "config", "BLOCK_M", to=32), "qkv_projection, 16 bits: BLOCK_M is below 64 and not"),
         (changed("linear_residual_layer_norm", "16", 0, "up_to", to=768), "up to 768 do not fit three times BLOCK_N"),
     ],
 )  # fmt: skip
@@ -629,30 +629,30 @@ def test_what_a_file_may_not_hold(document, message, forgetful, monkeypatch, tmp
 def test_what_serves_an_h200_is_among_the_candidates(operation):
     tried = grid(operation, CHIPS["sm_90"], 2)
     for entry in TABLES["nvidia-h200"][operation]["16"]:
-        assert entry["config"] | ({"programs": 1} if "programs" in entry["config"] else {}) in tried, entry
+        assert entry["config"] | ({"ctas_per_sm": 1} if "ctas_per_sm" in entry["config"] else {}) in tried, entry
 
 
 @pytest.mark.parametrize("names", [[], ["NVIDIA H200"], ["NVIDIA H200", "NVIDIA H100"]], ids=str)
 def test_measured_bits_serve_their_device_alone(names, forgetful, monkeypatch, tmp_path):
     path = tmp_path / "own.json"
-    path.write_text(configuration.path_of("NVIDIA H200").read_text())
+    path.write_text(configs.path_of("NVIDIA H200").read_text())
     monkeypatch.setenv("FASTBERT_CONFIGS", str(path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device])
     if "NVIDIA H100" in names:
         with pytest.raises(ValueError, match="bits were measured on NVIDIA H200, and this process has NVIDIA H100"):
-            launch.configurations("sm_90")
+            configs.table_for("sm_90")
     else:
-        assert launch.configurations("sm_90") == TABLES["nvidia-h200"]
+        assert configs.table_for("sm_90") == TABLES["nvidia-h200"]
 
 
 def test_a_device_whose_bits_were_measured_may_mix_orders():
     document = changed(*FIRST, "config", "BLOCK_K", to=128)
-    path = configuration.path_of("sm_90")
+    path = configs.path_of("sm_90")
     with pytest.raises(ValueError, match="entries differ in BLOCK_K"):
-        configuration.check(document, path)
+        configs.check(document, path)
     measured = document | {"device": "NVIDIA H200", "bits": "measured"}
-    assert configuration.check(measured, path) is measured
+    assert configs.check(measured, path) is measured
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])
@@ -662,7 +662,7 @@ def test_what_is_no_file_of_configurations(text, forgetful, monkeypatch, tmp_pat
         path.write_text(text)
     monkeypatch.setenv("FASTBERT_CONFIGS", str(path))
     with pytest.raises(ValueError, match=re.escape(f"launch configurations {path}: ")):
-        launch.configurations("sm_90")
+        configs.table_for("sm_90")
 
 
 @pytest.mark.gpu
@@ -672,7 +672,7 @@ def test_a_run_on_the_device_writes_a_file(tmp_path):
     command = [sys.executable, "-m", "fastbert_kernels.tuning.tune", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    document = configuration.check(configuration.read(path), path)
+    document = configs.check(configs.read(path), path)
     assert document["device"] == torch.cuda.get_device_name()
     assert any("measured_us" in entry for entry in document["attention"]["16"])
 

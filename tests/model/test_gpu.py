@@ -23,7 +23,7 @@ import fastbert_kernels
 from fastbert import ops
 from fastbert.commands.texts import docstrings
 from fastbert.testing import OP_FACTOR, check_close
-from fastbert_kernels import launch
+from fastbert_kernels import configs
 from fastbert_kernels.linear_activation import linear
 
 pytestmark = pytest.mark.gpu
@@ -168,7 +168,7 @@ def test_a_text_has_the_same_bits_in_every_class_of_sizes(operation, size, dtype
     """Each entry of this device's file serves the same 16 rows: at the start, at an odd place and at the end of a batch
     of its largest size, of one token more than the class before has, and of sizes beyond all classes."""
     width = "32" if dtype == torch.float32 else "16"
-    limits = [entry["up_to"] for entry in launch.configurations(launch.configuration_name(DEVICE))[operation][width]]
+    limits = [entry["up_to"] for entry in configs.table_for(configs.name_for(DEVICE))[operation][width]]
     counts = sorted({16, *(count for limit in limits[:-1] for count in (limit, limit + 1)), LARGE})
     for inputs, outputs in PLACES[operation](SIZES[size]["hidden_size"]):
         part, bias = normal(outputs, inputs, dtype=dtype) * inputs**-0.5, normal(outputs, dtype=dtype)

@@ -57,7 +57,7 @@ def layer_example(dtype: torch.dtype, tokens: int, width: int) -> tuple:
     projections = [linear(width, width) for _ in range(4)]
     norm = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
     parts = *projections, norm, linear(width, 4 * width), linear(4 * width, width), tuple(x.clone() for x in norm)
-    weights = [x for part in parts for x in part]
+    weights = fastbert_kernels.LayerWeights(*(x for part in parts for x in part))
     x, bounds = torch.randn(tokens, width, dtype=dtype), torch.tensor([0, 16, 37], dtype=torch.int32)
     arguments = {
         "x": x, "weights": weights, "cu_seqlens": bounds, "max_seqlen": 30, "num_heads": HEADS, "scale": 0.125,

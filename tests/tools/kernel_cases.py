@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastbert_kernels
 from fastbert.testing import OP_FACTOR, check_close
-from fastbert_kernels import configuration
+from fastbert_kernels import configs
 
 # With a GPU these tests are the proof on it; without one the kernels run in Triton's interpreter, on CPU tensors.
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -30,10 +30,7 @@ OPS = (
     "packing_plan",
 )
 LARGEST = 2**31 - 1  # of int32
-TABLES = {
-    path.stem: configuration.operations(configuration.read(path))
-    for path in sorted(configuration.FOLDER.glob("*.json"))
-}
+TABLES = {path.stem: configs.operations(configs.read(path)) for path in sorted(configs.FOLDER.glob("*.json"))}
 # Elements, and a multiple of 16 bytes in every dtype: what lies behind them is as aligned as a whole buffer.
 GUARD = 64
 CANARY = 77

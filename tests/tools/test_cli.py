@@ -152,22 +152,22 @@ def test_info_of_graphs_and_of_a_cold_start(monkeypatch, tmp_path):
 
 
 def test_info_of_a_configuration_file(monkeypatch, tmp_path):
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
-    shipped = launch.configuration_file("sm_90")
+    shipped = configs.file_for("sm_90")
     own = tmp_path / "own.json"
     own.write_text(shipped.read_text())
     monkeypatch.setattr(backend, "why_eager", lambda op, device, dtype: None)
     monkeypatch.setenv("FASTBERT_CONFIGS", str(own))
-    launch.configurations.cache_clear()
+    configs.table_for.cache_clear()
     facts = dict(information.facts())
     assert facts["kernels on cpu"] == "all"
     assert facts["configurations on cpu"] == str(own)
     own.write_text("{}")
-    launch.configurations.cache_clear()
+    configs.table_for.cache_clear()
     assert "own.json: 'source' is missing" in dict(information.facts())["configurations on cpu"]
     monkeypatch.delenv("FASTBERT_CONFIGS")
-    launch.configurations.cache_clear()
+    configs.table_for.cache_clear()
 
 
 def test_info_without_kernels(no_interpreter):

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fastbert_kernels.launch import forget_plans, launching_by
+from fastbert_kernels.launch import forget_launches, launching_by
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Chip:
     shared_bytes: int
     registers: int  # 32 bits wide, of all threads
     warps: int
-    programs: int
+    ctas_per_sm: int
     reserved_shared_bytes: int = 1024  # by the system, for each program
 
 
@@ -65,7 +65,7 @@ class Resources:
     code_bytes: int
     num_warps: int
 
-    def programs(self, chip: Chip) -> int:
+    def ctas_per_sm(self, chip: Chip) -> int:
         """How many programs a multiprocessor holds at a time, by registers, shared memory and warps."""
         if chip.target.backend == "cuda":
             # A warp gets registers in units of 256, and of warps 4 at a time.
@@ -79,7 +79,7 @@ class Resources:
             held = min(held, chip.shared_bytes // shared)
         if self.tensor_memory_columns:
             held = min(held, TENSOR_MEMORY_COLUMNS // self.tensor_memory_columns)
-        return min(held, chip.programs)
+        return min(held, chip.ctas_per_sm)
 
 
 class _CompileOnlyDriver:
@@ -132,12 +132,12 @@ def launching_into(target: GPUTarget, launched: Callable[..., None]) -> Iterator
     substitute = _CompileOnlyDriver(target)
     substitute.utils, substitute.launcher_cls = _Utilities(), Launcher
     driver.set_active(substitute)
-    forget_plans()
+    forget_launches()
     try:
         yield
     finally:
         driver.set_active(None)
-        forget_plans()
+        forget_launches()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,14 +180,14 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
     always = knobs.compilation.always_compile
     driver.set_active(_CompileOnlyDriver(target))
     knobs.compilation.always_compile = True  # so that the seconds are those of a compilation
-    forget_plans()  # which are for one architecture
+    forget_launches()  # which are for one architecture
     try:
         with launching_by(compile_launch):
             yield launches
     finally:
         knobs.compilation.always_compile = always
         driver.set_active(None)  # Triton then looks for the machine's own again
-        forget_plans()
+        forget_launches()
 
 
 def resources(compiled: CompiledKernel) -> Resources:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from fastbert_kernels import configuration
-from fastbert_kernels.launch import configured_by
+from fastbert_kernels.configs import configured_by, keys_of
+from fastbert_kernels.limits import MAX_HEAD_SIZE
 from fastbert_kernels.tuning.ahead_of_time import CHIPS, Chip, compiling_for
 from fastbert_kernels.tuning.report import DTYPES, FURTHER_MODELS, calls, failures
 from fastbert_kernels.tuning.roofline import MODELS, Model
@@ -18,9 +18,11 @@ from fastbert_kernels.tuning.roofline import MODELS, Model
 ALL_MODELS = MODELS | FURTHER_MODELS
 # Which launcher reads an operation's configurations, where it is not called the same.
 LAUNCHERS = {"linear_residual": "linear_residual_layer_norm"}
+# The keys of a GEMM without those of its epilogue.
+MAIN_LOOP = keys_of("linear_residual_layer_norm")
 # Sizes up to which one choice serves: tokens, but for two operations the width of a row or of a head.
 TOKEN_CLASSES = (16, 128, 512, 1024, 4096, None)
-CLASSES = {"linear_residual_layer_norm": (384,), "attention": (32, 64, configuration.LARGEST_HEAD)}
+CLASSES = {"linear_residual_layer_norm": (384,), "attention": (32, 64, MAX_HEAD_SIZE)}
 
 
 @dataclass
@@ -31,15 +33,15 @@ class Candidate:
     registers: int
     shared_bytes: int
     matrix_instruction: str
-    programs: int  # that a multiprocessor holds at a time
+    ctas_per_sm: int  # that a multiprocessor holds at a time
     reasons: list[str]
 
     def variants(self) -> list[dict]:
         """The configuration with each number of programs worth a trial, the most that a multiprocessor holds first."""
-        if "programs" not in self.config:
+        if "ctas_per_sm" not in self.config:
             return [self.config]
-        counts = sorted({self.programs, *(n for n in (1, 2, 4) if n < self.programs)}, reverse=True)
-        return [self.config | {"programs": count} for count in counts]
+        counts = sorted({self.ctas_per_sm, *(n for n in (1, 2, 4) if n < self.ctas_per_sm)}, reverse=True)
+        return [self.config | {"ctas_per_sm": count} for count in counts]
 
 
 def width_of(dtype: str) -> str:
@@ -75,16 +77,16 @@ def grid(operation: str, chip: Chip, itemsize: int) -> list[dict]:
     rows = (64, 128) if instruction in ("HGMMA", "tcgen05") else (16, 32, 64, 128)
     stages = (2, 3, 4, 5, 6) if chip.target.backend == "cuda" else (1, 2, 3)
     if operation == "attention":
-        keys = configuration.ATTENTION_KEYS
+        keys = keys_of(operation)
         return [dict(zip(keys, values, strict=True)) for values in product(rows, (32, 64, 128), (4, 8), (1, *stages))]
     tiles = 3 if operation == "linear_residual_layer_norm" else 1  # side by side
     found = []
     for values in product(rows, (128,) if tiles > 1 else (16, 32, 64, 128, 256), (32, 64, 128, 256), (4, 8), stages):
-        block_t, block_n, block_k, num_warps, num_stages = values
-        accumulators = tiles * block_t * block_n // (32 * num_warps)
-        shared_bytes = num_stages * (block_t + tiles * block_n) * block_k * itemsize
+        block_m, block_n, block_k, num_warps, num_stages = values
+        accumulators = tiles * block_m * block_n // (32 * num_warps)
+        shared_bytes = num_stages * (block_m + tiles * block_n) * block_k * itemsize
         if 8 <= accumulators <= 128 and 64 <= block_k * itemsize <= 512 and shared_bytes <= chip.program_shared_bytes:
-            config = dict(zip(configuration.MAIN_LOOP_KEYS, (*values, 1, _has_tma(chip)), strict=True))
+            config = dict(zip(MAIN_LOOP, (*values, 1, _has_tma(chip)), strict=True))
             found += [config] if tiles > 1 else [config | epilogue for epilogue in _epilogues(operation, config)]
     return found
 
@@ -94,9 +96,9 @@ def _epilogues(operation: str, config: dict) -> list[dict]:
 
     With a residual a tile of 128 columns is always halved: whole, it takes the registers of a second program.
     """
-    keys = [key for key in configuration.GEMM_KEYS if key not in config]
+    keys = [key for key in keys_of(operation) if key not in config]
     halved = operation == "linear_residual" and config["BLOCK_N"] >= 128
-    if config["BLOCK_T"] * config["BLOCK_N"] < 128 * 128:
+    if config["BLOCK_M"] * config["BLOCK_N"] < 128 * 128:
         return [dict(zip(keys, (False, halved, False), strict=True))]
     halves, by = (True,) if halved else (False, True), (False, True) if config["descriptors"] else (False,)
     return [dict(zip(keys, values, strict=True)) for values in product((False, True), halves, by)]
@@ -135,6 +137,6 @@ def _candidate(config: dict, compiled: dict, chip: Chip) -> Candidate:
         max(found.registers for found in resources),
         max(found.shared_bytes for found in resources),
         resources[0].matrix_instruction,
-        min(found.programs(chip) for found in resources),
+        min(found.ctas_per_sm(chip) for found in resources),
         list(dict.fromkeys(reasons)),
     )

@@ -22,8 +22,8 @@ from torch import Tensor
 from triton import knobs
 
 import fastbert_kernels
-from fastbert_kernels import configuration
-from fastbert_kernels.launch import MAX_ROW, configurations, configured_by
+from fastbert_kernels import configs
+from fastbert_kernels.limits import MAX_ROW
 from fastbert_kernels.tuning.ahead_of_time import (
     CHIPS,
     MATRIX_INSTRUCTIONS,
@@ -87,9 +87,9 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
 
 def tables_of(target: str) -> list[dict]:
     """The launch configurations that devices of a target may have: its architecture's, and those of single devices."""
-    documents = map(configuration.read, sorted(configuration.FOLDER.glob("*.json")))
+    documents = map(configs.read, sorted(configs.FOLDER.glob("*.json")))
     of_devices = [document for document in documents if document.get("architecture") == target]
-    return [configurations(target), *map(configuration.operations, of_devices)]
+    return [configs.table_for(target), *map(configs.operations, of_devices)]
 
 
 def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
@@ -103,7 +103,7 @@ def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
                     continue
                 launches.clear()
                 try:
-                    with configured_by(table):
+                    with configs.configured_by(table):
                         call()
                 except Exception as error:  # the launcher's own, before there is a kernel
                     refused = Compiled(op, {}, 0.0, None, f"{type(error).__name__}: {error}")
@@ -123,7 +123,7 @@ def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
 def _row(op: str, target: str, dtype: str, compiled: Compiled) -> dict:
     chip, found = CHIPS[target], compiled.resources
     read = ("registers", "spill_bytes", "shared_bytes", "matrix_instruction", "tma", "code_bytes")
-    programs = found and found.programs(chip)
+    ctas_per_sm = found and found.ctas_per_sm(chip)
     return {
         "op": op,
         "kernel": compiled.kernel,
@@ -132,8 +132,8 @@ def _row(op: str, target: str, dtype: str, compiled: Compiled) -> dict:
         "config": compiled.config,
         **{key: found and getattr(found, key) for key in read},
         "compile_s": round(compiled.seconds, 3),
-        "programs": programs,
-        "occupancy": found and round(programs * found.num_warps / chip.warps, 3),
+        "ctas_per_sm": ctas_per_sm,
+        "occupancy": found and round(ctas_per_sm * found.num_warps / chip.warps, 3),
         "reasons": failures(compiled, chip, dtype),
         "shapes": [],
     }
@@ -150,7 +150,7 @@ def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
         reasons.append(f"{found.shared_bytes} bytes of shared memory of {chip.program_shared_bytes}")
     if found.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
         reasons.append(f"{found.tensor_memory_columns} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}")
-    if not reasons and not found.programs(chip):
+    if not reasons and not found.ctas_per_sm(chip):
         reasons.append(
             f"{found.num_warps} warps of {found.registers} registers: a multiprocessor holds no such program"
         )
@@ -175,7 +175,7 @@ def resource_line(row: dict) -> tuple:
     return (
         row["op"], row["kernel"], row["dtype"], config, f"{' '.join(models)}, {min(tokens)} to {max(tokens)} tokens",
         row["registers"], row["spill_bytes"], row["shared_bytes"], row["matrix_instruction"],
-        "yes" if row["tma"] else "no", row["code_bytes"], row["programs"], row["occupancy"],
+        "yes" if row["tma"] else "no", row["code_bytes"], row["ctas_per_sm"], row["occupancy"],
         "; ".join(row["reasons"]).replace("\n", " "),
     )  # fmt: skip
 
@@ -198,11 +198,11 @@ def page(rows: list[dict]) -> str:
     parts = [
         "# What the kernels compile to\n\nWritten by `python -m fastbert_kernels.tuning.report`, which "
         f"compiles and runs nothing; Triton {triton.__version__}. Registers and spills (local memory) are a thread's, "
-        "shared memory is a program's; `programs` is how many of them a multiprocessor holds at a time, `occupancy` "
+        "shared memory is a program's; `CTAs per SM` is how many of them a multiprocessor holds at a time, `occupancy` "
         "its warps in use. sm_89 stands for the architectures that take default.json."
     ]
     header = ("op", "kernel", "dtype", "configuration", "serves", "registers", "spill bytes", "shared bytes")
-    header += ("instruction", "TMA", "code bytes", "programs", "occupancy", "fails because")
+    header += ("instruction", "TMA", "code bytes", "CTAs per SM", "occupancy", "fails because")
     for target in dict.fromkeys(row["target"] for row in rows):
         lines = [resource_line(row) for row in rows if row["target"] == target]
         parts.append(f"## {target}\n\n{markdown(header, lines)}")

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from fastbert_kernels import configuration
-from fastbert_kernels.launch import configured_by
+from fastbert_kernels.configs import configured_by, reach, serving
 from fastbert_kernels.tuning.candidates import CLASSES, Candidate, replaced, width_of
 from fastbert_kernels.tuning.cases import FORMULAS, Case, around_a_text, bits_cases, drawn
 from fastbert_kernels.tuning.report import DTYPES
@@ -81,7 +80,7 @@ def suits(config: dict, up_to: int | None) -> bool:
     too few tiles for their epilogues to matter; and beyond 1024 tokens, tiles below 64 x 64 read their operands too
     often.
     """
-    tokens, tile = configuration.reach(up_to), config["BLOCK_T"] * config["BLOCK_N"]
+    tokens, tile = reach(up_to), config["BLOCK_M"] * config["BLOCK_N"]
     if config != plain(config):
         return tokens >= 1024
     return tokens > 128 if tile >= 128 * 128 else tokens <= 1024 or tile >= 64 * 64
@@ -119,7 +118,7 @@ class Trial:
         self._replays: dict[Case, tuple[Callable, int] | None] = {}
 
     def _present(self, up_to: int | None) -> dict | None:
-        entry = configuration.serving(self.table[self.operation][self.width], up_to)
+        entry = serving(self.table[self.operation][self.width], up_to)
         return entry and entry["config"]
 
     def configured(self, config: dict | None):
@@ -150,8 +149,8 @@ class Trial:
         if bits is None:
             self.drop(config, "a text's bits depend on its batch")
             return False
-        # What `configuration.check` asks of operations that are chosen by tokens, whatever bits were measured.
-        blocks = None if self.alone else (config["BLOCK_T"] < 64, self.width == "32" and config["BLOCK_K"])
+        # What `configs.check` asks of operations that are chosen by tokens, whatever bits were measured.
+        blocks = None if self.alone else (config["BLOCK_M"] < 64, self.width == "32" and config["BLOCK_K"])
         for others, other_bits, configs in self.families:
             if others == blocks and (self.alone or all(map(torch.equal, other_bits, bits))):
                 configs.append(config)
@@ -264,9 +263,9 @@ class Trial:
                 return chosen
             for up_to, reasons in refused.items():
                 # Another number of programs is the same code.
-                code = chosen[up_to].config | {"programs": 1}
+                code = chosen[up_to].config | {"ctas_per_sm": 1}
                 alike = [config for *_, configs in self.families for config in configs if config]
-                for config in (config for config in alike if config | {"programs": 1} == code):
+                for config in (config for config in alike if config | {"ctas_per_sm": 1} == code):
                     self.drop(config, "; ".join(reasons))
 
     def _heats(self, candidates: list[Candidate], end: float) -> dict[int | None, list[tuple[Timing, Candidate]]]:

@@ -26,8 +26,8 @@ import torch
 import triton
 from triton import knobs
 
-from fastbert_kernels import configuration
-from fastbert_kernels.launch import architecture, configuration_name
+from fastbert_kernels import configs
+from fastbert_kernels.target import architecture
 from fastbert_kernels.tuning.ahead_of_time import CHIPS
 from fastbert_kernels.tuning.candidates import ALL_MODELS, CLASSES, TOKEN_CLASSES, Candidate, examine, grid, width_of
 from fastbert_kernels.tuning.cases import bits_cases, cases_of
@@ -48,9 +48,9 @@ class Compilers:
 
     def cut(self, operation: str, dtypes: list[str], models: list[str]) -> Callable[[], list[Candidate]]:
         """Begin to compile an operation's grid; what is returned waits for the candidates."""
-        configs = grid(operation, CHIPS[self.target], DTYPES[dtypes[0]].itemsize)
+        every = grid(operation, CHIPS[self.target], DTYPES[dtypes[0]].itemsize)
         begun = [
-            self.pool.submit(examine, self.target, dtypes, operation, models, configs[first :: self.workers])
+            self.pool.submit(examine, self.target, dtypes, operation, models, every[first :: self.workers])
             for first in range(self.workers)
         ]
         return lambda: [candidate for part in begun for candidate in part.result()]
@@ -91,9 +91,9 @@ def merged(
     classes = CLASSES.get(operation, TOKEN_CLASSES)
     measured = {case for timing in chosen.values() for case in timing.measured_us}
     entries = []
-    for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configuration.reach):
-        of_class = next((limit for limit in classes if configuration.reach(up_to) <= configuration.reach(limit)), None)
-        entry, present = configuration.serving(before, up_to), configuration.serving(before, of_class)
+    for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configs.reach):
+        of_class = next((limit for limit in classes if configs.reach(up_to) <= configs.reach(limit)), None)
+        entry, present = configs.serving(before, up_to), configs.serving(before, of_class)
         entry = entry or {"config": None}
         config, source = entry["config"], {key: entry[key] for key in ("source",) if key in entry}
         measured_us = {case: time for case, time in entry.get("measured_us", {}).items() if case not in measured}
@@ -113,7 +113,7 @@ def merged(
 
 def commit() -> str | None:
     """HEAD's short name, with "-dirty" if the work tree differs; None outside of a git checkout."""
-    git = partial(subprocess.run, cwd=configuration.FOLDER, check=True, capture_output=True, text=True)
+    git = partial(subprocess.run, cwd=configs.FOLDER, check=True, capture_output=True, text=True)
     try:
         if not git(["git", "ls-files", "."]).stdout:  # an installed package inside of somebody else's checkout
             return None
@@ -158,7 +158,7 @@ def tune(
         found = [candidate for candidate in candidates() if not candidate.reasons]
         say(f"{operation}, {width} bits: {len(found)} candidates")
         started = time.perf_counter()
-        trial = Trial(operation, cases, configuration.operations(document), device, say)
+        trial = Trial(operation, cases, configs.operations(document), device, say)
         refuse = partial(compilers.refuse, operation, width)
         chosen = trial.run(found, refuse, seconds / (len(units) - number))
         seconds -= time.perf_counter() - started
@@ -175,24 +175,24 @@ def tune(
         entries = merged(operation, document[operation][width], chosen, trial.alike)
         document = document | {operation: document[operation] | {width: entries}}
         # What serves short sequences is not searched: it goes with the configuration that it was made for.
-        if not configuration.keeps_bits(document["attention"][width], document["attention_short"][width]):
+        if not configs.keeps_bits(document["attention"][width], document["attention_short"][width]):
             say("  attention_short has no configuration any more: its bits would differ")
             document = document | {"attention_short": document["attention_short"] | {width: []}}
-        document = provenance(device, document["source"]) | configuration.operations(document)
-        configuration.write(document, path)
+        document = provenance(device, document["source"]) | configs.operations(document)
+        configs.write(document, path)
         del trial  # and with it the inputs
 
 
 def list_candidates(operations: list[str], dtypes: list[str], models: list[str], target: str) -> None:
     """Print what survives the cut, an operation and dtype at a time, below the floors of the cases it would serve."""
-    header = ("configuration", "registers", "shared bytes", "instruction", "programs")
+    header = ("configuration", "registers", "shared bytes", "instruction", "CTAs per SM")
     with compilers(target) as workers:
         for operation, dtype in product(operations, dtypes):
             cases = cases_of(operation, models, [dtype])
             found = workers.cut(operation, [dtype], models)() if cases else []
             rows = [
-                (" ".join(f"{key}={value}" for key, value in candidate.config.items() if key != "programs"),
-                 candidate.registers, candidate.shared_bytes, candidate.matrix_instruction, candidate.programs)
+                (" ".join(f"{key}={value}" for key, value in candidate.config.items() if key != "ctas_per_sm"),
+                 candidate.registers, candidate.shared_bytes, candidate.matrix_instruction, candidate.ctas_per_sm)
                 for candidate in found if not candidate.reasons
             ]  # fmt: skip
             say(f"## {operation}, {dtype}, {target}: {len(rows)} of {len(found)} candidates\n")
@@ -236,9 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     if target not in CHIPS:
         parser.error(f"what a multiprocessor of {target} holds is not known here, only of {', '.join(CHIPS)}")
     own = os.environ.get("FASTBERT_CONFIGS")
-    path = options.out or (Path(own) if own else configuration.path_of(torch.cuda.get_device_name(device)))
-    begin = path if path.exists() else configuration.shipped(configuration_name(device))
-    document = configuration.check(configuration.read(begin), begin)
+    path = options.out or (Path(own) if own else configs.path_of(torch.cuda.get_device_name(device)))
+    begin = path if path.exists() else configs.shipped(configs.name_for(device))
+    document = configs.check(configs.read(begin), begin)
     if "bits" in document and document["device"] != torch.cuda.get_device_name(device):
         parser.error(f"{begin} holds bits that were measured on another device, {document['device']}")
     try:
