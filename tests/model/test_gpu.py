@@ -1,6 +1,6 @@
 """What only a CUDA device can show. Every call is served by the kernels there, or it raises.
 
-test_triton.py and test_kernels.py run on the device too, where there is one; ids out of range are tested there.
+test_triton.py and the tests of the kernels run on the device too; ids out of range are tested there.
 """
 
 import os
@@ -15,16 +15,13 @@ import pytest
 import torch
 import triton
 from cases import DTYPES, HEADS, MASKS, VOCAB, at_kept_tokens, batch, inputs_for, pair
-from kernel_cases import DEVICE, FORMULAS, OPS, bounds, example, normal
-from torch import Tensor
+from kernel_cases import DEVICE
 
 import fastbert
 import fastbert_kernels
 from fastbert import ops
 from fastbert.commands.texts import docstrings
-from fastbert.testing import OP_FACTOR, check_close
-from fastbert_kernels import configs
-from fastbert_kernels.linear_activation import linear
+from fastbert.testing import check_close
 
 pytestmark = pytest.mark.gpu
 
@@ -35,13 +32,6 @@ SIZES = {
     }
     for name, hidden_size, heads in (("minilm", 384, 12), ("base", 768, 12), ("large", 1024, 16))
 }  # fmt: skip
-LARGE = 20_011  # tokens, beyond all classes
-# Inputs and outputs of an operation's linears, by the width of the model.
-PLACES = {
-    "qkv_projection": lambda width: [(width, width)],
-    "linear_activation": lambda width: [(width, 4 * width)],
-    "linear_residual": lambda width: [(width, width), (4 * width, width)],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -159,34 +149,6 @@ def test_a_text_has_the_same_bits_in_every_batch(size, dtype):
         for (numbers, *layout), mask_on in product(batches, (DEVICE, "cpu")):
             outputs = encoded(ours, [texts[number] for number in numbers], *layout, mask_on)
             assert all(torch.equal(out, alone[number]) for number, out in zip(numbers, outputs, strict=True)), layout
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("operation", ["qkv_projection", "linear_activation", "linear_residual"])
-def test_a_text_has_the_same_bits_in_every_class_of_sizes(operation, size, dtype):
-    """Each entry of this device's file serves the same 16 rows: at the start, at an odd place and at the end of a batch
-    of its largest size, of one token more than the class before has, and of sizes beyond all classes."""
-    width = "32" if dtype == torch.float32 else "16"
-    limits = [entry["up_to"] for entry in configs.table_for(configs.name_for(DEVICE))[operation][width]]
-    counts = sorted({16, *(count for limit in limits[:-1] for count in (limit, limit + 1)), LARGE})
-    for inputs, outputs in PLACES[operation](SIZES[size]["hidden_size"]):
-        part, bias = normal(outputs, inputs, dtype=dtype) * inputs**-0.5, normal(outputs, dtype=dtype)
-        rows, batch = normal(16, inputs, dtype=dtype), normal(LARGE, inputs, dtype=dtype)
-        residual = normal(16, outputs, dtype=dtype)
-        alone = None
-        for count in counts:
-            for first in {0, min(333, count - 16), count - 16}:
-                x, rest = batch[:count].clone(), torch.zeros(count, outputs, dtype=dtype, device=DEVICE)
-                x[first : first + 16], rest[first : first + 16] = rows, residual
-                if operation == "qkv_projection":
-                    out = fastbert_kernels.qkv_projection(x, *[part, bias] * 3, 12)
-                elif operation == "linear_activation":
-                    out = fastbert_kernels.linear_activation(x, part, bias, "gelu")
-                else:
-                    out = linear("linear_residual", x, part, bias, rest, "none", None)
-                alone = out[:16] if alone is None else alone
-                assert torch.equal(out[first : first + 16], alone), (inputs, outputs, count, first)
 
 
 @pytest.mark.parametrize("mask_on", ["cpu", DEVICE], ids=["host", "device"])
@@ -446,57 +408,3 @@ def test_a_cuda_graph_serves_other_lengths(dtype):
             assert all(torch.equal(outputs[name], result[name]) for name in result)
             for name, value in other.items():
                 inputs[name].copy_(value)
-
-
-@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith(" wide")])
-def test_opcheck(op):
-    _, arguments = example(op, torch.float32)
-    for value in arguments.values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value.requires_grad_()
-    function = getattr(torch.ops.fastbert, op).default
-    torch.library.opcheck(function, tuple(arguments.get(argument.name) for argument in function._schema.arguments))
-
-
-def test_offsets_past_2_to_the_31():
-    """Each op's last text is held to its formula. Last in the file: an offset that overflows can end the process."""
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(DEVICE)[0] / 2**30
-    if free < 24:
-        pytest.skip(f"needs 24 GiB of free memory on the device, there are {free:.1f}")
-    texts, length, width = 5_800, 500, 768
-    rows, bound = texts * length, bounds((length,))
-
-    def normal(*shape):
-        return torch.empty(shape, dtype=torch.float16, device=DEVICE).normal_()
-
-    def run(op, end, **arguments):
-        out = getattr(fastbert_kernels, op)(**arguments)
-        arguments |= end
-        wide = {name: x.double() for name, x in arguments.items() if isinstance(x, Tensor) and x.dtype == torch.float16}
-        expected, exact = FORMULAS[op](**arguments), FORMULAS[op](**arguments | wide)
-        check_close(op, out[-len(expected) :], expected.half(), exact, OP_FACTOR)
-        return out
-
-    words, vector = normal(rows, width), normal(width)
-    ids = torch.randint(rows - 99, rows, (texts, length), device=DEVICE)
-    absent = dict.fromkeys(("token_type_ids", "position_ids", "inputs_embeds", "indices"))
-    tables = {"position_table": normal(length, width), "token_type_table": normal(2, width)}
-    end = {"word_table": words[-99:], "input_ids": ids[-1:] - (rows - 99)}
-    norm = {"weight": vector, "bias": vector, "eps": 1e-12}
-    hidden = run("embed_layer_norm", end, input_ids=ids, **absent, word_table=words, **tables, **norm)
-    assert hidden.numel() > 2**31
-    del words, end
-    linear = {"weight": normal(width, width) / 28, "bias": vector}
-    parts = {f"{part}_{name}": x for part, (name, x) in product("qkv", linear.items())}
-    qkv = run("qkv_projection", {"x": hidden[-length:]}, x=hidden, **parts, num_heads=12)
-    end, bounds_of_all = {"qkv": qkv[-length:], "cu_seqlens": bound}, bounds((length,) * texts)
-    context = run("attention", end, qkv=qkv, cu_seqlens=bounds_of_all, max_seqlen=length, scale=0.125)
-    del qkv, end
-    end, norm = {"x": context[-length:], "residual": hidden[-length:]}, {"norm_weight": vector, "norm_bias": vector}
-    hidden = run("linear_residual_layer_norm", end, x=context, residual=hidden, **linear, **norm, eps=1e-12)
-    hidden = run("linear_activation", {"x": hidden[-length:]}, x=hidden, **linear, activation="gelu")
-    run("pool", {"hidden": hidden[-length:], "cu_seqlens": bound}, hidden=hidden, cu_seqlens=bounds_of_all, mode="mean")
-    turned = fastbert_kernels.unpack(hidden, torch.arange(rows - 1, -1, -1, device=DEVICE), texts, length).flatten(0, 1)
-    assert torch.equal(turned[-length:], hidden[:length].flip(0))
-    assert torch.equal(turned[:length], hidden[-length:].flip(0))

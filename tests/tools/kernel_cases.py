@@ -1,5 +1,6 @@
 """What the tests of the kernels share: operands, plain formulas, layouts, and outputs that begin as NaN."""
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations, product
@@ -7,6 +8,8 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DTYPES
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import fastbert_kernels
@@ -17,6 +20,8 @@ from fastbert_kernels import configs
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # numpy, under the interpreter, warns of what float32 arithmetic is meant to do: exp2(1000) is infinite.
 MARKS = [pytest.mark.gpu] if DEVICE.type == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+# Of the tests of kernels: tests/kernels/conftest.py has the fixture.
+GUARDED = [*MARKS, pytest.mark.usefixtures("guarded")]
 
 OPS = (
     "linear_activation",
@@ -30,6 +35,10 @@ OPS = (
     "packing_plan",
 )
 LARGEST = 2**31 - 1  # of int32
+TOKENS = (1, 2, 63, 64, 65, 127, 128, 129, 300)
+SIX_LENGTHS = (5, 64, 0, 1, 70, 3)
+HALVES = (torch.float16, torch.bfloat16)
+GEMM_AND_RESIDUAL = (*((dtype, dtype) for dtype in DTYPES), *((half, torch.float32) for half in HALVES))
 TABLES = {path.stem: configs.operations(configs.read(path)) for path in sorted(configs.FOLDER.glob("*.json"))}
 # Elements, and a multiple of 16 bytes in every dtype: what lies behind them is as aligned as a whole buffer.
 GUARD = 64
@@ -66,6 +75,16 @@ def guarded_outputs() -> Iterator[None]:
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal values, the same on every device."""
     return torch.randn(shape).to(DEVICE, dtype)
+
+
+# Linux's own number; `mmap` names it from Python 3.13 on.
+MAP_NORESERVE = 0x4000
+
+
+def sparse(size: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """[size] zeros, of which only the pages that are written exist."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize, flags), dtype=dtype)
 
 
 def bounds(lengths: tuple[int, ...]) -> Tensor:
@@ -227,6 +246,11 @@ def pairwise(**choices) -> pytest.MarkDecorator:
 
 def _readable(case: list) -> str:
     return "-".join(str(value).removeprefix("torch.").replace(" ", "") for value in case)
+
+
+drawn = settings(
+    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def linear_residual_arguments(tokens: int, width: int, dtype: torch.dtype, residual_dtype: torch.dtype) -> dict:

@@ -1,7 +1,6 @@
 """The sanitizer finds planted bugs, and nothing in `fastbert_kernels` whatever ids, bounds and places it is given.
 
-The sizes, layouts and dtypes of every launcher are those of test_kernels.py and test_kernel_properties.py, which run
-under the sanitizer as well.
+The sizes, layouts and dtypes of every launcher are those of the tests of the kernels, which run under it as well.
 """
 
 import re
