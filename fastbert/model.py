@@ -15,6 +15,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.processing_utils import Unpack
 
 from fastbert import ops, patches
+from fastbert._compat import MAKES_MASKS, attn_implementation, is_compiled, own_modules, own_parameters
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.fusion import (
     FusableBlock,
@@ -53,7 +54,7 @@ class BertEmbeddings(hf.BertEmbeddings, FusableBlock):
     made_of = (nn.Embedding, nn.Embedding, nn.Embedding, nn.LayerNorm, nn.Dropout)
 
     def parts(self):
-        own = self._modules
+        own = own_modules(self)
         return (
             self, own["word_embeddings"], own["position_embeddings"], own["token_type_embeddings"],
             own["LayerNorm"], own["dropout"],
@@ -75,7 +76,8 @@ class BertPooler(hf.BertPooler, FusableBlock):
     made_of = (nn.Linear, nn.Tanh)
 
     def parts(self):
-        return self, self._modules["dense"], self._modules["activation"]
+        own = own_modules(self)
+        return self, own["dense"], own["activation"]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         parts, refused = fused_parts(self)
@@ -195,8 +197,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         self, layout: TokenLayout, attention_mask: Tensor | None, hidden_states: Tensor
     ) -> Tensor | None:
         """The mask that the model's own `_create_attention_masks` makes for a layout that drops nothing."""
-        if self.config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
-            named = self.config._attn_implementation
+        named = attn_implementation(self.config)
+        if named not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(f"{named} is not served with masks of one's own: model.set_attn_implementation('sdpa')")
         if attention_mask is None and layout.mask is not None:
             raise ValueError("texts packed by cu_seq_lens_q have the mask that keeps them apart, and no other")
@@ -204,7 +206,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         padding = attention_mask is not None and attention_mask.ndim == 2
         given = layout.expand(attention_mask) if padding else layout.mask
         others = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
-        mask, _ = self._create_attention_masks(attention_mask=given, embedding_output=hidden_states, **others)
+        mask, _ = getattr(self, MAKES_MASKS)(attention_mask=given, embedding_output=hidden_states, **others)
         return mask
 
     def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
@@ -219,7 +221,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         embeddings, inputs = self.embeddings, batch.embedded()
         parts, refused = (None, refused) if refused else fused_parts(embeddings, asked=True)
         if parts is not None:
-            words, positions, types, weight = (x._parameters["weight"] for x in parts[1:5])
+            words, positions, types, weight = (own_parameters(x)["weight"] for x in parts[1:5])
             first = words if batch.inputs_embeds is None else batch.inputs_embeds
             summed = torch.promote_types(torch.promote_types(first.dtype, positions.dtype), types.dtype)
             if summed != weight.dtype:
@@ -230,7 +232,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 hidden_states = ops.embed_layer_norm(
                     **inputs, indices=layout.indices, num_tokens=layout.num_tokens,
                     word_table=words, position_table=positions, token_type_table=types,
-                    weight=weight, bias=parts[4]._parameters["bias"], eps=parts[4].eps,
+                    weight=weight, bias=own_parameters(parts[4])["bias"], eps=parts[4].eps,
                     padding_idx=parts[1].padding_idx,
                 )  # fmt: skip
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
@@ -250,7 +252,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             return pooler(sequence_output)
         first = layout.first_tokens(sequence_output)
         parts, refused = (None, refused) if refused else fused_parts(pooler, asked=True)
-        if parts is not None and pooler._compiled_call_impl is None and BertPooler.forward is _OWN_FORWARDS[2]:
+        if parts is not None and not is_compiled(pooler) and BertPooler.forward is _OWN_FORWARDS[2]:
             return linear_of_any_rank(first, parts[1], "tanh")  # not through the module: nobody sees it
         first = first[:, None]
         if parts is None and must_see_padding(pooler) and len(first) == layout.batch_size:
