@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import graph_rules, graphs
+from fastbert._compat import is_replica
 from fastbert.capture import Graph, Packed, Padded
 from fastbert.graph_rules import MINUTE, Set, check_mode, mode_of, thread
 from fastbert.graph_state import State, Unseen
@@ -107,7 +108,7 @@ class ItsGraphs(GraphedForward):
 def run(model: nn.Module, plain: Callable, args: tuple, kwargs: dict):
     """A call of a model's forward, whose inputs are on a GPU: by a graph, or plainly."""
     # An outer model of ours has the call, or DataParallel made a replica, for this call only.
-    if thread.owned or model.training or "_is_replica" in model.__dict__:
+    if thread.owned or model.training or is_replica(model):
         return plain(model, *args, **kwargs)
     if torch.is_grad_enabled():
         with Set("owned", True):

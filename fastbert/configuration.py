@@ -3,6 +3,8 @@
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
+from fastbert._compat import attn_implementation
+
 __all__ = ["ATTENTION_IMPLEMENTATIONS", "BertConfig", "attention_implementation", "check_config"]
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
@@ -13,7 +15,7 @@ def attention_implementation(config: BertConfig) -> str:
 
     flash_attention_* and flex_attention compute the same. Raises ValueError for a function of somebody's own.
     """
-    named = config._attn_implementation
+    named = attn_implementation(config)
     if named in ATTENTION_IMPLEMENTATIONS:
         return named
     if named != "flex_attention" and not named.startswith("flash_attention"):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import heads, model, patches, sentences
+from fastbert._compat import MAKES_MASKS, WRAPPED_FORWARD, own_buffers, own_parameters, remove_capturing_hooks
 from fastbert.configuration import attention_implementation, check_config
 from fastbert.explanation import module_of
 from fastbert.fusion import ORIGINAL, class_name, is_own_forward
@@ -49,7 +50,7 @@ PLANNED = {
     "mpnet": "MPNet",
 }
 # What transformers' modules call beside forward.
-METHODS = ("feed_forward_chunk", "_create_attention_masks")
+METHODS = ("feed_forward_chunk", MAKES_MASKS)
 
 
 @dataclass
@@ -187,8 +188,8 @@ def _goes_on(head: nn.Module) -> bool:
 
 def _is_patched(module: nn.Module) -> bool:
     """Whether somebody's forward goes on calling that of the module's class, and would after a change of class."""
-    # accelerate's wrapper calls `_old_forward`, which `_set_class` renews.
-    forward = vars(module).get("_old_forward", vars(module).get("forward"))
+    # accelerate's wrapper calls the forward that it wraps, which `_set_class` renews.
+    forward = vars(module).get(WRAPPED_FORWARD, vars(module).get("forward"))
     return forward is not None and not is_own_forward(module, forward) and not isinstance(forward, GraphedForward)
 
 
@@ -209,7 +210,7 @@ def _become(module: nn.Module, module_class: type) -> None:
 
 
 def _set_class(module: nn.Module, module_class: type) -> None:
-    for name in ("forward", "_old_forward"):
+    for name in ("forward", WRAPPED_FORWARD):
         if is_own_forward(module, vars(module).get(name)):
             vars(module)[name] = module_class.forward.__get__(module)
     module.__class__ = module_class
@@ -219,10 +220,7 @@ def _remove_capturing_hooks(root: nn.Module) -> None:
     """Remove the hooks that transformers leaves in a model once hidden states or attentions were asked for, and would
     install again: fastbert collects these itself, and a layer with hooks is not fused."""
     for module in root.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if hook.__module__ == "transformers.utils.output_capturing":
-                del module._forward_hooks[key]
-        module.__dict__.pop("_output_capturing_hooks_installed", None)
+        remove_capturing_hooks(module)
 
 
 def _cast(root: nn.Module, dtype: torch.dtype) -> None:
@@ -234,7 +232,7 @@ def _cast(root: nn.Module, dtype: torch.dtype) -> None:
     changing = [
         (module, name, tensor)
         for module in root.modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        for name, tensor in (*own_parameters(module).items(), *own_buffers(module).items())
         if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
     ]
     # A tied tensor is there under several names, and once on the host.
@@ -249,7 +247,7 @@ def _cast(root: nn.Module, dtype: torch.dtype) -> None:
 def _put_back(module: nn.Module, name: str, original: Tensor, cast: torch.dtype) -> None:
     """The tensor from before a cast to a dtype: each element with its own bits, or if it was trained since, with what
     it has learned."""
-    tensor = module._parameters.get(name, module._buffers.get(name))
+    tensor = own_parameters(module).get(name, own_buffers(module).get(name))
     if tensor is None:
         return
     learned = tensor.data.to(original.dtype)

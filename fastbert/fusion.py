@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
 from fastbert import ops, patches
+from fastbert._compat import has_global_module_hooks, hooks_of, own_modules, own_parameters, unexpected_modules
 from fastbert.ops import backend
 from fastbert.ops.backend import is_tracing
 
@@ -107,8 +107,8 @@ class FusableBlock:
 
 
 def parameters_of(module: nn.Linear | nn.LayerNorm) -> tuple[nn.Parameter, nn.Parameter]:
-    """weight and bias, without `nn.Module.__getattr__`, which took a sixth of a small layer's time."""
-    own = module._parameters
+    """weight and bias."""
+    own = own_parameters(module)
     return own["weight"], own["bias"]
 
 
@@ -135,14 +135,13 @@ def is_number(value: object) -> bool:
 
 def why_no_block() -> str | None:
     """Why no block of any model is fused; None if blocks may be."""
-    return "a global module hook is registered" if _has_any_global_hook() else patches.replaced()
+    return "a global module hook is registered" if has_global_module_hooks() else patches.replaced()
 
 
 def fused_parts(block: nn.Module, asked: bool = False) -> tuple[Parts | None, str | None]:
     """The parts of a block that the ops serve, and None; or None, and why it runs through its modules.
 
-    asked: the caller knows that `why_no_block` has no reason. This runs for every block of every call: it reads the
-    modules' dictionaries, which costs a tenth of going through `nn.Module.modules` and attribute access.
+    asked: the caller knows that `why_no_block` has no reason. This runs for every block of every call.
     """
     if not isinstance(block, FusableBlock):
         return None, f"it is a {class_name(block)}"
@@ -152,24 +151,14 @@ def fused_parts(block: nn.Module, asked: bool = False) -> tuple[Parts | None, st
         parts = block.parts()
     except KeyError as error:
         return None, f"it has no module {error} where one was built: a part of it was replaced or wrapped"
-    for index, (module, (expected, parameter_types)) in enumerate(zip(parts, block.expected, strict=True)):
-        own = module.__dict__
-        if (
-            (type(module) is not expected and expected is not None)
-            or own["training"]
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-            or (parameter_types and [*map(type, own["_parameters"].values())] != parameter_types)
-        ):
-            base = _merged_base(module)
-            reason = _why_not_plain(base or module, expected, len(parameter_types))
-            if reason:
-                return None, f"{_name(block, base or module)} {reason}"
-            if base is not None:
-                parts = parts._make([*parts[:index], base, *parts[index + 1 :]])
+    for index in unexpected_modules(parts, block.expected):
+        module, (expected, parameter_types) = parts[index], block.expected[index]
+        base = _merged_base(module)
+        reason = _why_not_plain(base or module, expected, len(parameter_types))
+        if reason:
+            return None, f"{_name(block, base or module)} {reason}"
+        if base is not None:
+            parts = parts._make([*parts[:index], base, *parts[index + 1 :]])
     reason, _ = block.refusal(parts)
     return (None, reason) if reason else (parts, None)
 
@@ -186,7 +175,7 @@ def _merged_base(module: nn.Module) -> nn.Module | None:
 
 def _chosen_copy(module: nn.Module) -> nn.Module:
     """The module that PEFT's wrapper of a module and its trained copies calls; any other module as it is."""
-    copies = module._modules.get("modules_to_save")
+    copies = own_modules(module).get("modules_to_save")
     if copies is None or not type(module).__module__.startswith("peft."):
         return module
     if has_hooks(module) or has_patched_forward(module):
@@ -204,9 +193,10 @@ def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int
         return "has hooks"
     if has_patched_forward(module):
         return "has a patched forward"
-    if num_parameters and len(module._parameters) != num_parameters:
-        return f"has {len(module._parameters)} parameters of its own, not {num_parameters}"
-    for name, parameter in module._parameters.items() if num_parameters else ():
+    own = own_parameters(module) if num_parameters else {}
+    if len(own) != num_parameters:
+        return f"has {len(own)} parameters of its own, not {num_parameters}"
+    for name, parameter in own.items():
         if parameter is None:
             return f"has no {name}"
         if type(parameter) is not nn.Parameter:
@@ -249,7 +239,8 @@ def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
         if has_hooks(module) or has_patched_forward(module):
             return True
         # In a trace every weight is of another class.
-        if module._parameters and not is_tracing() and not plain.issuperset(map(type, module._parameters.values())):
+        own = own_parameters(module).values()
+        if own and not is_tracing() and not plain.issuperset(map(type, own)):
             return True
     try:
         parts = block.parts()
@@ -272,11 +263,6 @@ def runs_in_kernels(block: nn.Module) -> bool:
     """Whether a block runs in the ops, and each of them in its kernel."""
     parts, _ = fused_parts(block)
     return parts is not None and not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
-
-
-def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The hooks of this very module, by kind."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from fastbert._compat import target_of
+
 MODES = ("off", "auto", "on")
 CAPTURES_A_MINUTE = 20  # of a process, by themselves: each waits for the device and empties the allocator's cache
 MINUTE = 60.0
@@ -116,7 +118,7 @@ def _other_thread() -> str | None:
 
 def _run_by(other: threading.Thread) -> str | None:
     """The function that a thread was given to run; None for a class with a `run` of its own."""
-    target = getattr(other, "_target", None)
+    target = target_of(other)
     return target and f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', target)}"
 
 

@@ -6,11 +6,19 @@ from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import patches
-from fastbert.fusion import FusableBlock, fused_parts, has_hooks, hooks_of, why_eager
+from fastbert._compat import (
+    config_key,
+    has_global_module_hooks,
+    hooks_of,
+    own_buffers,
+    own_modules,
+    own_parameters,
+    versions_of,
+)
+from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
 from fastbert.inputs import changed_defaults, num_positions
 from fastbert.layers import BertEncoder, BertLayer
 from fastbert.model import BertEmbeddings, BertPooler, replaceable_forwards, why_replaced
@@ -47,13 +55,13 @@ class State:
         self.device, self._base = model.device, weakref.ref(base)
         self._embeddings = getattr(base, "embeddings", nn.Module())
         self.num_positions = num_positions(model.config, self._embeddings, None)
-        tensors = [own for x in modules for own in (x._parameters, x._buffers) if own]
-        self._dicts = [x._modules for x in modules if x._modules] + tensors
+        tensors = [own for x in modules for own in (own_parameters(x), own_buffers(x)) if own]
+        self._dicts = [own for x in modules if (own := own_modules(x))] + tensors
         # Others than plain ones are refused, and may have no address.
         self._tensors = [x for own in tensors for x in own.values() if type(x) in (nn.Parameter, Tensor)]
         self._kept = [x.detach() for x in self._tensors]
         self._matrices = [x for x in self._tensors if x.ndim > 1]
-        self._buffers = [x for x in self._embeddings._buffers.values() if x is not None and not x.is_inference()]
+        self._buffers = [x for x in own_buffers(self._embeddings).values() if x is not None and not x.is_inference()]
         self._attributes = [x.__dict__ for x in others]
         # The model's own hooks fire around its forward, as always.
         self._hooks = [hooks for x in others for hooks in hooks_of(x)]
@@ -64,11 +72,11 @@ class State:
         self._norms = [norm.__dict__ for x in layers for norm in (x.attention.output.LayerNorm, x.output.LayerNorm)]
         activations = [x.intermediate.intermediate_act_fn.__dict__ for x in layers]
         self._activations = [own for own in activations if "act" in own]
-        # A configuration's own reading of attributes takes ten times as long; a property stands on a hidden name.
+        # A configuration's own reading of attributes takes ten times as long.
         self._config = config = vars(model.config)
-        self._configured = [name if name in config else f"_{name}" for name in CONFIGURED]
-        tables = {name: x for name, x in self._embeddings._modules.items() if type(x) is nn.Embedding}
-        self._tables_of = [name for name, x in tables.items() if x._parameters.get("weight") is not None]
+        self._configured = [config_key(config, name) for name in CONFIGURED]
+        tables = {name: x for name, x in own_modules(self._embeddings).items() if type(x) is nn.Embedding}
+        self._tables_of = [name for name, x in tables.items() if own_parameters(x).get("weight") is not None]
         self._seen_dicts = [dict(own) for own in self._dicts]
         self._seen_tables, self._seen = self._tables(), self._look()
 
@@ -80,8 +88,8 @@ class State:
             list(map(Tensor.is_contiguous, self._matrices)),
             any(map(_training, self._attributes)),
             list(map(len, self._attributes)),
-            any(self._hooks) or _has_any_global_hook(),
-            [x._version for x in self._buffers],
+            any(self._hooks) or has_global_module_hooks(),
+            versions_of(self._buffers),
             list(map(ATTENTION_NUMBERS, self._attentions)),
             list(map(_eps, self._norms)),
             list(map(_act, self._activations)),
@@ -92,8 +100,8 @@ class State:
         )
 
     def _tables(self) -> list[tuple[int, torch.Size]]:
-        own = self._embeddings._modules
-        tables = [own[name]._parameters["weight"] for name in self._tables_of]
+        own = own_modules(self._embeddings)
+        tables = [own_parameters(own[name])["weight"] for name in self._tables_of]
         return [(table.data_ptr(), table.shape) for table in tables]
 
     def has_its_tables(self) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from fastbert import graph_rules, ops
+from fastbert._compat import is_in_bad_fork
 from fastbert.capture import (
     INPUTS,
     PACKED_INPUTS,
@@ -372,7 +373,7 @@ def _power_of_four(size: int) -> int:
 
 def _in_child() -> None:
     """A forked process has no CUDA, and locks that nobody may ever release: it begins anew, without graphs."""
-    if any(forward.num_graphs for forward in _all) or torch.cuda._is_in_bad_fork():
+    if any(forward.num_graphs for forward in _all) or is_in_bad_fork():
         graph_rules.forked = "this process was forked from one that used CUDA"
     forget_locks()
     for forward in list(_all):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastbert import heads, model, patches
+from fastbert._compat import CALLS_PROCESSOR, INFERENCE, RESOLVES_DEVICE, inference_device, is_compiled
 from fastbert.fusion import class_name, fused_parts, has_hooks, why_no_block
 from fastbert.graphs import GraphedForward
 from fastbert.layers import runs_packed
@@ -32,14 +33,14 @@ from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead, spans, window_of
 MODELS = {"SentenceTransformer": model.BertModel, "CrossEncoder": heads.BertForSequenceClassification}
 AFTER = {"SentenceTransformer": ("Pooling", "Dense", "Dropout", "LayerNorm", "Normalize"), "CrossEncoder": ()}
 # Its methods that a call goes through, and through which it does not go in packed batches.
-METHODS = ("forward", "preprocess", "tokenize", "_inference", "_call_processor", "_call_single_modality_processor")
+METHODS = ("forward", "preprocess", "tokenize", INFERENCE, *CALLS_PROCESSOR)
 # Added tokens that take as long to copy as tokenizing so many texts.
 MANY_ADDED, FEW_TEXTS = 200, 200
 OPTIONS = {"padding", "truncation", "max_length", "return_tensors"}
 # What `encode` and `predict` may be given for `preprocess`.
 KEYWORDS = {"task", "processing_kwargs"}
 # What not every release of sentence-transformers may have.
-OF_ENCODERS = ("_inference", "_resolve_inference_device")
+OF_ENCODERS = (INFERENCE, RESOLVES_DEVICE)
 OF_TRANSFORMERS = (
     "modality_config", "model_forward_params", "processing_kwargs", "query_expansion", "query_length",
     "document_length",
@@ -57,7 +58,7 @@ def why_unserved(encoder: nn.Module) -> str | None:
         for name in names:
             if not hasattr(module, name):
                 return f"a {class_name(module)} has no {name}, as sentence-transformers 6.2 has"
-    if not _is_ours(vars(encoder).get("_inference")):
+    if not _is_ours(vars(encoder).get(INFERENCE)):
         return "it was not given to fastbert.optimize as a whole, or its _inference is somebody's"
     for name, module in encoder.named_children():
         if module is not transformer and kind_of(module) not in AFTER[kind]:
@@ -97,7 +98,7 @@ def _why_not_its_own(module: nn.Module) -> str | None:
     """Why a module of sentence-transformers' might do something of somebody's."""
     if has_hooks(module):
         return f"a {class_name(module)} has hooks"
-    if module._compiled_call_impl is not None:
+    if is_compiled(module):
         return f"a {class_name(module)} is compiled"
     for name in METHODS:
         patched, function = vars(module).get(name), getattr(type(module), name, None)
@@ -125,7 +126,7 @@ def why_padded(bert: nn.Module) -> str | None:
     if has_hooks(bert) or not isinstance(vars(bert).get("forward"), GraphedForward | None):
         return "its model has hooks or a patched forward"
     base = bert.base_model
-    if any(x._compiled_call_impl is not None for x in (bert, base)):
+    if is_compiled(bert) or is_compiled(base):
         return "its model is compiled"
     if base is not bert and (has_hooks(base) or "forward" in vars(base)):
         return "its encoder has hooks or a patched forward"
@@ -239,7 +240,7 @@ class PackedEncoder:
             encoder.eval()
         if reason := why_unserved(encoder):
             raise Unserved(reason)
-        self.device = encoder._resolve_inference_device(device)
+        self.device = inference_device(encoder, device)
         if reason := _why_not_on(self.device):
             raise Unserved(reason)
         transformer = encoder[0]

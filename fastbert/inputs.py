@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastbert._compat import is_replica, own_buffers, versions_of
 from fastbert.configuration import BertConfig
 from fastbert.ops.backend import is_tracing, is_transforming, is_watched
 from fastbert.tokens import TokenLayout, layout_from_cu_seqlens, layout_from_mask, shapes_may_depend_on_data
@@ -144,7 +145,7 @@ def num_rows(table: nn.Module | None, default: int) -> int:
 
 def num_columns(embeddings: nn.Module, buffer: str, default: int) -> int:
     """How many positions a buffer of embeddings has a default for."""
-    values = embeddings._buffers.get(buffer)
+    values = own_buffers(embeddings).get(buffer)
     return default if values is None else values.shape[1]
 
 
@@ -180,15 +181,16 @@ def changed_defaults(embeddings: nn.Module) -> tuple[Tensor | None, Tensor | Non
     They are looked at once, which waits for the device, and again when they were replaced or written to (of writes
     through `.data` torch keeps no count). A traced graph has them as they will be.
     """
-    buffers = embeddings._buffers.get("position_ids"), embeddings._buffers.get("token_type_ids")
+    own = own_buffers(embeddings)
+    buffers = own.get("position_ids"), own.get("token_type_ids")
     there = [x for x in buffers if x is not None]
     if not there or there[0].is_meta:
         return None, None
     # Replicas of `nn.DataParallel` are new in every call.
-    unknown = is_tracing() or is_transforming() or is_watched() or "_is_replica" in embeddings.__dict__
+    unknown = is_tracing() or is_transforming() or is_watched() or is_replica(embeddings)
     if unknown or any(type(x) is not Tensor or x.is_inference() for x in there):
         return buffers
-    versions = [x._version for x in there]
+    versions = versions_of(there)
     seen = _looked_at.get(embeddings)
     if seen is None or seen[0][0] is not buffers[0] or seen[0][1] is not buffers[1] or seen[1] != versions:
         positions, types = buffers

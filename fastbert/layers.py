@@ -10,11 +10,18 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import patches
+from fastbert._compat import (
+    attn_implementation,
+    has_global_module_hooks,
+    is_compiled,
+    own_modules,
+    own_parameters,
+    weights_and_biases,
+)
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.encoder_layer import LayerNumbers, LayerWeights, encoder_layer
 from fastbert.fusion import (
@@ -29,7 +36,6 @@ from fastbert.fusion import (
     has_patched_forward,
     is_number,
     must_see_padding,
-    parameters_of,
     why_no_block,
 )
 from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
@@ -53,7 +59,7 @@ class BertSelfAttention(hf.BertSelfAttention):
 
         output_attentions computes the weights by whatever attention the configuration names.
         """
-        named, weights_asked = self.config._attn_implementation, bool(kwargs.get("output_attentions"))
+        named, weights_asked = attn_implementation(self.config), bool(kwargs.get("output_attentions"))
         packed = isinstance(attention_mask, TokenLayout)
         if attention_mask is not None:  # `device_map` can spread the layers over several devices
             attention_mask = attention_mask.to(hidden_states.device)
@@ -92,10 +98,10 @@ class BertLayer(hf.BertLayer, FusableBlock):
     )  # fmt: skip
 
     def parts(self) -> LayerParts:
-        own = self._modules
+        own = own_modules(self)
         attention, intermediate, output = own["attention"], own["intermediate"], own["output"]
-        self_attention, self_output = attention._modules["self"], attention._modules["output"]
-        a, s, i, o = self_attention._modules, self_output._modules, intermediate._modules, output._modules
+        self_attention, self_output = own_modules(attention)["self"], own_modules(attention)["output"]
+        a, s, i, o = map(own_modules, (self_attention, self_output, intermediate, output))
         return LayerParts(
             self, attention, self_attention, a["query"], a["key"], a["value"], a["dropout"],
             self_output, s["dense"], s["LayerNorm"], s["dropout"],
@@ -112,7 +118,7 @@ class BertLayer(hf.BertLayer, FusableBlock):
         if "feed_forward_chunk" in self.__dict__:
             return "has a patched feed_forward_chunk", True
         # A weight that is no parameter is the modules' affair.
-        weights = [x._parameters.get("weight") for x in (parts.query, parts.key, parts.value)]
+        weights = [own_parameters(x).get("weight") for x in (parts.query, parts.key, parts.value)]
         widths = {int(x.shape[0]) for x in weights if x is not None}  # in a trace, tensors
         if len(widths) > 1 or any(width % attention.attention_head_size for width in widths):
             return f"queries, keys and values cannot be cut into heads of {attention.attention_head_size}", True
@@ -159,10 +165,10 @@ class BertLayer(hf.BertLayer, FusableBlock):
 
     def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
         weights = LayerWeights(
-            *parameters_of(p.query), *parameters_of(p.key), *parameters_of(p.value),
-            *parameters_of(p.self_output_dense), *parameters_of(p.self_output_norm),
-            *parameters_of(p.intermediate_dense),
-            *parameters_of(p.output_dense), *parameters_of(p.output_norm),
+            *weights_and_biases(
+                (p.query, p.key, p.value, p.self_output_dense, p.self_output_norm, p.intermediate_dense,
+                 p.output_dense, p.output_norm)
+            )
         )  # fmt: skip
         head_size = p.self_attention.attention_head_size
         numbers = LayerNumbers(
@@ -191,9 +197,9 @@ def mask_for(layers: Iterable[nn.Module], layout: TokenLayout, hidden_states: Te
 
 def runs_packed(encoder: nn.Module) -> bool:
     """Whether nobody but our own encoder sees what it is given."""
-    seen = has_hooks(encoder) or has_patched_forward(encoder) or _has_any_global_hook()
+    seen = has_hooks(encoder) or has_patched_forward(encoder) or has_global_module_hooks()
     own = type(encoder) is BertEncoder and BertEncoder.forward is _OWN_ENCODER_FORWARD
-    return own and not seen and encoder._compiled_call_impl is None
+    return own and not seen and not is_compiled(encoder)
 
 
 class BertEncoder(hf.BertEncoder):
@@ -227,7 +233,7 @@ class BertEncoder(hf.BertEncoder):
         self, hidden_states: Tensor, layout: TokenLayout, given: dict, refused: str | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...] | None]:
         """What forward returns. given: its keywords; refused: why no block of any model is fused, None if some are."""
-        layout, layers = layout.to(hidden_states.device), list(self.layer._modules.values())
+        layout, layers = layout.to(hidden_states.device), list(self.layer)
         selection = selected_hidden_states(given.get("output_hidden_states"), len(layers) + 1)
         output_attentions = given.get("output_attentions")
         if output_attentions:
@@ -259,7 +265,7 @@ class BertEncoder(hf.BertEncoder):
         """One layer: in the ops, through its modules, or by transformers' own code, in its shapes, as it calls them."""
         parts, reason = (None, refused) if refused else fused_parts(layer, asked=True)
         if parts is not None:
-            own = layer._compiled_call_impl is None and BertLayer.forward is _OWN_LAYER_FORWARD
+            own = not is_compiled(layer) and BertLayer.forward is _OWN_LAYER_FORWARD
             if torch.is_grad_enabled() or is_tracing() or not own:  # a trace is the same with gradients and without
                 return layer(hidden_states, layout, fused=parts)
             return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts)  # nobody sees the call

@@ -15,6 +15,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.processing_utils import Unpack
 
 from fastbert import ops, patches
+from fastbert._compat import MAKES_MASKS, attn_implementation, is_compiled, own_modules, own_parameters
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.fusion import (
     EmbeddingsParts,
@@ -56,7 +57,7 @@ class BertEmbeddings(hf.BertEmbeddings, FusableBlock):
     made_of = (nn.Embedding, nn.Embedding, nn.Embedding, nn.LayerNorm, nn.Dropout)
 
     def parts(self) -> EmbeddingsParts:
-        own = self._modules
+        own = own_modules(self)
         return EmbeddingsParts(
             self, own["word_embeddings"], own["position_embeddings"], own["token_type_embeddings"],
             own["LayerNorm"], own["dropout"],
@@ -77,7 +78,8 @@ class BertPooler(hf.BertPooler, FusableBlock):
     made_of = (nn.Linear, nn.Tanh)
 
     def parts(self) -> PoolerParts:
-        return PoolerParts(self, self._modules["dense"], self._modules["activation"])
+        own = own_modules(self)
+        return PoolerParts(self, own["dense"], own["activation"])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         parts, refused = fused_parts(self)
@@ -197,8 +199,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         self, layout: TokenLayout, attention_mask: Tensor | None, hidden_states: Tensor
     ) -> Tensor | None:
         """The mask that the model's own `_create_attention_masks` makes for a layout that drops nothing."""
-        if self.config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
-            named = self.config._attn_implementation
+        named = attn_implementation(self.config)
+        if named not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(f"{named} is not served with masks of one's own: model.set_attn_implementation('sdpa')")
         if attention_mask is None and layout.mask is not None:
             raise ValueError("texts packed by cu_seq_lens_q have the mask that keeps them apart, and no other")
@@ -206,7 +208,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         padding = attention_mask is not None and attention_mask.ndim == 2
         given = layout.expand(attention_mask) if padding else layout.mask
         others = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
-        mask, _ = self._create_attention_masks(attention_mask=given, embedding_output=hidden_states, **others)
+        mask, _ = getattr(self, MAKES_MASKS)(attention_mask=given, embedding_output=hidden_states, **others)
         return mask
 
     def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
@@ -221,7 +223,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         embeddings, inputs = self.embeddings, batch.embedded()
         parts, refused = (None, refused) if refused else fused_parts(embeddings, asked=True)
         if parts is not None:
-            words, positions, types = (x._parameters["weight"] for x in (parts.words, parts.positions, parts.types))
+            words, positions, types = (own_parameters(x)["weight"] for x in (parts.words, parts.positions, parts.types))
             weight, bias = parameters_of(parts.norm)
             first = words if batch.inputs_embeds is None else batch.inputs_embeds
             summed = torch.promote_types(torch.promote_types(first.dtype, positions.dtype), types.dtype)
@@ -252,7 +254,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             return pooler(sequence_output)
         first = layout.first_tokens(sequence_output)
         parts, refused = (None, refused) if refused else fused_parts(pooler, asked=True)
-        if parts is not None and pooler._compiled_call_impl is None and BertPooler.forward is _OWN_FORWARDS[2]:
+        if parts is not None and not is_compiled(pooler) and BertPooler.forward is _OWN_FORWARDS[2]:
             return linear_of_any_rank(first, parts.dense, "tanh")  # not through the module: nobody sees it
         first = first[:, None]
         if parts is None and must_see_padding(pooler) and len(first) == layout.batch_size:

@@ -5,7 +5,7 @@ of the process. No module shows it, and the ops would go on computing what the c
 """
 
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from operator import attrgetter
 
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
+
+from fastbert._compat import MAKES_MASKS, constant_in_graphs
 
 BERT_CLASSES = (
     "BertEmbeddings", "BertLayer", "BertAttention", "BertSelfAttention", "BertSelfOutput", "BertIntermediate",
@@ -33,7 +35,7 @@ _FORWARDS = (
 _FEED_FORWARD = hf.BertLayer, "feed_forward_chunk", "BertLayer"
 # What no block stands for, but the model and its encoder.
 _MODEL_METHODS = (hf.BertModel, "forward", "BertModel"), (hf.BertEncoder, "forward", "BertEncoder")
-_MAKES_MASKS = hf.BertModel, "_create_attention_masks", "BertModel"
+_MAKES_MASKS = hf.BertModel, MAKES_MASKS, "BertModel"
 
 
 def _is_original(kind: type, method: str, name: str) -> bool:
@@ -72,12 +74,7 @@ def _first_replaced(methods: tuple, originals: list) -> str | None:
     return None
 
 
-def _registered(functions: MutableMapping, name: str) -> Callable | None:
-    """What transformers has for a name; its own reading of this mapping takes ten times as long."""
-    local = functions._local_mapping
-    return local[name] if name in local else functions._global_mapping.get(name)
-
-
+@constant_in_graphs
 def replaced() -> str | None:
     """What was replaced of the code that the ops stand for; None if nothing was."""
     # Every call asks: lists are compared by identities first.
@@ -87,13 +84,14 @@ def replaced() -> str | None:
         return "BertLayer.feed_forward_chunk is patched or replaced for every model"
     if (F.scaled_dot_product_attention, F.linear, F.layer_norm, F.embedding, F.gelu) != _FUNCTIONS:
         return "a function of torch.nn.functional is replaced"
-    sdpa, eager = _registered(ALL_ATTENTION_FUNCTIONS, "sdpa"), _registered(ALL_ATTENTION_FUNCTIONS, "eager")
+    sdpa, eager = ALL_ATTENTION_FUNCTIONS.get("sdpa"), ALL_ATTENTION_FUNCTIONS.get("eager")
     eager = hf.eager_attention_forward if eager is None else eager
     if sdpa is not sdpa_attention_forward or eager is not _EAGER or hf.eager_attention_forward is not _EAGER:
         return "another function is registered for attention"
     return None
 
 
+@constant_in_graphs
 def replaced_in_models() -> str | None:
     """What was replaced of the code that our model and encoder stand for; None if nothing was."""
     if [*map(_forward_of, _MODEL_KINDS)] == _ORIGINAL_MODELS:
@@ -101,23 +99,19 @@ def replaced_in_models() -> str | None:
     return _first_replaced(_MODEL_METHODS, _ORIGINAL_MODELS)
 
 
+@constant_in_graphs
 def replaced_forward(kind: type) -> str | None:
     """Whether the forward of a class of transformers' was replaced, as a reason; None if it was not."""
     name = kind.__name__
     return None if _is_original(kind, "forward", name) else f"{name}.forward is patched for every model"
 
 
+@constant_in_graphs
 def replaced_for_masks(model: hf.BertModel) -> str | None:
     """What was replaced of the code by which transformers makes a model's masks; None if nothing was."""
-    if getattr(model._create_attention_masks, "__func__", None) is not _ORIGINAL_MASKS:
+    if getattr(getattr(model, MAKES_MASKS), "__func__", None) is not _ORIGINAL_MASKS:
         return "its _create_attention_masks is patched"
-    functions = _registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa"), _registered(ALL_MASK_ATTENTION_FUNCTIONS, "eager")
+    functions = ALL_MASK_ATTENTION_FUNCTIONS.get("sdpa"), ALL_MASK_ATTENTION_FUNCTIONS.get("eager")
     if functions != (sdpa_mask, eager_mask) or hf.create_bidirectional_mask is not create_bidirectional_mask:
         return "another function is registered for masks"
     return None
-
-
-# A traced graph takes the answers as constants: what torch.compiler.assume_constant_result sets, without its import of
-# the whole of torch._dynamo.
-for _function in (replaced, replaced_in_models, replaced_forward, replaced_for_masks):
-    _function._dynamo_marked_constant = True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import inference, ops
+from fastbert._compat import INFERENCE, REPLICATE, is_compiled
 from fastbert.inference import kind_of
 from fastbert.inputs import KEYWORDS
 from fastbert.ops import backend
@@ -59,7 +60,7 @@ class OnHost:
 
 def _replicate(module: nn.Module) -> nn.Module:
     """The replica of `nn.DataParallel`, on a device of its own, whose methods are its own, too."""
-    replica = type(module)._replicate_for_data_parallel(module)
+    replica = getattr(type(module), REPLICATE)(module)
     for name, patched in list(vars(replica).items()):
         if isinstance(patched, Patch):
             vars(replica)[name] = Patch(patched.function, replica)
@@ -82,7 +83,7 @@ def carrying() -> Iterator[None]:
 def _inference(encoder: nn.Module, *args, **kwargs):
     """What `encode` and `predict` do with all texts: batches go from `preprocess` to `forward` as they are."""
     with carrying():
-        return type(encoder)._inference(encoder, *args, **kwargs)
+        return getattr(type(encoder), INFERENCE)(encoder, *args, **kwargs)
 
 
 def _encode(encoder: nn.Module, *args, **kwargs):
@@ -141,7 +142,7 @@ def _forward(transformer: nn.Module, features: dict, **kwargs) -> dict:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return is_tracing() or model._compiled_call_impl is not None
+    return is_tracing() or is_compiled(model)
 
 
 def _taken_by(model_class: type) -> frozenset[str]:
@@ -211,13 +212,13 @@ def _records() -> bool:
 
 # A class of sentence-transformers' -> what takes the place of its methods.
 PATCHES = {
-    "SentenceTransformer": {"_inference": _encode},
-    "SparseEncoder": {"_inference": _inference},
-    "MultiVectorEncoder": {"_inference": _inference},
-    "CrossEncoder": {"_inference": _predict},
-    "Transformer": {"preprocess": _preprocess, "forward": _forward, "_replicate_for_data_parallel": _replicate},
-    "Pooling": {"forward": _pool, "_replicate_for_data_parallel": _replicate},
-    "Normalize": {"forward": _normalize, "_replicate_for_data_parallel": _replicate},
+    "SentenceTransformer": {INFERENCE: _encode},
+    "SparseEncoder": {INFERENCE: _inference},
+    "MultiVectorEncoder": {INFERENCE: _inference},
+    "CrossEncoder": {INFERENCE: _predict},
+    "Transformer": {"preprocess": _preprocess, "forward": _forward, REPLICATE: _replicate},
+    "Pooling": {"forward": _pool, REPLICATE: _replicate},
+    "Normalize": {"forward": _normalize, REPLICATE: _replicate},
 }
 
 

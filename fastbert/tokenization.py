@@ -16,17 +16,14 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastbert._compat import TOKENIZES, set_backend_tokenizer
 from fastbert.fusion import class_name
 
 Texts = Sequence[str] | Sequence[Sequence[str]]
 # What of the wrapper makes tokens of texts; a class that derives from it may have its own.
 METHODS = {
-    name: getattr(PreTrainedTokenizerFast, name)
-    for name in (
-        "__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding",
-        "_get_padding_truncation_strategies",
-    )
-}  # fmt: skip
+    name: getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "set_truncation_and_padding", *TOKENIZES)
+}
 SEQUENCES = (normalizers.Sequence, pre_tokenizers.Sequence)
 COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor")
 SERVED_OUTPUTS = {"input_ids", "token_type_ids", "attention_mask"}
@@ -90,7 +87,7 @@ class PackingTokenizer:
             raise Unserved(f"padding={padding!r} is asked for")
         self._tokenizer = _copy_of(tokenizer.backend_tokenizer)
         wrapper = copy.copy(tokenizer)
-        wrapper._tokenizer = self._tokenizer
+        set_backend_tokenizer(wrapper, self._tokenizer)
         found = wrapper(["a"], **options)
         if not {"input_ids", "attention_mask"} <= found.keys() <= SERVED_OUTPUTS:
             raise Unserved(f"the tokenizer gives {', '.join(found)}")

@@ -18,8 +18,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from fastbert._compat import (
+    constant_in_graphs,
+    forward_ad_level,
+    is_any_autocast_enabled,
+    is_dispatch_mode_active,
+    is_functorch_active,
+)
 
 BACKENDS = ("auto", "triton", "eager")
 
@@ -40,22 +47,22 @@ _choice = _Choice()
 def is_tracing() -> bool:
     """Whether a graph is being recorded (`torch.compile`, `torch.export`, `torch.jit.trace`), so that neither shapes
     nor control flow may depend on data."""
-    return is_compiling() or torch._C._is_tracing()
+    return is_compiling() or torch.jit.is_tracing()
 
 
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace`, or an exporter by it, records."""
-    return not is_compiling() and torch._C._is_tracing()
+    return not is_compiling() and torch.jit.is_tracing()
 
 
 def is_transforming() -> bool:
     """Whether functorch's transforms or forward-mode derivatives look into the ops."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return is_functorch_active() or forward_ad_level() >= 0
 
 
 def is_watched() -> bool:
     """Whether a mode sees every op: it counts them, say, or runs them without numbers."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return is_dispatch_mode_active()
 
 
 def may_overwrite() -> bool:
@@ -63,7 +70,7 @@ def may_overwrite() -> bool:
 
     Fresh memory costs page faults: at 1024 x 1536 floats, GELU in place takes two thirds of the time.
     """
-    return not (torch.is_grad_enabled() or is_tracing() or torch._C._is_any_autocast_enabled() or is_transforming())
+    return not (torch.is_grad_enabled() or is_tracing() or is_any_autocast_enabled() or is_transforming())
 
 
 @contextmanager
@@ -111,14 +118,10 @@ def fall_back(what: str, reason: str, device: torch.device) -> None:
         warn_once(level, f"{what} runs in eager PyTorch: {reason}")
 
 
+@constant_in_graphs
 def why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no kernel serves this op for such tensors on this machine; None if one does."""
     return _why_not_triton(op, device.type, device.index, dtype)
-
-
-# A traced graph takes the answer as a constant: what torch.compiler.assume_constant_result sets, without its import of
-# the whole of torch._dynamo.
-why_not_triton._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -162,11 +165,9 @@ def why_not_size(op: str, size: int) -> str | None:
     return None
 
 
+@constant_in_graphs
 def _limit_of_kernels(name: str) -> int:
     return _cached_limit(name)
-
-
-_limit_of_kernels._dynamo_marked_constant = True  # as of why_not_triton
 
 
 @functools.cache

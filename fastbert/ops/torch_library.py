@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastbert._compat import autograd_below_modes
 from fastbert.ops import eager
 from fastbert.ops.backend import is_tracing
 
@@ -142,13 +143,7 @@ def _define_backward(name: str, compute: Callable[..., Tensor]) -> Callable[...,
         *inputs, wanted = arguments
         # Autocast has had its part before the op, and below a mode that sees every op (it counts them, say) torch
         # leaves autograd out.
-        keys = torch._C.DispatchKey
-        with (
-            torch.no_grad(),
-            torch.autocast(grad.device.type, enabled=False),
-            torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
-            torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
-        ):
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), autograd_below_modes():
             found = gradients(compute, inputs, wanted, grad)
         # As the fake says: all of them, one after another in memory.
         return [
