@@ -51,10 +51,10 @@ def _cases(
 
 
 TOY = [
-    *_cases("encode", 8, 50, 4, "sorted", "float32"),
-    *_cases("encode", 8, "mixed", 4, "given", "float32"),
-    *_cases("predict", 8, 50, 4, "sorted", "float32"),
-    *_cases("host", 8, 50, 4, "sorted", "float32"),
+    *_cases("encode", 4, 50, 2, "sorted", "float32"),
+    *_cases("encode", 4, "mixed", 2, "given", "float32"),
+    *_cases("predict", 4, 50, 2, "sorted", "float32"),
+    *_cases("host", 4, 50, 2, "sorted", "float32"),
 ]
 CPU = [
     *_cases("encode", 256, 50, 32, "sorted", "float32"),
@@ -94,7 +94,7 @@ def pytest_generate_tests(metafunc):
 @cache
 def _texts(count: int, mean_tokens: int | str) -> list[str]:
     """Texts of consecutive docstrings; from the first again where these are used up."""
-    source, place, found = docstrings(), 0, []
+    source, place, found = docstrings(count * max(JOINED[mean_tokens])), 0, []
     while len(found) < count:
         joined = JOINED[mean_tokens][len(found) % len(JOINED[mean_tokens])]
         found.append("\n\n".join(source[(place + each) % len(source)] for each in range(joined)))

@@ -118,7 +118,7 @@ class Binding:
             (place, name, self._descriptors_of(name, place, stand_ins))
             for place, name in zip(anew, described, strict=True)
         ]
-        self._calls: dict[int, Callable[[list], None]] = {}
+        self.calls: dict[int, Callable[[list], None]] = {}
 
     def _descriptors_of(self, name: str, place: int, stand_ins: dict[str, int | None]) -> _Descriptors:
         # Of a weight they are the same whatever the number of tokens.
@@ -165,13 +165,13 @@ class Binding:
         return arguments[place]
 
     def on(self, stream: int) -> Callable[[list], None]:
-        """What launches the kernel on a stream, given the template with addresses and descriptors in it."""
-        call = self._calls.get(stream)
+        """What launches the kernel on a stream, given the template with addresses and descriptors in it; kept in `calls`."""
+        call = self.calls.get(stream)
         if call is None:
             if self._after is None:
-                call = self._calls[stream] = lambda arguments: self._binding(*self._before, stream, *arguments)
+                call = self.calls[stream] = lambda arguments: self._binding(*self._before, stream, *arguments)
             else:
-                call = self._calls[stream] = partial(self._binding, *self._before, stream, *self._after)
+                call = self.calls[stream] = partial(self._binding, *self._before, stream, *self._after)
         return call
 
     def launch(self, stream: int, addresses: dict[str, int | None]) -> None:

@@ -135,7 +135,7 @@ class CachedLayer:
                 arguments[place] = addresses[operand]
             for place, operand, known in descriptors:
                 arguments[place] = known[addresses[operand]]
-            binding.on(stream)(arguments)
+            (binding.calls.get(stream) or binding.on(stream))(arguments)
         return out
 
 

@@ -133,10 +133,10 @@ def test_heads_past_2_to_the_31():
 
 
 def test_attention_of_too_many_programs():
-    """One for each head and block of queries of 67 million texts: only planned."""
+    """One for each head and block of queries of 67 million texts: only prepared."""
     qkv = (torch.Size((9, 3, 16, 64)), (3072, 1024, 64, 1), torch.float16, DEVICE, 0)
     cu_seqlens = (torch.Size((2**26 + 1,)), (1,), torch.int32, DEVICE, 0)
-    plan_attention = import_module("fastbert_kernels.attention").plan_attention
+    attention_launch = import_module("fastbert_kernels.attention").attention_launch
     with pytest.raises(ValueError, match="programs are not served, only less than 2.31"):
-        plan_attention(qkv, cu_seqlens, 512, 0.125, None)
-    assert plan_attention(qkv, cu_seqlens, 16, 0.125, None).grid == (2**30,)
+        attention_launch(qkv, cu_seqlens, 512, 0.125, None)
+    assert attention_launch(qkv, cu_seqlens, 16, 0.125, None).grid == (2**30,)

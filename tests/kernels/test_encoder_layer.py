@@ -53,7 +53,7 @@ class Interpreted:
     def __init__(self, cached: launch.CachedLaunch, tensors: dict[str, Tensor | None], calls: list[str]):
         self._launch, self._calls = cached, calls
         self._specs = {name: x if x is None else (x.shape, x.stride(), x.dtype) for name, x in tensors.items()}
-        self.template = [None] * len(tensors)
+        self.template, self.calls = [None] * len(tensors), {}
         places = [(place, name) for place, (name, x) in enumerate(tensors.items()) if x is not None]
         self.pointers = [(place, name) for place, name in places if name not in cached.blocks]
         self.descriptors = [(place, name, Descriptors()) for place, name in places if name in cached.blocks]

@@ -53,7 +53,7 @@ def test_configurations(name):
                 assert "measured_us" in entry or entry["source"].endswith("; not measured"), (operation, width, entry)
 
 
-def test_plans_follow_the_configurations():
+def test_launches_follow_the_configurations():
     table = deepcopy(configs.table_for(target.architecture(DEVICE)))
     launcher, arguments = example("linear_activation", torch.float32)
     seen = []
@@ -113,5 +113,5 @@ def test_precision_follows_torch(monkeypatch):
             assert [products(x.to(half)) for half in HALVES] == ["ieee"] * 2
     finally:
         matmul.fp32_precision = kept
-    monkeypatch.setattr(launch, "architecture", lambda device: "gfx942")
+    monkeypatch.setattr(target, "architecture", lambda device: "gfx942")
     assert products(x) == "ieee"

@@ -69,12 +69,12 @@ def test_only_whole_tiles_of_a_part_are_stored_through_a_descriptor(heads, store
 
 
 def test_a_row_of_queries_keys_and_values_is_below_2_to_the_31():
-    """Only planned: three widths of 2^30."""
+    """Only prepared: three widths of 2^30."""
 
-    def layout(*shape):
+    def spec(*shape):
         return torch.Size(shape), (shape[-1], 1)[-len(shape) :], torch.float16, DEVICE, 0
 
-    weight, bias = layout(2**30, 16), layout(2**30)
-    plan = import_module("fastbert_kernels.qkv_projection").plan_qkv_projection
+    weight, bias = spec(2**30, 16), spec(2**30)
+    launch = import_module("fastbert_kernels.qkv_projection").qkv_projection_launch
     with pytest.raises(ValueError, match="a stride or width of 3221225472 elements is not served"):
-        plan(layout(5, 16), weight, bias, weight, bias, weight, bias, None, 16, None)
+        launch(spec(5, 16), weight, bias, weight, bias, weight, bias, None, 16, None)

@@ -237,9 +237,9 @@ def test_the_interpreter_is_refused():
         ("gfx942", 32, 33 * 1024, 0, 4, 1),
     ],
 )
-def test_programs_of_a_multiprocessor(chip, registers, shared_bytes, columns, num_warps, programs):
+def test_ctas_per_sm(chip, registers, shared_bytes, columns, num_warps, ctas_per_sm):
     found = Resources(registers, 0, shared_bytes, columns, "none", False, 16, num_warps)
-    assert found.programs(CHIPS[chip]) == programs
+    assert found.ctas_per_sm(CHIPS[chip]) == ctas_per_sm
 
 
 @pytest.mark.parametrize(

@@ -58,20 +58,6 @@ def test_verdicts_of_made_up_times():
         assert all(each.ratio == pytest.approx(factor, rel=0.05) for each in found)
 
 
-def test_the_interval_is_of_order_statistics():
-    def of(ratios: list[float]) -> tuple[float, float]:
-        found = measured([[(ratio, 1.0)] * 3 for ratio in ratios])
-        assert found.there_s == 1
-        assert found.here_s == found.ratio
-        return found.low, found.high
-
-    assert 2 / 2**compare.LEAST_PAIRS <= 1 - compare.CONFIDENCE < 2 / 2 ** (compare.LEAST_PAIRS - 1)
-    assert of([9, 8, 7, 6, 5, 4, 3, 2, 1]) == (1, 9)
-    # Two of 12 below or above the median: 2 * 13 / 2**12 is more than 0.005; of 13 pairs 2 * 14 / 2**13 is less.
-    assert of(list(range(1, 13))) == (1, 12)
-    assert of(list(range(1, 14))) == (2, 12)
-
-
 def git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
     return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
@@ -104,7 +90,7 @@ def repository(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("milliseconds", "threshold", "verdict", "status"),
-    [(2, 3, "same within noise", 0), (2.2, 3, "slower", 1), (2.2, 30, "slower", 0), (1.8, 3, "faster", 0)],
+    [(2, 3, "same within noise", 0), (2.2, 3, "slower", 1), (2.2, 30, "slower", 0)],
 )
 def test_a_planted_difference_is_found(milliseconds, threshold, verdict, status, repository, capsys):
     (repository / "fastbert/__init__.py").write_text(PACKAGE.format(milliseconds=milliseconds) + "\n\nnew = busy\n")
@@ -130,27 +116,6 @@ def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
     assert "busy          absent here: module 'fastbert' has no attribute 'busy'" in printed
     assert "busy          runs there" in printed
     assert printed.count("gone          absent") == 2
-
-
-@pytest.mark.parametrize("problem", [KeyboardInterrupt, RuntimeError])
-def test_nothing_is_left_after_an_interruption(problem, repository, monkeypatch):
-    workers = []
-
-    def interrupted(pairs):
-        raise problem
-
-    started = subprocess.Popen
-
-    def noted(command, **options):
-        workers.append(started(command, **options))
-        return workers[-1]
-
-    monkeypatch.setattr(compare.subprocess, "Popen", noted)
-    monkeypatch.setattr(compare.json, "loads", interrupted)
-    with pytest.raises(problem):
-        compare.main(["HEAD"])
-    assert workers
-    assert all(worker.poll() is not None for worker in workers)
 
 
 def test_a_worker_that_ends_is_told(repository):
@@ -182,11 +147,3 @@ def test_every_workload_runs_here(tmp_path):
         assert "seconds" in ask("forward")
     assert all(answer.get("seconds", 0) > 0 for answer in answers.values()), json.dumps(answers)
     assert answers["replay"]["seconds"] < answers["launches"]["seconds"]
-
-
-def test_a_commit_is_lent_no_module_of_this_checkout(tmp_path):
-    """Of one without the command line the host suite does not run, but forwards do."""
-    shutil.copytree(records.ROOT / "fastbert", tmp_path / "fastbert", ignore=lambda *_: ["commands"])
-    with compare.process(tmp_path) as ask:
-        assert ask("launches") == {"absent": "ModuleNotFoundError: No module named 'fastbert.commands'"}
-        assert "seconds" in ask("forward")
