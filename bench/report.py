@@ -4,11 +4,11 @@ import math
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
 
 import records
 from plots import MODELS, Measured, draw
 from providers import BASELINE, GRAPHED, PROVIDERS
+from ranking import SUITES, Comparison, case_of, comparisons
 from workloads import Case
 
 from fastbert.commands.machine import describe
@@ -20,17 +20,6 @@ FORWARDS = "<!-- bench:begin -->", "<!-- bench:end -->"
 README_SHAPES = ("1x128 full", "32x128 50% filled", "256x128 full", "256x128 50% filled")
 README_OURS = ("fastbert", GRAPHED)
 README_PLOT = "fill.svg"
-SUITES = {
-    "model": "The model's forward",
-    "latency": "One text, as a user waits for it",
-    "encode": "Sentences to embeddings, end to end",
-    "memory": "Peak memory of one forward",
-    "attention": "Attention",
-    "kernels": "Kernels",
-    "host": "The host's work for a forward in the kernels, without the driver's",
-}
-# Of a forward's time, what the host may take to issue it before the host counts as the limit.
-HOST_SHARE = 0.9
 # MLPerf Inference, BERT-large on SQuAD, offline, samples a second on one GPU: published figures, not measured here.
 MLPERF = (
     ("H200", "INT8, 99 % of float32's accuracy", 9164),
@@ -43,12 +32,6 @@ MLPERF = (
 ROOFS = "../../ROOFLINE.md#the-roofs"
 # What a cell of a column of numbers may be.
 NUMBER = re.compile(r"(\*\*)?[\d.]+%?( to [\d.]+)?(\*\*)?|failed|")
-
-
-def case_of(record: dict) -> Case:
-    """The forward that a record of the model's suites is about."""
-    names = {field.name for field in fields(Case)}
-    return Case(**{name: value for name, value in record["case"].items() if name in names})
 
 
 def by_case(lines: Iterable[dict], kind: str) -> Measured:
@@ -128,60 +111,6 @@ def samples(latencies: Measured) -> str:
     published = [("MLPerf, as published", precision, device, f"{rate}") for device, precision, rate in MLPERF]
     columns = ("BERT-large, texts of 384 tokens at most and about 175 in the mean", "precision", "device", "samples/s")
     return markdown_table(columns, [*rows, *published])
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One case of a suite: its title and the records of all providers, ours and peers, absent ones too."""
-
-    suite: str
-    title: str
-    of: dict[str, dict]
-
-    @property
-    def case(self) -> Case:
-        """The forward, in the model's suites."""
-        return case_of(next(iter(self.of.values())))
-
-    @property
-    def ours(self) -> list[str]:
-        return [name for name in self.of if name.startswith("fastbert")]
-
-    def best_peer(self) -> tuple[str, float]:
-        """The best peer and how many times as good as the baseline it is, which counts as 1 beside itself."""
-        any_record = next(iter(self.of.values()))
-        speeds = {name: record["ratio"] for name, record in self.of.items() if "ratio" in record}
-        peers = {name: speed for name, speed in speeds.items() if name not in self.ours} | {any_record["baseline"]: 1.0}
-        best = max(peers, key=peers.get)
-        return best, peers[best]
-
-    def host_bound(self, name: str) -> bool:
-        """Whether issuing a call takes nearly as long as the call, of a provider that was timed by the device."""
-        record = self.of[name]
-        return record.get("clock") == "device" and record["host_s"] >= HOST_SHARE * record["median_s"]
-
-    def beside_best(self, name: str) -> float:
-        """How many times as good as the best peer a provider of ours is, both paired with the same baseline; 0 where
-        ours failed."""
-        return self.of[name].get("ratio", 0.0) / self.best_peer()[1]
-
-
-def comparisons(lines: Iterable[dict]) -> list[Comparison]:
-    """All cases of all suites, in the order of SUITES."""
-    grouped: dict[tuple, Comparison] = {}
-    for record in lines:
-        key = record["suite"], *records.about(record["case"])
-        found = grouped.setdefault(key, Comparison(record["suite"], title_of(record), {}))
-        found.of[record["provider"]] = record
-    return sorted(grouped.values(), key=lambda each: list(SUITES).index(each.suite))
-
-
-def title_of(record: dict) -> str:
-    """A case in words."""
-    case = dict(record["case"])
-    if {field.name for field in fields(Case)} <= case.keys():
-        return f"{case_of(record)}" + (f", ids on the {case['ids']}" if "ids" in case else "")
-    return " ".join(f"{name} {value}" if isinstance(value, int | float) else str(value) for name, value in case.items())
 
 
 def ratio_text(ratio: float) -> str:

@@ -165,7 +165,7 @@ class Binding:
         return arguments[place]
 
     def on(self, stream: int) -> Callable[[list], None]:
-        """What launches the kernel on a stream, given the template with addresses and descriptors in it; kept in `calls`."""
+        """What launches the kernel on a stream, given the filled template; it is kept in `calls`."""
         call = self.calls.get(stream)
         if call is None:
             if self._after is None:

@@ -23,6 +23,7 @@ import memory
 import plots
 import providers
 import pytest
+import ranking
 import records
 import report
 import torch
@@ -150,7 +151,7 @@ def test_options_of_the_bench(bench_options):
     ):
         with pytest.raises(bench_options.argparse.ArgumentTypeError, match=said):
             option(text)
-    assert set(bench_options.SUITES) == set(report.SUITES)
+    assert set(bench_options.SUITES) == set(ranking.SUITES)
 
 
 def every_forward() -> list[tuple[Case, str]]:
@@ -330,8 +331,8 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
     report.main()
     (page,) = (path.read_text() for path in tmp_path.glob("*/README.md"))
     for suite in ("model", "latency", "encode", "memory"):
-        assert f"\n## {report.SUITES[suite]}\n" in page
-        section = page.partition(f"\n## {report.SUITES[suite]}\n")[2].partition("\n## ")[0]
+        assert f"\n## {ranking.SUITES[suite]}\n" in page
+        section = page.partition(f"\n## {ranking.SUITES[suite]}\n")[2].partition("\n## ")[0]
         assert f" | {found[suite, 'fastbert']['ratio']:.2f} |" in section
     assert "\n## Absent" not in page
 
@@ -410,7 +411,7 @@ def test_a_peers_time_agrees_with_its_ratio():
         UNPADDED: {"median_s": 4e-3, "baseline_median_s": 8e-3, "ratio": 2.0},
     }
     of = {name: {"case": {}, "baseline": BASELINE} | record for name, record in of.items()}
-    row = report.row_of(report.Comparison("model", "a case", of), "fastbert")
+    row = report.row_of(ranking.Comparison("model", "a case", of), "fastbert")
     assert (row["ms"], row["its ms"], row["best peer / ours"]) == ("3.00", "2.00", "0.67")
 
 

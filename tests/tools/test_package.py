@@ -145,8 +145,26 @@ def test_kernels_stand_alone():
         assert tops <= {"torch", "triton", "fastbert_kernels", *sys.stdlib_module_names}, path
 
 
+def test_a_module_of_the_kernels_imports_those_below_it_alone():
+    folder = ROOT / "kernels" / "fastbert_kernels"
+    names = {path: ".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py")}
+    from_below = (
+        "limits", "target", "binding", "activation", "operands", "launch", "configs", "matmul", "layer_norm",
+        "embed_layer_norm", "packing", "pool", "attention", "linear_activation", "qkv_projection",
+        "linear_residual_layer_norm", "encoder_layer", "__init__", "tuning.__init__", "tuning.roofline",
+        "tuning.ahead_of_time", "tuning.report", "tuning.candidates", "tuning.cases", "tuning.trial", "tuning.tune",
+    )  # fmt: skip
+    assert sorted(from_below) == sorted(names.values())
+    for path, name in names.items():
+        own = {module.removeprefix("fastbert_kernels.") for module in imported(path) if "fastbert_kernels" in module}
+        own = {"__init__" if module == "fastbert_kernels" else module for module in own}
+        modules = {module if module in from_below else module.rpartition(".")[0] for module in own}
+        above = modules - set(from_below[: from_below.index(name)])
+        assert not above, f"{name} imports {above}"
+
+
 def test_files_stay_short():
-    for path in [*ROOT.glob("fastbert/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+    for path in [*ROOT.glob("fastbert/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("bench/*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
 
 
