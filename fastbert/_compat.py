@@ -138,6 +138,8 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
 
 # The method of `nn.Module` by which `nn.DataParallel` copies a module.
 REPLICATE = "_replicate_for_data_parallel"
+# The module whose function runs in a data loader's thread that pins memory.
+PINS_MEMORY = "torch.utils.data._utils.pin_memory"
 
 
 # transformers

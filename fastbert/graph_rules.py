@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from fastbert._compat import target_of
+from fastbert._compat import PINS_MEMORY, target_of
 
 MODES = ("off", "auto", "on")
 CAPTURES_A_MINUTE = 20  # of a process, by themselves: each waits for the device and empties the allocator's cache
@@ -17,7 +17,7 @@ MINUTE = 60.0
 # Whose threads do not wait for the device: progress bars', those that pin memory or feed queues for data loaders,
 # and notebooks'. A part of a name is enough: "ipykernel.iostream".
 HARMLESS = (
-    "tqdm", "torch.utils.data._utils.pin_memory", "multiprocessing.queues", "IPython", "ipykernel", "jupyter_client",
+    "tqdm", PINS_MEMORY, "multiprocessing.queues", "IPython", "ipykernel", "jupyter_client",
     "zmq", "fastbert",
 )  # fmt: skip
 RUNS_CODE = ("ipykernel.subshell",)  # of those, a thread that runs what its user writes

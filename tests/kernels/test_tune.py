@@ -5,16 +5,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from itertools import cycle
+from functools import partial
+from itertools import cycle, product
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 from kernel_cases import DEVICE, MARKS, TABLES, normal
+from torch import Tensor
 
+from fastbert.testing import OP_FACTOR, closeness, limit
 from fastbert_kernels import configs, launch, linear_activation, target
 from fastbert_kernels.launch import launching_by, run
 from fastbert_kernels.tuning import cases, report, trial, tune
@@ -279,6 +283,53 @@ def test_a_configuration_that_is_wrong_in_the_other_dtype_is_dropped(times):
         assert not tried.admit(PRESENT)
     assert "a text's bits depend on its batch" in lines[0]
     assert tried.admit(PRESENT | {"num_warps": 8})
+
+
+def near_the_limit(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What a kernel gives, what plain PyTorch gives, and the truth: errors below, at and above the largest allowed."""
+    for steps in range(8):  # where PyTorch is exact: five roundings of float32 are allowed, one of 16 bits
+        truth = torch.ones(1, dtype=torch.float64)
+        yield (truth + steps * torch.finfo(dtype).eps).to(dtype), truth.to(dtype), truth
+    for size, their_share in product((2.0**-10, 1.0, 1000.0), (2.0**-6, 0.1, 0.2)):
+        their_error = their_share * size
+        largest = limit(their_error, size, dtype, OP_FACTOR)
+        for share in (0.5, 1 - 2.0**-50, 1.0, 1 + 2.0**-50, 2.0):
+            truth = torch.tensor([size, share * largest, their_error], dtype=torch.float64)
+            zero = torch.zeros(1, dtype=torch.float64)
+            ours, theirs = torch.cat((truth[:1], zero, truth[2:])), torch.cat((truth[:2], zero))
+            yield ours.to(dtype), theirs.to(dtype), truth
+    for value in ("nan", "inf"):
+        truth = torch.ones(2, dtype=torch.float64)
+        yield torch.tensor([1.0, float(value)], dtype=dtype), truth.to(dtype), truth
+
+
+@pytest.mark.parametrize("dtype", report.DTYPES)
+def test_the_limit_is_that_of_the_projects_rule(dtype, times, monkeypatch):
+    entry = {"up_to": None, "config": PRESENT}
+    given = cases_of(OPERATION, ["toy"], [dtype])
+    tried = Trial(OPERATION, given, TABLE | {OPERATION: {"16": [entry], "32": [entry]}}, DEVICE, pytest.fail)
+    case, verdicts = next(iter(given.values()))[0], []
+    for ours, theirs, truth in near_the_limit(report.DTYPES[dtype]):
+
+        def kernel(x, ours=ours):
+            return ours
+
+        def formula(x, theirs=theirs, truth=truth):
+            return truth if x.dtype == torch.float64 else theirs
+
+        monkeypatch.setitem(trial.FORMULAS, "kernel", formula)
+        monkeypatch.setattr(trial, "drawn", lambda *_, kernel=kernel, x=theirs: partial(kernel, x))
+        tried._inputs.clear()
+        by_the_rule = closeness(ours, theirs, truth, OP_FACTOR)[0]
+        _, _, allowed = tried.inputs(case)
+        wrong = tried.wrong(PRESENT, case)
+        assert allowed == by_the_rule.limit
+        assert (wrong is None) == by_the_rule.holds
+        if wrong is not None:
+            assert wrong.startswith(f"error {by_the_rule.error:.2e} above {by_the_rule.limit:.2e}")
+        verdicts.append(by_the_rule.holds)
+    exact = [True] * 6 + [False] * 2 if dtype == "fp32" else [True] * 2 + [False] * 6
+    assert verdicts == exact + [True, True, True, False, False] * 9 + [False, False]
 
 
 @pytest.fixture

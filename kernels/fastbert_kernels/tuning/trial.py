@@ -181,6 +181,7 @@ class Trial:
             exact = (x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given[0].args)
             truth = formula(*exact)
             error = (formula(*given[0].args) - truth).abs().max().item()
+            # The rule of `fastbert.testing`, which is not imported here: a test in test_tune.py holds the two equal.
             floor = torch.finfo(DTYPES[case.dtype]).eps + 4 * torch.finfo(torch.float32).eps
             limit = 2 * error + floor * truth.abs().max().item()
             self._inputs[case] = given, truth, limit
