@@ -19,6 +19,7 @@ from fastbert._compat import (
     has_global_module_hooks,
     is_compiled,
     own_modules,
+    own_modules_of,
     own_parameters,
     weights_and_biases,
 )
@@ -100,8 +101,9 @@ class BertLayer(hf.BertLayer, FusableBlock):
     def parts(self) -> LayerParts:
         own = own_modules(self)
         attention, intermediate, output = own["attention"], own["intermediate"], own["output"]
-        self_attention, self_output = own_modules(attention)["self"], own_modules(attention)["output"]
-        a, s, i, o = map(own_modules, (self_attention, self_output, intermediate, output))
+        of_attention, i, o = own_modules_of(attention, intermediate, output)
+        self_attention, self_output = of_attention["self"], of_attention["output"]
+        a, s = own_modules_of(self_attention, self_output)
         return LayerParts(
             self, attention, self_attention, a["query"], a["key"], a["value"], a["dropout"],
             self_output, s["dense"], s["LayerNorm"], s["dropout"],

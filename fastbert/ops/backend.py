@@ -165,6 +165,9 @@ def why_not_size(op: str, size: int) -> str | None:
     return None
 
 
+_why_not_size = functools.cache(why_not_size)  # where nobody traces
+
+
 @constant_in_graphs
 def _limit_of_kernels(name: str) -> int:
     return _cached_limit(name)
@@ -210,7 +213,7 @@ def launches_directly(tensor: Tensor, head_size: int) -> bool:
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type))
         and not (is_tracing() or is_transforming() or is_watched())
         and why_not_triton("encoder_layer", tensor.device, tensor.dtype) is None
-        and why_not_size("attention", head_size) is None
+        and _why_not_size("attention", head_size) is None
     )
 
 

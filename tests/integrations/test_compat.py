@@ -212,6 +212,7 @@ def test_own_modules(private):
     module = nn.Sequential(shared, shared, nn.Sequential(nn.ReLU()))
     module.register_module("none", None)
     assert _compat.own_modules(module) == {"0": shared, "1": shared, "2": module[2], "none": None}
+    assert _compat.own_modules_of(module, shared) == [_compat.own_modules(module), {}]
 
 
 @private_names("torch.nn.Module._parameters")
