@@ -145,6 +145,11 @@ def test_kernels_stand_alone():
         assert tops <= {"torch", "triton", "fastbert_kernels", *sys.stdlib_module_names}, path
 
 
+def test_private_names_cost_no_import():
+    tops = {module.split(".")[0] for module in imported(PACKAGE / "_compat.py")}
+    assert tops <= {"torch", *sys.stdlib_module_names}
+
+
 def test_files_stay_short():
     for path in [*ROOT.glob("fastbert/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
