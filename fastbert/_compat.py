@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as all_modules
 
 # torch: what is active on this thread
 
@@ -66,7 +66,7 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 def has_global_module_hooks() -> bool:
     """True if a hook of all modules is registered: `torch.nn.modules.module._has_any_global_hook`."""
-    return _has_any_global_hook()
+    return all_modules._has_any_global_hook()
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:

@@ -163,6 +163,11 @@ def test_a_module_of_the_kernels_imports_those_below_it_alone():
         assert not above, f"{name} imports {above}"
 
 
+def test_private_names_cost_no_import():
+    tops = {module.split(".")[0] for module in imported(PACKAGE / "_compat.py")}
+    assert tops <= {"torch", *sys.stdlib_module_names}
+
+
 def test_files_stay_short():
     for path in [*ROOT.glob("fastbert/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("bench/*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
