@@ -136,7 +136,7 @@ def _why_not_triton(op: str, device_type: str, device_index: int | None, dtype: 
         )
     if device_type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device_index) < (8, 0):
         return "Triton emits matrix instructions from compute capability 8.0 on"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in import_module("fastbert_kernels.limits").DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if not hasattr(import_module("fastbert_kernels"), op):
         return f"fastbert_kernels has no kernel for {op}"
