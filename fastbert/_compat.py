@@ -66,7 +66,7 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 def has_global_module_hooks() -> bool:
     """True if a hook of all modules is registered: `torch.nn.modules.module._has_any_global_hook`."""
-    return all_modules._has_any_global_hook()
+    return bool(all_modules._has_any_global_hook())  # a dictionary, which changes in its place
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:

@@ -129,10 +129,10 @@ def test_constants_in_graphs(private, constant):
 def test_global_hooks(private):
     handle = register_module_forward_hook(lambda *_: None)
     try:
-        assert _compat.has_global_module_hooks()
+        assert _compat.has_global_module_hooks() is True
     finally:
         handle.remove()
-    assert not _compat.has_global_module_hooks()
+    assert _compat.has_global_module_hooks() is False
 
 
 HOOKS = {
