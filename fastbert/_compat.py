@@ -9,29 +9,38 @@ Only torch is imported here: the ops need neither transformers nor sentence-tran
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules import module as all_modules
 
 # torch: what is active on this thread
 
 
-def is_functorch_active() -> bool:
-    """True inside `torch.func.grad`, `vmap` and the like: `torch._C._are_functorch_transforms_active`."""
-    return torch._C._are_functorch_transforms_active()
+def is_tracing() -> bool:
+    """True while a graph is recorded (`torch.compile`, `torch.export`, `torch.jit.trace`), so that neither shapes nor
+    control flow may depend on data: `torch._C._is_tracing`, of which the public function makes three calls."""
+    return is_compiling() or torch._C._is_tracing()
 
 
-def forward_ad_level() -> int:
-    """The level of `forward_ad.dual_level`, -1 outside: `torch.autograd.forward_ad._current_level`."""
-    return forward_ad._current_level
+def is_jit_tracing() -> bool:
+    """True while `torch.jit.trace`, or an exporter by it, records: `torch._C._is_tracing`."""
+    return not is_compiling() and torch._C._is_tracing()
 
 
-def is_dispatch_mode_active() -> bool:
-    """True if a `TorchDispatchMode` sees every op: `torch._C._len_torch_dispatch_stack`."""
+def is_transforming() -> bool:
+    """True inside functorch's transforms and forward-mode derivatives, which look into the ops:
+    `torch._C._are_functorch_transforms_active` and `torch.autograd.forward_ad._current_level`."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """True if a `TorchDispatchMode` sees every op: it counts them, say, or runs them without numbers.
+    `torch._C._len_torch_dispatch_stack`."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -115,14 +124,15 @@ def weights_and_biases(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [module._parameters[name] for module in modules for name in ("weight", "bias")]
 
 
-def unexpected_modules(modules: Sequence[nn.Module], expected: Sequence[tuple[type | None, list[type]]]) -> list[int]:
+def unexpected_modules(
+    modules: Sequence[nn.Module], expected: Sequence[tuple[type | None, list[type]]]
+) -> Iterator[int]:
     """The indices of the modules that are not what is expected, a class (None for any) and the types of all parameters
     (empty for any), or are in training mode, or have hooks or a forward of their own.
 
     Every call asks, for every module. The modules' dictionaries are read directly, which costs a tenth of attribute
     access: `_forward_hooks`, `_forward_pre_hooks`, `_backward_hooks`, `_backward_pre_hooks`, `_parameters`.
     """
-    found = []
     for index, (module, (kind, parameter_types)) in enumerate(zip(modules, expected, strict=True)):
         own = module.__dict__
         if (
@@ -135,8 +145,7 @@ def unexpected_modules(modules: Sequence[nn.Module], expected: Sequence[tuple[ty
             or "forward" in own
             or (parameter_types and [*map(type, own["_parameters"].values())] != parameter_types)
         ):
-            found.append(index)
-    return found
+            yield index
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
@@ -177,6 +186,13 @@ def set_backend_tokenizer(wrapper: object, tokenizer: object) -> None:
     """Let a wrapper tokenize by another tokenizer: `PreTrainedTokenizerFast._tokenizer`, which `backend_tokenizer`
     returns and nothing public sets."""
     wrapper._tokenizer = tokenizer
+
+
+def registered(functions: MutableMapping, name: str) -> Callable | None:
+    """What a mapping of transformers has for a name: `GeneralInterface._local_mapping` and `_global_mapping`. Its own
+    reading takes ten times as long."""
+    local = functions._local_mapping
+    return local[name] if name in local else functions._global_mapping.get(name)
 
 
 # The method of `BertModel` that makes the masks of its layers.

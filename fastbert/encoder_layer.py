@@ -52,8 +52,7 @@ def encoder_layer(
 ) -> Tensor:  # fmt: skip
     """x [T, E] -> [T, E], as `ops` says of each of its ops. mask, implementation: of `ops.attention`."""
 
-    def compute(x, mask, *weights):
-        w = LayerWeights(*weights)
+    def compute(x: Tensor, mask: Tensor | None, w: LayerWeights) -> Tensor:
         if mask is None and backend.launches_directly(x, numbers.head_size):
             # Already imported by launches_directly.
             whole = sys.modules["fastbert_kernels"].encoder_layer
@@ -77,7 +76,9 @@ def encoder_layer(
             num_tokens,
         )  # fmt: skip
 
-    return in_one_node(compute, x, mask, *weights) if torch.is_grad_enabled() else compute(x, mask, *weights)
+    if not torch.is_grad_enabled():
+        return compute(x, mask, weights)
+    return in_one_node(lambda x, mask, *weights: compute(x, mask, LayerWeights(*weights)), x, mask, *weights)
 
 
 class _Recomputed(torch.autograd.Function):

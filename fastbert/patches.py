@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert._compat import MAKES_MASKS, constant_in_graphs
+from fastbert._compat import MAKES_MASKS, constant_in_graphs, registered
 
 BERT_CLASSES = (
     "BertEmbeddings", "BertLayer", "BertAttention", "BertSelfAttention", "BertSelfOutput", "BertIntermediate",
@@ -84,7 +84,7 @@ def replaced() -> str | None:
         return "BertLayer.feed_forward_chunk is patched or replaced for every model"
     if (F.scaled_dot_product_attention, F.linear, F.layer_norm, F.embedding, F.gelu) != _FUNCTIONS:
         return "a function of torch.nn.functional is replaced"
-    sdpa, eager = ALL_ATTENTION_FUNCTIONS.get("sdpa"), ALL_ATTENTION_FUNCTIONS.get("eager")
+    sdpa, eager = registered(ALL_ATTENTION_FUNCTIONS, "sdpa"), registered(ALL_ATTENTION_FUNCTIONS, "eager")
     eager = hf.eager_attention_forward if eager is None else eager
     if sdpa is not sdpa_attention_forward or eager is not _EAGER or hf.eager_attention_forward is not _EAGER:
         return "another function is registered for attention"
@@ -111,7 +111,7 @@ def replaced_for_masks(model: hf.BertModel) -> str | None:
     """What was replaced of the code by which transformers makes a model's masks; None if nothing was."""
     if getattr(getattr(model, MAKES_MASKS), "__func__", None) is not _ORIGINAL_MASKS:
         return "its _create_attention_masks is patched"
-    functions = ALL_MASK_ATTENTION_FUNCTIONS.get("sdpa"), ALL_MASK_ATTENTION_FUNCTIONS.get("eager")
+    functions = registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa"), registered(ALL_MASK_ATTENTION_FUNCTIONS, "eager")
     if functions != (sdpa_mask, eager_mask) or hf.create_bidirectional_mask is not create_bidirectional_mask:
         return "another function is registered for masks"
     return None

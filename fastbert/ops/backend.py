@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from fastbert._compat import (
     constant_in_graphs,
-    forward_ad_level,
     is_any_autocast_enabled,
-    is_dispatch_mode_active,
-    is_functorch_active,
+    is_jit_tracing,
+    is_tracing,
+    is_transforming,
+    is_watched,
 )
 
 BACKENDS = ("auto", "triton", "eager")
@@ -42,27 +42,6 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
-
-
-def is_tracing() -> bool:
-    """Whether a graph is being recorded (`torch.compile`, `torch.export`, `torch.jit.trace`), so that neither shapes
-    nor control flow may depend on data."""
-    return is_compiling() or torch.jit.is_tracing()
-
-
-def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace`, or an exporter by it, records."""
-    return not is_compiling() and torch.jit.is_tracing()
-
-
-def is_transforming() -> bool:
-    """Whether functorch's transforms or forward-mode derivatives look into the ops."""
-    return is_functorch_active() or forward_ad_level() >= 0
-
-
-def is_watched() -> bool:
-    """Whether a mode sees every op: it counts them, say, or runs them without numbers."""
-    return is_dispatch_mode_active()
 
 
 def may_overwrite() -> bool:

@@ -45,26 +45,35 @@ def private_names(*names: str):
 # torch: what is active on this thread
 
 
+@private_names("torch._C._is_tracing")
+def test_tracing(private):
+    inside = []
+    torch.jit.trace(lambda x: inside.append((_compat.is_tracing(), _compat.is_jit_tracing())) or x, torch.ones(()))
+    assert (True, True) in inside
+    assert not _compat.is_tracing()
+    assert not _compat.is_jit_tracing()
+
+
 @private_names("torch._C._are_functorch_transforms_active")
 def test_functorch(private):
     inside = []
-    torch.func.grad(lambda x: inside.append(_compat.is_functorch_active()) or x)(torch.ones(()))
+    torch.func.grad(lambda x: inside.append(_compat.is_transforming()) or x)(torch.ones(()))
     assert inside == [True]
-    assert not _compat.is_functorch_active()
+    assert not _compat.is_transforming()
 
 
 @private_names("torch.autograd.forward_ad._current_level")
 def test_forward_mode(private):
     with forward_ad.dual_level():
-        assert _compat.forward_ad_level() == 0
-    assert _compat.forward_ad_level() == -1
+        assert _compat.is_transforming()
+    assert not _compat.is_transforming()
 
 
 @private_names("torch._C._len_torch_dispatch_stack")
 def test_dispatch_modes(private):
     with TorchDispatchMode():
-        assert _compat.is_dispatch_mode_active()
-    assert not _compat.is_dispatch_mode_active()
+        assert _compat.is_watched()
+    assert not _compat.is_watched()
 
 
 @private_names("torch._C._is_any_autocast_enabled")
@@ -150,10 +159,10 @@ def test_hooks(private):
     kinds = _compat.hooks_of(module)
     handle = getattr(module, HOOKS[private])(lambda *_: None)
     assert [*map(len, kinds)] == [name == private for name in HOOKS]
-    assert _compat.unexpected_modules([module], PLAIN) == [0]
+    assert list(_compat.unexpected_modules([module], PLAIN)) == [0]
     handle.remove()
     assert not any(kinds)
-    assert _compat.unexpected_modules([module], PLAIN) == []
+    assert list(_compat.unexpected_modules([module], PLAIN)) == []
 
 
 def with_forward(module: nn.Module) -> nn.Module:
@@ -182,8 +191,8 @@ def test_unexpected_modules():
         nn.Linear(2, 2, bias=False).eval(), with_weight(torch.ones(2, 2)),
         with_weight(DerivedParameter(torch.ones(2, 2))),
     ]  # fmt: skip
-    assert _compat.unexpected_modules(modules, PLAIN * len(modules)) == [1, 2, 3, 4, 5, 6]
-    assert _compat.unexpected_modules(modules, [(None, [])] * len(modules)) == [1, 3]
+    assert list(_compat.unexpected_modules(modules, PLAIN * len(modules))) == [1, 2, 3, 4, 5, 6]
+    assert list(_compat.unexpected_modules(modules, [(None, [])] * len(modules))) == [1, 3]
 
 
 @private_names("torch.nn.Module._compiled_call_impl")
@@ -248,6 +257,18 @@ def test_versions(private):
 
 
 # transformers
+
+
+@private_names(
+    "transformers.utils.generic.GeneralInterface._local_mapping",
+    "transformers.utils.generic.GeneralInterface._global_mapping",
+)
+def test_registered(private, monkeypatch):
+    functions = transformers.AttentionInterface()
+    assert _compat.registered(functions, "sdpa") is functions["sdpa"]
+    functions["sdpa"] = test_registered
+    assert _compat.registered(functions, "sdpa") is test_registered
+    assert _compat.registered(functions, "nobody's") is None
 
 
 @private_names("transformers.PreTrainedConfig._attn_implementation")

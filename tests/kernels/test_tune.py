@@ -338,7 +338,7 @@ def h200(monkeypatch):
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "NVIDIA H200")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(tune, "configuration_name", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "name_for", lambda device: "sm_90")
 
 
 def test_a_file_that_cannot_be_written_is_refused_at_once(h200, tmp_path, capsys):
@@ -642,7 +642,7 @@ FIRST = ("qkv_projection", "16", 0)
         (changed(*FIRST, "config", "num_warps", to=3), "entry 0: num_warps is 3, expected a power of two up to 32"),
         (changed(*FIRST, "config", "num_warps", to=64), "entry 0: num_warps is 64, expected a power of two up to 32"),
         (changed(*FIRST, "config", "num_stages", to=0), "entry 0: num_stages is 0, expected a positive integer"),
-        (changed(*FIRST, "config", "ctas_per_sm", to=1.5), "entry 0: programs is 1.5, expected a positive integer"),
+        (changed(*FIRST, "config", "ctas_per_sm", to=1.5), "entry 0: ctas_per_sm is 1.5, expected a positive integer"),
         (changed(*FIRST, "config", "descriptors", to=1), "entry 0: descriptors is 1, expected true or false"),
         (changed(*FIRST, "config", "flatten", to=0), "entry 0: flatten is 0, expected true or false"),
         (changed(*FIRST, "config", "halves"), "qkv_projection, 16 bits, entry 0: 'halves' is missing"),
