@@ -210,7 +210,7 @@ def test_what_should_not_ship_fails_with_its_reason(tmp_path):
     assert found("qkv_projection", 16, "matrix instruction HMMA instead of HGMMA$")
     assert found("qkv_projection", 128, r"spills \d+ bytes a thread$")
     assert found("linear_activation", 64, r"\d+ bytes of shared memory of 232448$")
-    assert found("linear_activation", 2048, "does not compile: (?s:.*)numel")
+    assert found("linear_activation", 2048, "does not compile: CompilationError")
     assert found("linear_residual_layer_norm", None, "does not compile: ValueError: BLOCK_M is 96, expected a power of")
 
 
