@@ -15,8 +15,10 @@ from fastbert.ops import backend, torch_library
 
 
 class LayerWeights(NamedTuple):
-    """The tensors of a layer: weights [out, in], biases and LayerNorm's two [out]. As in `fastbert_kernels`, which need
-    not be there."""
+    """The tensors of a layer: weights [out, in], biases and LayerNorm's two [out].
+
+    The same fields as `fastbert_kernels.LayerWeights`, which cannot be imported without Triton; a test compares them.
+    """
 
     q_weight: Tensor
     q_bias: Tensor

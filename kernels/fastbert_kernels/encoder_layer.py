@@ -31,7 +31,7 @@ _nbytes_of, _dtype_of = attrgetter("nbytes"), attrgetter("dtype")
 
 
 class LayerWeights(NamedTuple):
-    """The tensors of a layer, each once: weights [out, in], biases and LayerNorm's two [out]."""
+    """The tensors of a layer: weights [out, in], biases and LayerNorm's two [out]."""
 
     q_weight: Tensor
     q_bias: Tensor
