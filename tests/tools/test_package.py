@@ -214,6 +214,7 @@ def test_the_repository_root_is_not_on_the_path():
 
 
 def test_exports():
+    assert sorted(fastbert._HOME) == fastbert.__all__
     assert set(fastbert.__all__) <= set(dir(fastbert))
     for name in fastbert.__all__:
         assert getattr(fastbert, name).__module__.startswith(("fastbert.", "transformers."))
