@@ -11,7 +11,7 @@ SECONDS ?= 60
 VERSION_TESTS := $(filter-out $(addprefix tests/kernels/test_,encoder_layer.py every_kernel.py tune.py),\
     $(wildcard tests/kernels/test_*.py))
 
-.PHONY: demo test test-all test-tritons fuzz mutants bench bench-gpu report lint format
+.PHONY: demo test test-all test-tritons distributions fuzz mutants bench bench-gpu report lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,16 @@ test-tritons: $(TRITONS:%=.venv/triton-%/installed)
 	    export PYTHONPATH="$(CURDIR)/.venv/triton-$$version"; \
 	    $(BIN)/python -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$$version'"; \
 	    $(PYTEST) $(VERSION_TESTS); \
+	done
+
+# The wheel and the sdist, each installed and tried outside of the repository in an environment that had nothing.
+distributions: .venv/installed
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(PYTHON) -m venv --clear .venv/distribution
+	for each in dist/*.whl "--force-reinstall --no-deps dist/"*.tar.gz; do \
+	    .venv/distribution/bin/pip install --quiet --constraint constraints.txt $$each && \
+	    .venv/distribution/bin/python -I tests/tools/smoke.py || exit; \
 	done
 
 # Random models, what people do to them and random batches beside transformers, by seeds that nobody has run before.
@@ -67,6 +77,7 @@ report: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

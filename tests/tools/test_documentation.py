@@ -1,4 +1,5 @@
-"""The README's code runs, with MiniLM in the place of the models it names."""
+"""The code and the commands of the documentation run, with MiniLM in place of the models they name; its links lead
+somewhere."""
 
 import re
 import shlex
@@ -14,13 +15,23 @@ from fastbert import cli
 from fastbert.commands import benchmark, verify
 
 ROOT = Path(__file__).parent.parent.parent
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
+# The benchmarks' pages have links too.
+LINKING = [*PAGES, *ROOT.glob("bench/**/*.md")]
+BLOCKS = {
+    path.relative_to(ROOT).as_posix(): re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    for path in PAGES
+}
 MODELS = re.compile(r"bert-base-uncased|sentence-transformers/all-MiniLM-L6-v2")
 
 
+def blocks_of(page: str, language: str) -> list[str]:
+    return [block for each, block in BLOCKS[page] if each == language]
+
+
 def commands() -> list[list[str]]:
-    """The words of each line of the shell's blocks, without its comment."""
-    lines = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+    """The words of each line of the shell blocks, without its comment."""
+    lines = [line for page in BLOCKS for block in blocks_of(page, "sh") for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if not line.startswith("#")]
 
 
@@ -31,22 +42,45 @@ def of_program(name: str) -> list:
     return [pytest.param(words[1:], id=" ".join(words[:3])) for words in COMMANDS if words[0] == name]
 
 
-def test_every_block_is_run_here():
-    assert {language for language, _ in BLOCKS} == {"python", "sh", ""}
-    (tree,) = (block for language, block in BLOCKS if not language)
-    assert all((ROOT / path).exists() for path in re.findall(r"^\S+|(?<=  )\S+/(?=  )", tree, re.MULTILINE)), tree
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_shell_blocks_have_commands_that_are_run_here():
+    assert {language for blocks in BLOCKS.values() for language, _ in blocks} == {"python", "sh", ""}
     assert {words[0] for words in COMMANDS} == {"fastbert", "make", "pip"}
 
 
-def test_every_python_block_runs(minilm_path, capsys):
-    blocks = [block for language, block in BLOCKS if language == "python"]
-    assert len(blocks) >= 6
+def test_the_map_names_files_that_exist():
+    (tree,) = blocks_of("docs/kernels.md", "")
+    folder, paths = "", re.findall(r"(?:\w+/)*\w+\.py|(?:\w+/)+(?=  |:)", tree)
+    assert len(paths) > 30
+    for path in paths:
+        folder = path.rpartition("/")[0] or folder  # `layers.py` beside `fastbert/model.py`
+        assert any((ROOT / above / path).exists() for above in ("", "fastbert", folder)), path
+
+
+@pytest.mark.parametrize("page", [page for page in BLOCKS if blocks_of(page, "python")])
+def test_the_python_blocks_of_a_page_run(page, minilm_path, capsys):
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in blocks_of(page, "python"):
         exec(MODELS.sub(minilm_path, block), names)
-    assert "encoder.layer.0-5" in capsys.readouterr().out
-    assert names["classifier"].bert.embeddings.word_embeddings.weight.grad.any()
-    assert names["vectors"].shape == (2, 384)
+    if page == "README.md":
+        assert "encoder.layer.0-5" in capsys.readouterr().out
+        assert names["classifier"].bert.embeddings.word_embeddings.weight.grad.any()
+        assert names["vectors"].shape == (2, 384)
 
 
 @pytest.mark.parametrize("words", of_program("fastbert"))
