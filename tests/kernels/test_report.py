@@ -180,7 +180,7 @@ def test_the_committed_table_is_what_the_kernels_compile_to(sm_90):
     if f"Triton {triton.__version__}." not in committed:
         pytest.skip(f"the table was made with another Triton than {triton.__version__}")
     compiled = page(sm_90)
-    for title in ("sm_90", "Floors"):
+    for title in ("sm_90", "Roofline times"):
         assert section(compiled, title) == section(committed, title), "run `make report` and look at its diff"
     assert [title for title in CHIPS if f"## {title}\n" in committed] == list(CHIPS)
 
@@ -263,7 +263,7 @@ def test_ctas_per_sm(chip, registers, shared_bytes, columns, num_warps, ctas_per
         (
             "sm_90",
             {"registers": 255, "num_warps": 16},
-            "16 warps of 255 registers: a multiprocessor holds no such program",
+            "16 warps of 255 registers each thread do not fit on a multiprocessor",
         ),
     ],
 )
