@@ -108,7 +108,7 @@ def test_what_does_not_fit_the_time_is_left_out_and_named():
     assert run.returncode == 0, run.stdout + run.stderr
     assert "2 passed, 1 skipped" in run.stdout
     assert (
-        "left out of kernels for want of time, 1: test_kernel[linear_activation-toy-2x64-float32-torch-compiled]"
+        "left out of kernels for lack of time, 1: test_kernel[linear_activation-toy-2x64-float32-torch-compiled]"
         in run.stdout
     )
 
@@ -146,8 +146,8 @@ def test_options_of_the_bench(bench_options):
     assert bench_options._commit("8ad994e059ba24f783436ae4cad75f3f29be6065-dirty") == "8ad994e-dirty"
     for option, text, said in (
         (bench_options._suites, "model,speed", "'speed': the suites are model, latency, "),
-        (bench_options._commit, "main", "'main': git's name of a commit"),
-        (bench_options._seconds, "nan", "'nan': a number of seconds above 0"),
+        (bench_options._commit, "main", "'main' is no commit hash"),
+        (bench_options._seconds, "nan", "'nan' is no number of seconds above 0"),
     ):
         with pytest.raises(bench_options.argparse.ArgumentTypeError, match=said):
             option(text)
