@@ -62,7 +62,7 @@ def draw(latencies: Measured, folder: Path) -> dict[str, str]:
         one = fills[0]
         drawn["fill.svg"] = f"Throughput of {one.model}, {one.batch}x{one.seq_len}, {one.dtype}, against fill"
         axis = plot_sweep(latencies, fills, lambda case: case.fill * 100, lambda case, seconds: case.batch / seconds)
-        axis.set(xlabel="tokens that are no padding, %", ylabel="texts a second", ylim=(0, None))
+        axis.set(xlabel="share of the batch that is not padding, %", ylabel="sequences per second", ylim=(0, None))
         save(axis.figure, folder / "fill.svg")
     if not drawn and latencies:
         drawn["latency.svg"] = f"Time of a forward relative to {BASELINE}"
