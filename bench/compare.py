@@ -33,7 +33,7 @@ WORKER = Path(__file__).with_name("host_workloads.py")
 PACKAGES = ("fastbert", "kernels/fastbert_kernels")
 PAIRS, ROUNDS, THRESHOLD_PERCENT = 14, 20, 3.0
 # The confidence of the interval, and the fewest pairs that give it.
-CONFIDENCE, LEAST_PAIRS = 0.995, 9
+CONFIDENCE, MIN_PAIRS = 0.995, 9
 
 
 class Measured(NamedTuple):
@@ -128,8 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of processes, 9 or more (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD_PERCENT, help="in percent (default: %(default)s)")
     given = parser.parse_args(arguments)
-    if given.pairs < LEAST_PAIRS:
-        parser.error(f"--pairs {given.pairs}: fewer than {LEAST_PAIRS} give no interval of {CONFIDENCE:.1%}")
+    if given.pairs < MIN_PAIRS:
+        parser.error(f"--pairs {given.pairs}: fewer than {MIN_PAIRS} give no interval of {CONFIDENCE:.1%}")
     try:
         other = records.git("rev-parse", "--short", "--verify", f"{given.commit}^{{commit}}")
     except subprocess.CalledProcessError as problem:

@@ -17,7 +17,7 @@ from workloads import DEVICE
 from fastbert_kernels.tuning.roofline import Roofs, Work
 
 ROUNDS, WARMUP_ROUNDS, GRAPH_SECONDS = 30, 2, 2e-3
-CACHE_MULTIPLE, FEWEST_SETS, MOST_SETS = 4, 2, 64
+CACHE_MULTIPLE, MIN_SETS, MAX_SETS = 4, 2, 64
 # A product that only the matrix unit limits, and a copy larger than any cache. float32 is slower, so half the size is
 # enough.
 MATMUL_SIZES, COPY_BYTES = {"float32": 4096, "float16": 8192, "bfloat16": 8192}, 2**30
@@ -103,9 +103,9 @@ TIMER: Timer | None = GraphTimer() if DEVICE.type == "cuda" else None
 def sets_to_rotate(bytes_a_call: float, timer: Timer) -> int:
     """Return how many sets of inputs are several times larger than the cache, so that no call finds its inputs there.
 
-    At most MOST_SETS, since calls on a few hundred kilobytes are bound by their launch anyway.
+    At most MAX_SETS, since calls on a few hundred kilobytes are bound by their launch anyway.
     """
-    return min(max(FEWEST_SETS, round(CACHE_MULTIPLE * timer.cache_bytes / bytes_a_call)), MOST_SETS)
+    return min(max(MIN_SETS, round(CACHE_MULTIPLE * timer.cache_bytes / bytes_a_call)), MAX_SETS)
 
 
 def float32_precision() -> str:

@@ -29,7 +29,7 @@ COLOURS = {
     f"{BASELINE}-max-autotune": "#F0E442",
     "unpadded-varlen-compiled": "#999999",
 }
-FEWEST_POINTS = 4  # of a line
+MIN_POINTS = 4  # of a line
 
 
 def sweep(latencies: Measured, field: str) -> list[Case]:
@@ -38,7 +38,7 @@ def sweep(latencies: Measured, field: str) -> list[Case]:
     for case in latencies:
         families.setdefault(replace(case, **{field: 0}), []).append(case)
     longest = max(families.values(), key=len, default=[])
-    return sorted(longest, key=lambda case: getattr(case, field)) if len(longest) >= FEWEST_POINTS else []
+    return sorted(longest, key=lambda case: getattr(case, field)) if len(longest) >= MIN_POINTS else []
 
 
 def draw(latencies: Measured, folder: Path) -> dict[str, str]:
@@ -75,7 +75,7 @@ def plot_sweep(latencies: Measured, cases: list[Case], x: Callable, y: Callable)
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in PROVIDERS:
         measured = [case for case in cases if name in latencies[case]]
-        if len(measured) >= FEWEST_POINTS:
+        if len(measured) >= MIN_POINTS:
             values = [y(case, latencies[case][name]["median_s"]) for case in measured]
             axis.plot([x(case) for case in measured], values, marker="o", color=COLOURS[name], label=name)
     axis.spines[["top", "right"]].set_visible(False)

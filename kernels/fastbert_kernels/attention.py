@@ -26,7 +26,7 @@ from fastbert_kernels.operands import (
 )
 from fastbert_kernels.target import architecture, dot_precision, torch_precision
 
-SHORT = 64  # tokens: longer ones fill more than half of a block of 128 queries
+SHORT = 64  # tokens: sequences up to this length leave half of a block of 128 queries idle
 LOG2_E = 1.4426950408889634
 SMALLEST = 2.0**-126  # float32's smallest normal number
 

@@ -20,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Placeholders for a stream and for addresses while a call is recorded. Strides and sizes are smaller.
 _STREAM, _ADDRESS = 0x7E57 << 40, 0x7E58 << 40
-MOST_DESCRIPTORS = 256  # cached for one operand, 128 bytes each plus Python's overhead; then the cache is cleared
-MOST_BLOCKS = 1024  # operands of all kernels with cached descriptors
+MAX_DESCRIPTORS = 256  # cached for one operand, 128 bytes each plus Python's overhead; then the cache is cleared
+MAX_BLOCKS = 1024  # operands of all kernels with cached descriptors
 
 
 class Memory:
@@ -53,7 +53,7 @@ class _Descriptors(dict):
         self._build = build
 
     def __missing__(self, address: int) -> object:
-        if len(self) >= MOST_DESCRIPTORS:
+        if len(self) >= MAX_DESCRIPTORS:
             self.clear()
         found = self[address] = self._build(address)
         return found
@@ -67,7 +67,7 @@ def forget_descriptors() -> None:
     _known.clear()
 
 
-def is_watched() -> bool:
+def has_launch_hooks() -> bool:
     """Return True if there are launch hooks, of a profiler for instance. Only Triton's launcher calls them."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -125,7 +125,7 @@ class Binding:
         key = self._compiled, name, self._blocks[name]
         known = _known.get(key)
         if known is None:
-            if len(_known) >= MOST_BLOCKS:
+            if len(_known) >= MAX_BLOCKS:
                 forget_descriptors()
             known = _known.setdefault(key, _Descriptors(partial(self._descriptor, place, stand_ins)))
         return known

@@ -178,13 +178,13 @@ def check(document: dict, path: Path) -> dict:
     return document
 
 
-def reach(up_to: int | None) -> float:
+def limit_of(up_to: int | None) -> float:
     return math.inf if up_to is None else up_to
 
 
 def entry_for(entries: list[dict], size: int | None) -> dict | None:
     """Return the first entry whose `up_to` is not below a size. None as size stands for the largest sizes."""
-    return next((entry for entry in entries if reach(size) <= reach(entry["up_to"])), None)
+    return next((entry for entry in entries if limit_of(size) <= limit_of(entry["up_to"])), None)
 
 
 def same_summation_order(attention: list[dict], short: list[dict]) -> bool:
@@ -225,7 +225,7 @@ def _problem(key: str, value: object) -> str | None:
 
 def _problem_of_entries(operation: str, entries: list[dict], one_order: bool) -> str | None:
     """Return why entries cannot be used together, or None. one_order: they must have the same BLOCK_K."""
-    limits = [reach(entry["up_to"]) for entry in entries]
+    limits = [limit_of(entry["up_to"]) for entry in entries]
     if limits != sorted(set(limits)):
         return f"up_to has to grow from entry to entry, not {[entry['up_to'] for entry in entries]}"
     if operation.startswith("attention"):
@@ -328,7 +328,7 @@ def configured_by(table: dict) -> Iterator[None]:
 @functools.cache
 def _entries(operation: str, name: str, itemsize: int) -> tuple[tuple[float, GemmConfig | AttentionConfig], ...]:
     entries = table_for(name)[operation]["32" if itemsize == 4 else "16"]
-    return tuple((reach(entry["up_to"]), CONFIGS[operation](**entry["config"])) for entry in entries)
+    return tuple((limit_of(entry["up_to"]), CONFIGS[operation](**entry["config"])) for entry in entries)
 
 
 forgotten_with_launches(_entries.cache_clear)

@@ -25,7 +25,7 @@ from fastbert_kernels.qkv_projection import qkv_projection, qkv_projection_launc
 from fastbert_kernels.target import current_stream, on_device, torch_precision
 
 ALIGNMENT = 256  # of the parts of a workspace, in elements
-MOST_SHAPES, MOST_LAYERS = 1024, 1024  # sizes at which the caches are cleared
+MAX_SHAPES, MAX_LAYERS = 1024, 1024  # sizes at which the caches are cleared
 
 _nbytes_of, _dtype_of = attrgetter("nbytes"), attrgetter("dtype")
 
@@ -80,7 +80,7 @@ def _layers_with(weights: Sequence[Tensor], addresses: tuple[int, ...]) -> dict[
     strides = list(map(Tensor.stride, weights))
     found = _weights.get(addresses)
     if found is None or found[:3] != (nbytes, dtypes, strides):
-        if len(_weights) >= MOST_LAYERS:
+        if len(_weights) >= MAX_LAYERS:
             _forget_layers()
         layers = _layers.setdefault(tuple(map(spec_of, weights)), {})
         found = _weights[addresses] = _KnownWeights(nbytes, dtypes, strides, layers)
@@ -235,7 +235,7 @@ def encoder_layer(
         up, w.down_weight, w.down_bias, attended, w.output_norm_weight, w.output_norm_bias, eps[1], num_tokens
     )
     if key not in layers and launches_directly():
-        if len(layers) >= MOST_SHAPES:
+        if len(layers) >= MAX_SHAPES:
             layers.clear()
         layers[key] = _cached_layer(x, weights, cu_seqlens, max_seqlen, num_heads, scale, activation, eps, num_tokens)
     return out

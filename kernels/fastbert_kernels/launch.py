@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbert_kernels.binding import Binding, Block, forget_descriptors, is_watched
+from fastbert_kernels.binding import Binding, Block, forget_descriptors, has_launch_hooks
 from fastbert_kernels.operands import TensorSpec
 from fastbert_kernels.target import current_stream, on_device
 
@@ -35,7 +35,7 @@ _run = run
 
 def launches_directly() -> bool:
     """Return True if launches may bypass Triton's launcher: `run` is not replaced and there are no launch hooks."""
-    return run is _run and not is_watched()
+    return run is _run and not has_launch_hooks()
 
 
 @contextmanager

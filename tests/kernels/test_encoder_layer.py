@@ -323,8 +323,8 @@ def test_threads(bound):
 
 
 def test_caches_are_bounded(bound, monkeypatch):
-    monkeypatch.setattr(KERNELS, "MOST_LAYERS", 2)
-    monkeypatch.setattr(KERNELS, "MOST_SHAPES", 2)
+    monkeypatch.setattr(KERNELS, "MAX_LAYERS", 2)
+    monkeypatch.setattr(KERNELS, "MAX_SHAPES", 2)
     layers = [Layer(torch.float32) for _ in range(3)]
     for layer in layers:
         layer.check(tokens_of(layer))

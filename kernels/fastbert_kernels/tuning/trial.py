@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from fastbert_kernels.configs import configured_by, entry_for, reach
+from fastbert_kernels.configs import configured_by, entry_for, limit_of
 from fastbert_kernels.tuning.candidates import CLASSES, Candidate, width_of, with_config
 from fastbert_kernels.tuning.cases import FORMULAS, Case, invariance_cases, random_call, sequence_in_batches
 from fastbert_kernels.tuning.report import DTYPES
 
-# Inputs rotate through several times the L2 cache. Small ones stop at MOST_SETS: their calls are bound by the launch.
-ROTATION_BYTES, MOST_SETS, GRAPH_SECONDS, GRAPH_LAUNCHES = 2**28, 64, 1e-3, 200
+# Inputs rotate through several times the L2 cache. Small ones stop at MAX_SETS: their calls are bound by the launch.
+ROTATION_BYTES, MAX_SETS, GRAPH_SECONDS, GRAPH_LAUNCHES = 2**28, 64, 1e-3, 200
 # The finals take FINALISTS of each family and class, each with every number of CTAs per SM worth a trial.
 HEAT_ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 15, 6
 
@@ -80,7 +80,7 @@ def worth_timing(config: dict, up_to: int | None) -> bool:
     Tiles of 128 x 128 and more leave most SMs of a large GPU idle up to 128 tokens. Up to 512 tokens a program has too
     few tiles for its epilogue to matter. Above 1024 tokens, tiles below 64 x 64 read their operands too often.
     """
-    tokens, tile = reach(up_to), config["BLOCK_M"] * config["BLOCK_N"]
+    tokens, tile = limit_of(up_to), config["BLOCK_M"] * config["BLOCK_N"]
     if config != with_plain_epilogue(config):
         return tokens >= 1024
     return tokens > 128 if tile >= 128 * 128 else tokens <= 1024 or tile >= 64 * 64
@@ -109,7 +109,7 @@ class Trial:
     ):  # fmt: skip
         self.operation, self.cases, self.table, self.device, self.say = operation, cases, table, device, say
         every = [case for of_class in cases.values() for case in of_class]
-        self.width, self.alone = width_of(every[0].dtype), operation in CLASSES
+        self.width, self.single_family = width_of(every[0].dtype), operation in CLASSES
         self.present = {up_to: self._present(up_to) for up_to in cases}
         self.families: list[tuple[tuple | None, list[Tensor], list[dict | None]]] = []
         self.dropped: list[dict | None] = []
@@ -150,9 +150,9 @@ class Trial:
             self.drop(config, "the results of a sequence depend on its batch")
             return False
         # One file may not mix these, even if the rows are equal: see `configs.check`.
-        blocks = None if self.alone else (config["BLOCK_M"] < 64, self.width == "32" and config["BLOCK_K"])
+        blocks = None if self.single_family else (config["BLOCK_M"] < 64, self.width == "32" and config["BLOCK_K"])
         for other_blocks, other_rows, configs in self.families:
-            if other_blocks == blocks and (self.alone or all(map(torch.equal, other_rows, rows))):
+            if other_blocks == blocks and (self.single_family or all(map(torch.equal, other_rows, rows))):
                 configs.append(config)
                 return True
         self.families.append((blocks, rows, [config]))
@@ -160,7 +160,7 @@ class Trial:
 
     def same_family(self, one: dict | None, other: dict | None) -> bool:
         """Return True if one file may hold both configurations."""
-        return self.alone or any(one in configs and other in configs for *_, configs in self.families)
+        return self.single_family or any(one in configs and other in configs for *_, configs in self.families)
 
     def drop(self, config: dict | None, reason: str) -> None:
         """Remove a configuration from the trial and print the reason."""
@@ -177,7 +177,7 @@ class Trial:
         float32 (the error of a product made of three TF32 products), both relative to the largest value.
         """
         if case not in self._inputs:
-            sets = min(MOST_SETS, max(2, round(ROTATION_BYTES / case.work.bytes)))
+            sets = min(MAX_SETS, max(2, round(ROTATION_BYTES / case.work.bytes)))
             given = [random_call(case, self.device, seed) for seed in range(sets)]
             formula = FORMULAS[given[0].func.__name__]
             exact = (x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given[0].args)
@@ -251,7 +251,7 @@ class Trial:
         """
         started = time.perf_counter()
         # Entries for sizes between two classes may stay only if they are of the chosen family.
-        for entry in [] if self.alone else self.table[self.operation][self.width]:
+        for entry in [] if self.single_family else self.table[self.operation][self.width]:
             self.admit(entry["config"])
         heats = self._heats(candidates, started + 0.6 * seconds)
         timings = self._finals(heats, started + seconds)
@@ -293,7 +293,7 @@ class Trial:
             if time.perf_counter() > end:
                 self.say(f"no time for more than {number} of {len(candidates)} candidates")
                 break
-            classes = [up_to for up_to in self.cases if self.alone or worth_timing(config, up_to)]
+            classes = [up_to for up_to in self.cases if self.single_family or worth_timing(config, up_to)]
             if candidate.config not in first:
                 plain = with_plain_epilogue(candidate.config)
                 classes = [up_to for up_to in classes if plain in _fastest(heats[up_to], first)]
@@ -340,7 +340,7 @@ class Trial:
         Returns nothing for classes for which no family has such configurations.
         """
         chosen = {}
-        for group in [[up_to] for up_to in timings] if self.alone else [list(timings)]:
+        for group in [[up_to] for up_to in timings] if self.single_family else [list(timings)]:
             offers = []
             for *_, configs in self.families:
                 picks = {

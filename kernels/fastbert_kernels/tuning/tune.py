@@ -91,8 +91,8 @@ def merged(
     classes = CLASSES.get(operation, TOKEN_CLASSES)
     measured = {case for timing in chosen.values() for case in timing.measured_us}
     entries = []
-    for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configs.reach):
-        of_class = next((limit for limit in classes if configs.reach(up_to) <= configs.reach(limit)), None)
+    for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configs.limit_of):
+        of_class = next((limit for limit in classes if configs.limit_of(up_to) <= configs.limit_of(limit)), None)
         entry, present = configs.entry_for(before, up_to), configs.entry_for(before, of_class)
         entry = entry or {"config": None}
         config, source = entry["config"], {key: entry[key] for key in ("source",) if key in entry}
