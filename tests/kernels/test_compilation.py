@@ -44,7 +44,7 @@ def test_new_sizes_compile_nothing_and_nothing_spills(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_direct_launch_passes_what_tritons_launcher_does(dtype):
+def test_a_direct_launch_passes_the_arguments_of_tritons_launcher(dtype):
     """Kernels, grids and arguments, with TMA descriptors, are equal. The caches keep no tensor alive."""
     script = TOOLS / "direct_launches.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -63,7 +63,7 @@ def sm_90() -> list[dict]:
     return json.loads(run.stdout)
 
 
-def test_rows_have_the_keys(sm_90):
+def test_keys_of_a_row(sm_90):
     for row in sm_90:
         assert tuple(row) == KEYS
         assert row["target"] == "sm_90"

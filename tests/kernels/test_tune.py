@@ -77,7 +77,7 @@ def trial_of(lines: list[str]) -> Trial:
     return Trial(OPERATION, cases_of(OPERATION, ["toy"], ["fp32"]), TABLE, DEVICE, lines.append)
 
 
-def test_the_fastest_of_those_that_are_right_wins(times):
+def test_the_fastest_correct_configuration_wins(times):
     """Faster ones lose: one is wrong, one depends on the batch, one rounds differently and is slow in the other class,
     one is rejected by the report."""
     seconds = {WRONG: 0.1, BATCH_DEPENDENT: 0.1, FINE: 0.6, 3: 1.0}
@@ -108,7 +108,7 @@ def test_the_fastest_of_those_that_are_right_wins(times):
     assert dict(dropped)[WRONG].startswith("error ")
 
 
-def test_only_more_than_the_spread_wins(times):
+def test_a_gain_within_the_spread_does_not_win(times):
     noisy = cycle((0.8, 0.9, 1.3))
     times.of = lambda config, tokens: 1.0 if config == PRESENT else next(noisy)
     chosen = trial_of([]).run([candidate(num_stages=FINE)], lambda config, up_to: [], 1000.0)

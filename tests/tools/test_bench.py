@@ -430,7 +430,7 @@ def test_the_rates_of_a_gpu(monkeypatch):
     }  # fmt: skip
 
 
-def test_tokens_tell_kernels_apart_but_not_batches():
+def test_tokens_identify_kernels_but_not_batches():
     kernels = [{"op": "pool", "tokens": tokens} for tokens in (128, 4096)]
     assert records.about(kernels[0]) != records.about(kernels[1])
     batches = [dataclasses.asdict(TOY) | {"tokens": tokens} for tokens in (36, 37)]

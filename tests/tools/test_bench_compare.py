@@ -102,15 +102,15 @@ def test_a_planted_difference_is_found(milliseconds, threshold, verdict, status,
     printed = capsys.readouterr().out
     (line,) = (line for line in printed.splitlines() if line.startswith("busy "))
     name = git(repository, "rev-parse", "--short", "HEAD").strip()
-    if milliseconds != 2:  # in which a few microseconds might tell
+    if milliseconds != 2:  # otherwise a few microseconds may give another verdict
         assert line.endswith(verdict)
     assert f"here {name}-dirty, there {name}; " in printed
     assert "new           runs here" in printed
     assert "new           absent there: module 'fastbert' has no attribute 'new'" in printed
 
 
-def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
-    """Of a clean tree, too, beside an older commit."""
+def test_a_workload_that_only_runs_at_the_other_commit_fails(repository, capsys):
+    """The tree is clean, and the other commit is older."""
     (repository / "fastbert/__init__.py").write_text("")
     git(repository, "commit", "--quiet", "--all", "--message", "nothing")
     assert compare.main(["HEAD~1", "--workload", "busy", "gone"]) == 1
@@ -121,7 +121,7 @@ def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
     assert printed.count("gone          absent") == 2
 
 
-def test_a_worker_that_ends_is_told(repository):
+def test_a_worker_that_ends_is_an_error(repository):
     compare.WORKER.write_text("import sys; sys.exit(7)")
     with pytest.raises(RuntimeError, match="the process that imports .*/else ended in busy with status 7"):
         compare.main(["HEAD"])
