@@ -1,9 +1,9 @@
-"""Attention over sequences of varying lengths beside what PyTorch has for it, and the device's measured roofs.
+"""Attention over sequences of varying lengths, compared with PyTorch's implementations and the measured roofs.
 
-Every provider gets its inputs in the layout it would have them in, and gives the context in rows of H * D values, as
-the next product takes it: packed for the kernel here, `varlen_attn` and flex_attention (whose block mask, like
-cu_seqlens, a model makes once for all layers: it is not timed), padded for the others, with a mask where there is
-padding. Work is what the tokens need, 4 * sum(length^2) * H * D operations, whatever a provider does at padding.
+Every provider gets inputs in the layout it needs and returns rows of H * D values, as the next linear takes them. Our
+kernel, `varlen_attn` and flex_attention work on packed tokens. flex_attention's block mask is not timed: like
+cu_seqlens, a model makes it once for all layers. The others work on padded batches, with a mask if there is padding.
+Work counts the tokens only, 4 * sum(length^2) * H * D operations, whatever a provider computes at padding.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ BACKENDS = {
 
 
 def timed() -> list[tuple[Case, str]]:
-    """What is timed, the most telling first. flex_attention comes last: it compiles for seconds a case,
-    and is left to heads of either size."""
+    """Return what is timed, the most informative first. flex_attention comes last, in fewer cases, since it compiles
+    for seconds in each."""
     shapes = (256, 128, 1.0), (256, 128, 0.5), (32, 512, 1.0), (32, 512, 0.5), (256, 64, 1.0), (64, 384, 1.0)
     cases = [Case(model, *shape, "bfloat16") for model in ("base", "minilm", "large") for shape in shapes]
     cases.append(SQUAD)
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Layout:
-    """Where the tokens of sequences of these lengths lie, packed and padded to seq_len."""
+    """The layouts of sequences with these lengths, packed and padded to seq_len."""
 
     def __init__(self, lengths: Tensor, seq_len: int):
         self.lengths, self.seq_len = lengths.to(DEVICE), seq_len
@@ -71,12 +71,12 @@ class Layout:
         return out
 
     def packed(self, context: Tensor) -> Tensor:
-        """A provider's context, [T, E] or [N, S, E], as [T, E]."""
+        """Return a provider's context, [T, E] or [N, S, E], as [T, E]."""
         return context if context.ndim == 2 else context[self.mask]
 
     @cached_property
     def documents(self):
-        """flex_attention's block mask of packed sequences, which do not see each other."""
+        """flex_attention's block mask of packed sequences, which do not attend to each other."""
         sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=DEVICE), self.lengths)
 
         def same(batch, head, query, key):
@@ -90,8 +90,8 @@ def _flex(q, k, v, block_mask):
 
 
 def provider(name: str, layout: Layout, compiled_flex: Callable, qkv: Tensor) -> Callable[[], Tensor]:
-    """A provider's attention of qkv [T, 3, H, D] -> [T, E], or [N, S, E] where it works on padding."""
-    scale = qkv.shape[-1] ** -0.5  # the default of all others
+    """Return a provider's attention of qkv [T, 3, H, D] -> [T, E], or [N, S, E] if it works on padded batches."""
+    scale = qkv.shape[-1] ** -0.5  # the default of all other providers
     bounds, longest = layout.cu_seqlens, layout.seq_len
     if name == OURS:
         return lambda: fastbert_kernels.attention(qkv, bounds, longest, scale)
@@ -99,7 +99,7 @@ def provider(name: str, layout: Layout, compiled_flex: Callable, qkv: Tensor) ->
     if name == VARLEN:
 
         def varlen():
-            # Some releases may take cuDNN instead.
+            # Some releases prefer cuDNN.
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 return varlen_attn(q, k, v, bounds, bounds, longest, longest).flatten(1)
 
@@ -129,7 +129,7 @@ def comparison(case: Case) -> Comparison:
     qkv = torch.randn(tokens, 3, num_heads, head_size, generator=generator, device=DEVICE, dtype=dtype)
     truth = eager.attention(qkv.double(), layout.cu_seqlens, case.seq_len, head_size**-0.5)
     torch.compiler.reset()
-    # On a CPU flex_attention has formulas of its own, which need no compiler.
+    # On a CPU flex_attention runs uncompiled.
     compiled_flex = _flex if DEVICE.type == "cpu" else torch.compile(_flex, dynamic=False, fullgraph=True)
     return Comparison(
         suite="attention",
@@ -147,7 +147,7 @@ def comparison(case: Case) -> Comparison:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _memory_is_given_back():
+def _free_memory():
     yield
     comparison.cache_clear()
 
@@ -155,7 +155,7 @@ def _memory_is_given_back():
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.no_grad()
 def test_attention(request, case, name):
-    """A provider is at most twice as wrong as sdpa, but for a few roundings of the largest value; then it is timed."""
+    """Check that a provider's error is at most twice sdpa's plus a few roundings of the largest value, then time it."""
     if name == OURS and DEVICE.type == "cpu" and not fastbert_kernels.INTERPRETED:
         pytest.skip("kernels are timed on a GPU; without one, TRITON_INTERPRET=1 checks them at toy sizes")
     run(request, comparison, case, name)

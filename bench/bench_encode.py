@@ -1,10 +1,9 @@
-"""Sentences to embeddings and pairs to scores, end to end: sentence-transformers by itself, and optimized.
+"""sentence-transformers end to end, sentences to embeddings and pairs to scores, before and after `fastbert.optimize`.
 
-Texts are docstrings, the weights all-MiniLM-L6-v2's, with a random classifier for pairs. `encode` and `predict` are
-timed whole: they tokenize, sort by length, embed in batches, pool, normalize and bring the vectors to the host. Where
-the order is "given", each batch is a call of its own, as of a service or a pipeline that hands texts on as they come,
-so that nothing sorts them. "host" is all of that but the model, in whose place zeros are given at once; beside it
-stands what the tokenizer alone takes for the same texts.
+Texts are docstrings. The weights are all-MiniLM-L6-v2's, with a random classifier for pairs. `encode` and `predict` are
+timed whole: they tokenize, sort by length, run batches, pool, normalize and copy the vectors to the host. With the
+order "given", each batch is a call of its own, as in a service that does not sort texts. The call "host" replaces the
+model by zeros, to time the rest, and records the tokenizer's time for the same texts beside it.
 """
 
 import os
@@ -32,7 +31,7 @@ sentence_transformers = pytest.importorskip(
 
 BASELINE = "sentence-transformers"
 SECONDS_PER_CASE = 30.0 if DEVICE.type == "cpu" else 1.5
-# How many docstrings make a text, one text after another, by the mean of the texts' tokens; MiniLM reads 256 of them.
+# The number of docstrings joined into a text, in turn, by the texts' mean number of tokens. MiniLM reads 256 tokens.
 JOINED = {50: (1,), 200: (6,), "mixed": (1, 6)}
 PROVIDERS, GRAPHED_TOO = ("fastbert", BASELINE), ("fastbert", GRAPHED, BASELINE)
 
@@ -93,7 +92,7 @@ def pytest_generate_tests(metafunc):
 
 @cache
 def _texts(count: int, mean_tokens: int | str) -> list[str]:
-    """Texts of consecutive docstrings; from the first again where these are used up."""
+    """Return texts of consecutive docstrings, which repeat when all are used."""
     source, place, found = docstrings(count * max(JOINED[mean_tokens])), 0, []
     while len(found) < count:
         joined = JOINED[mean_tokens][len(found) % len(JOINED[mean_tokens])]
@@ -109,8 +108,7 @@ def _inputs(case: dict) -> list:
 
 @cache
 def model_of(call: str, dtype: str, provider: str) -> nn.Module:
-    """A model of sentence-transformers' from MiniLM's folder; "truth" is the baseline in float64, of the rounded
-    weights."""
+    """Return a provider's model with MiniLM's weights. "truth" is the baseline in float64 with the rounded weights."""
     path, device = str(get_model_path()), str(DEVICE)
     if call == "predict":
         torch.manual_seed(0)  # for the classifier
@@ -128,7 +126,7 @@ def model_of(call: str, dtype: str, provider: str) -> nn.Module:
 
 
 def call_of(case: dict, provider: str) -> Callable[[], Tensor]:
-    """A call that embeds or scores the case's texts: [N, E] or [N] on the host."""
+    """Return a call that embeds or scores the case's texts: [N, E] or [N] on the host."""
     model, inputs, batch = model_of(case["call"], case["dtype"], provider), _inputs(case), case["batch"]
     calls = [inputs[i : i + batch] for i in range(0, len(inputs), batch)] if case["order"] == "given" else [inputs]
     options = {"batch_size": batch, "convert_to_tensor": True, "show_progress_bar": False}
@@ -139,7 +137,7 @@ def call_of(case: dict, provider: str) -> Callable[[], Tensor]:
 
 
 def about_the_tokenizer() -> dict:
-    """What decides how many threads tokenize."""
+    """Return the settings that decide how many threads tokenize."""
     return {
         "tokenizers_parallelism": os.environ.get("TOKENIZERS_PARALLELISM", "unset"),
         "tokenizer_threads": int(os.environ.get("RAYON_NUM_THREADS", 0)) or os.cpu_count(),
@@ -148,7 +146,7 @@ def about_the_tokenizer() -> dict:
 
 @lru_cache(maxsize=1)
 def _truth(**case: str | int) -> tuple[Tensor, float]:
-    """The embeddings or scores in float64, and the baseline's largest error."""
+    """Return the embeddings or scores in float64 and the baseline's largest error."""
     truth = call_of(case, "truth")()
     return truth, _error(call_of(case, BASELINE)(), truth)
 
@@ -159,8 +157,7 @@ def _error(found: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_encode(benchmark, case, provider):
-    """The results are at most three times as wrong as sentence-transformers' own, but for a few roundings; then they
-    are timed."""
+    """Check that the error is at most three times sentence-transformers' plus a few roundings, then time the call."""
     benchmark.group = f"encode {case}"
     record = about("encode", "encode", case, provider, BASELINE)
     with or_absent(record, benchmark.enabled):
@@ -184,7 +181,7 @@ def _whole(benchmark, case: dict, provider: str) -> tuple[Measured | None, dict]
 
 
 def _host_only(benchmark, case: dict, provider: str) -> tuple[Measured | None, dict]:
-    """Every text has a vector, of zeros; "of_tokenizer" is the time in those that the tokenizer alone takes."""
+    """Time the call without the model. "of_tokenizer" is its time relative to the tokenizer alone."""
     model = model_of("encode", case["dtype"], provider)
     tokenizer = type(model.tokenizer.backend_tokenizer).from_str(model.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
@@ -193,7 +190,7 @@ def _host_only(benchmark, case: dict, provider: str) -> tuple[Measured | None, d
     with _giving_zeros():
         vectors = encode() if benchmark.enabled else benchmark.pedantic(encode)
         if vectors.any() or len(vectors) != len(texts):
-            raise ArithmeticError("the vectors are not the zeros that the model gives")
+            raise ArithmeticError("the vectors are not the zeros that replace the model's output")
         if not benchmark.enabled:
             return None, {}
         beside = side_by_side(encode, lambda: tokenizer.encode_batch_fast(texts), SECONDS_PER_CASE / 2, clock="host")
@@ -205,7 +202,7 @@ def _host_only(benchmark, case: dict, provider: str) -> tuple[Measured | None, d
 
 @contextmanager
 def _giving_zeros() -> Iterator[None]:
-    """In the place of what SentenceTransformer's modules compute: a vector of zeros for each text, on the device."""
+    """Replace the modules of a SentenceTransformer by one that returns a vector of zeros for each text."""
     zeros = torch.zeros(1, 384, device=DEVICE)
 
     def call(self, features, **kwargs):

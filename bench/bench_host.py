@@ -1,8 +1,8 @@
-"""What the host does for a forward pass in the kernels: Python, and Triton up to the driver, whose part is left out.
+"""The host's work for a forward pass in the kernels: Python and Triton, without the driver. No GPU is needed.
 
-Kernels are compiled for sm_90 and launched into a function that does nothing, on CPU tensors, so that no GPU is needed.
-The baseline makes the same launches through Triton's own binding. A forward is timed at two depths: their difference is
-what a layer takes. Of a graph's call everything counts but what a device's driver does in its copies and the replay.
+Kernels are compiled for sm_90 and, with CPU tensors, launched into a function that does nothing. The baseline makes the
+same launches through Triton's own launcher. The difference between two depths is the time of a layer. A call that
+replays a CUDA graph is timed without the driver's work in its copies and in the replay.
 """
 
 import statistics
@@ -35,7 +35,7 @@ ROUNDS = 300
 
 @dataclass(frozen=True)
 class HostCase:
-    """A forward over a batch [batch, seq_len] with its mask on the device."""
+    """A forward on a batch [batch, seq_len] with its mask on the device."""
 
     model: str
     batch: int
@@ -50,8 +50,8 @@ TOY = [HostCase("toy", 3, 24, "bfloat16")]
 CASES = [HostCase("base", *shape, dtype) for dtype in ("bfloat16", "float32") for shape in ((1, 128), (32, 128))]
 
 
-class LeftOut(graphs.CudaGraphs):
-    """Graphs whose replay leaves the device's work out, and notes when it comes."""
+class EmptyGraphs(graphs.CudaGraphs):
+    """CUDA graphs whose replay only records the time."""
 
     replayed_at = 0.0
 
@@ -60,7 +60,7 @@ class LeftOut(graphs.CudaGraphs):
 
     def capture(self, run: Callable):
         def replay():
-            LeftOut.replayed_at = time.perf_counter()
+            EmptyGraphs.replayed_at = time.perf_counter()
 
         return replay, run()
 
@@ -76,12 +76,12 @@ class LeftOut(graphs.CudaGraphs):
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """CPU tensors are served by kernels and graphs, and their values are not read by the host."""
+    """Let kernels and CUDA graphs accept CPU tensors, and keep the host from reading their values."""
     with pytest.MonkeyPatch.context() as patch, fastbert.backend("triton"), torch.inference_mode():
         patch.setattr(fastbert_kernels, "INTERPRETED", True)
         patch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
         patch.setattr(graphs, "DEVICE_TYPE", "cpu")
-        patch.setattr(graphs, "CudaGraphs", LeftOut)
+        patch.setattr(graphs, "CudaGraphs", EmptyGraphs)
         yield
 
 
@@ -94,7 +94,7 @@ def _as_on_a_gpu():
 
 
 def pytest_generate_tests(metafunc):
-    # Large batches' copies would be the CPU's own work.
+    # Without large batches for replays, whose copies would be real work of the CPU.
     cases = [case for case in CASES if case.batch == 1 or metafunc.function is test_launches]
     metafunc.parametrize("case", for_this_run(metafunc.config, TOY, cases, cases), ids=str)
 
@@ -102,12 +102,12 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.planned_seconds(6)
 @pytest.mark.benchmark(timer=CLOCK)
 def test_launches(benchmark, case):
-    """Both ways launch the same kernels on the same grids; then a forward of either is timed."""
+    """Check that both ways launch the same kernels on the same grids, then time a forward in each."""
     benchmark.group = f"launches of {case}"
     launched = []
     with launching_into(TARGET, lambda name, grid, arguments: launched.append((name, grid))):
         forward = forward_of(case, DEPTHS[0])
-        forward()  # plans, and compiles
+        forward()  # prepares launches and compiles
         directly = _made(launched, forward)
         assert directly
         assert _made(launched, _through_triton(forward)) == directly
@@ -131,7 +131,7 @@ def test_launches(benchmark, case):
 @pytest.mark.planned_seconds(2)
 @pytest.mark.benchmark(timer=CLOCK)
 def test_replay(benchmark, case):
-    """A call that replays gives outputs of the same shapes as one that launches; then it is timed beside that."""
+    """Check that a replay gives outputs of the same shapes as launches, then time both."""
     benchmark.group = f"replay of {case}"
     seen = []
     with launching_into(TARGET, lambda name, grid, arguments: seen.append(name)):
@@ -159,7 +159,7 @@ def forward_of(case: HostCase, depth: int, graphed: bool = False) -> Callable:
         model = fastbert.BertModel(config).eval().to(getattr(torch, case.dtype))
     if graphed:
         model = fastbert.graphed(model)
-    elif switch := getattr(fastbert, "cuda_graphs", None):  # which older commits have not
+    elif switch := getattr(fastbert, "cuda_graphs", None):  # older commits do not have it
         switch("off", model)
     ids = torch.zeros(case.batch, case.seq_len, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids}
@@ -167,10 +167,10 @@ def forward_of(case: HostCase, depth: int, graphed: bool = False) -> Callable:
 
 
 def _until_replay(forward: Callable) -> float:
-    """Seconds from a call to its replay: what the host does after it, it does while the device works."""
+    """Return the seconds from a call to its replay. The host's work after the replay overlaps with the device's."""
     start = time.perf_counter()
     forward()
-    return LeftOut.replayed_at - start
+    return EmptyGraphs.replayed_at - start
 
 
 def _through_triton(forward: Callable) -> Callable:
@@ -182,7 +182,7 @@ def _through_triton(forward: Callable) -> Callable:
 
 
 def _made(launched: list, forward: Callable) -> list:
-    """The launches of a forward."""
+    """Return the launches of a forward."""
     launched.clear()
     forward()
     return list(launched)

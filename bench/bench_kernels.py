@@ -1,7 +1,7 @@
-"""Each kernel beside its twin in plain PyTorch, that twin under torch.compile, and the device's measured roofs.
+"""Each kernel compared with its eager reference, the reference under torch.compile, and the device's measured roofs.
 
-Batches are full: every op works on batch * seq_len tokens, but for the plan, whose mask has padding. Without a GPU the
-results are checked at toy sizes, in Triton's interpreter.
+Batches are full, so every op works on batch * seq_len tokens, except the packing plan, whose mask has padding. Without
+a GPU the results are checked at toy sizes in Triton's interpreter.
 """
 
 from dataclasses import asdict, dataclass
@@ -35,7 +35,7 @@ OPS = (
 
 @dataclass(frozen=True)
 class KernelCase:
-    """An op at a model's sizes over a batch [batch, seq_len]."""
+    """An op at a model's sizes on a batch [batch, seq_len]."""
 
     op: str
     model: str
@@ -48,11 +48,11 @@ class KernelCase:
 
 
 def timed() -> list[tuple[KernelCase, str]]:
-    """What is timed, the most telling first.
+    """Return what is timed, the most informative first.
 
-    All ops of the three models in bfloat16; base's layer in float32 and float16 as well, these for fewer batches. The
-    plan knows neither model nor dtype. Compiling takes seconds a case: base's ops in bfloat16, one small batch and one
-    large. There, too, the baseline is timed beside itself, which shows the noise.
+    All ops of three models run in bfloat16, and base's layer also in float32 and float16, with fewer batches. The
+    packing plan depends on neither model nor dtype, so it runs for base only. Since torch.compile takes seconds for
+    each case, it runs for two batches of base in bfloat16. The baseline timed beside itself shows the noise.
     """
     return [
         (KernelCase(op, model, batch, 128, dtype), provider)
@@ -81,7 +81,7 @@ def pytest_generate_tests(metafunc):
 
 
 def call_of(case: KernelCase) -> tuple[str, tuple]:
-    """The name of the case's function and its arguments."""
+    """Return the name of the case's function and its arguments."""
     _, width, heads, inner = MODELS[case.model]
     dtype, batch, seq_len = getattr(torch, case.dtype), case.batch, case.seq_len
     tokens = batch * seq_len
@@ -127,7 +127,7 @@ def in_float64(arguments: tuple) -> tuple:
 
 
 def error_of(output, truth) -> float:
-    """The largest difference from the truth; of a plan, whether a kept token's place or a bound differs."""
+    """Return the largest difference from the truth; for a plan, 1 if a kept place or a bound differs, else 0."""
     if isinstance(truth, tuple):
         (indices, bounds), (true_indices, true_bounds) = output, truth
         kept = true_bounds[-1]
@@ -138,15 +138,15 @@ def error_of(output, truth) -> float:
 @lru_cache(maxsize=1)
 def comparison(case: KernelCase) -> Comparison:
     name, arguments = call_of(case)
-    twin = getattr(eager, name)
-    # Compiled for this case alone: past a number of recompilations torch would go on with the twin itself.
+    reference = getattr(eager, name)
+    # After a number of recompilations torch would fall back to eager, so each case starts anew.
     torch.compiler.reset()
     functions = {
         OURS: getattr(fastbert_kernels, name),
-        BASELINE: twin,
-        COMPILED: torch.compile(twin, dynamic=False, fullgraph=True),
+        BASELINE: reference,
+        COMPILED: torch.compile(reference, dynamic=False, fullgraph=True),
     }
-    truth = twin(*in_float64(arguments))
+    truth = reference(*in_float64(arguments))
     return Comparison(
         suite="kernels",
         kind="kernel",
@@ -161,7 +161,7 @@ def comparison(case: KernelCase) -> Comparison:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _memory_is_given_back():
+def _free_memory():
     yield
     comparison.cache_clear()
 
@@ -169,7 +169,7 @@ def _memory_is_given_back():
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.no_grad()
 def test_kernel(request, case, provider):
-    """A provider is at most twice as wrong as the twin, but for a few roundings of the largest value, then timed."""
+    """Check that the error is at most twice the reference's plus a few roundings of the largest value, then time."""
     if DEVICE.type == "cpu" and not fastbert_kernels.INTERPRETED:
         pytest.skip("kernels are timed on a GPU; without one, TRITON_INTERPRET=1 checks them at toy sizes")
     run(request, comparison, case, provider)

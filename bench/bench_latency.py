@@ -1,5 +1,6 @@
-"""One text, as a user waits for it: from the call, with ids on the host or on the device, to the pooled vector on the
-host, which is checked. The clock is the host's, and the device's work, the copies and every launch are in it.
+"""The latency of one sequence, from the call with ids on the host or the device to the pooled vector on the host.
+
+Times are the host's, and include copies, launches and the device's work. The vector is checked.
 """
 
 import statistics
@@ -28,7 +29,7 @@ from workloads import DEVICE, Case, for_this_run, inputs
 from fastbert.commands.timing import side_by_side
 
 SECONDS_PER_CASE = 4.0 if DEVICE.type == "cpu" else 1.5
-# With the checks before.
+# Includes the checks.
 PLANNED_SECONDS = SECONDS_PER_CASE + 1
 
 TOY = [(Case("toy", 1, 16), place, provider) for place in ("host", "device") for provider in ("fastbert", BASELINE)]
@@ -38,7 +39,7 @@ CPU = [
     for provider in ("fastbert", BASELINE)
 ]
 HEADLINE = Case("base", 1, 128, dtype="bfloat16")
-# The most telling first: a run that ends early has them.
+# The most informative first, so that a run which ends early has them.
 CUDA = [
     *((HEADLINE, "host", provider) for provider in ("fastbert", GRAPHED, BASELINE, UNPADDED)),
     *((HEADLINE, "host", f"{BASELINE}-{how}") for how in ("compiled", "reduce-overhead", "max-autotune")),
@@ -60,8 +61,10 @@ def pytest_generate_tests(metafunc):
 
 
 def request_of(model: Callable, case: Case, ids: str, provider: str) -> Callable:
-    """A call that ends with the pooled vectors [B, E] on the host. Ids on the host go to the device within it; the
-    graphed model takes them from wherever they are."""
+    """Return a call that ends with the pooled vectors [B, E] on the host.
+
+    It copies ids on the host to the device, except for the graphed model, which takes ids on any device.
+    """
     on_device = batch_of(case, provider)
     on_host = {name: x.cpu() for name, x in on_device.items()}
     if ids == "device" or provider == GRAPHED:
@@ -74,7 +77,7 @@ def request_of(model: Callable, case: Case, ids: str, provider: str) -> Callable
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.inference_mode()
 def test_latency(benchmark, case, ids, provider):
-    """A provider's forward is right, and then a user waits for it."""
+    """Check a provider's results, then time the call."""
     benchmark.group = f"{case}, ids on the {ids}"
     tokens = int(inputs(case)["attention_mask"].sum())
     record = about("latency", "request", asdict(case) | {"tokens": tokens, "ids": ids}, provider)

@@ -1,4 +1,4 @@
-"""The most memory that a forward holds on top of the weights and inputs: recorded, whatever it is."""
+"""The peak memory of a forward, without weights and inputs. It is recorded, and nothing is required of it."""
 
 from dataclasses import asdict
 from functools import cache
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc):
 
 @cache
 def peak_of(case: Case, provider: str) -> int:
-    # A replay needs no memory but that of its outputs: what it computes lies in memory that the graph keeps.
+    # Without CUDA graphs: a replay allocates only its outputs, since the graph keeps the memory of the rest.
     with fastbert.cuda_graphs("off"):
         forward = checked(case, provider).forward
         forward()
@@ -45,7 +45,7 @@ def peak_of(case: Case, provider: str) -> int:
 
 @torch.inference_mode()
 def test_memory(request, case, provider):
-    """The peak of one forward beside the baseline's."""
+    """Record the peak of one forward and the baseline's."""
     recorded = not request.config.getoption("benchmark_disable")
     tokens = int(inputs(case)["attention_mask"].sum())
     record = about("memory", "memory", asdict(case) | {"tokens": tokens}, provider)

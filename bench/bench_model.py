@@ -1,8 +1,8 @@
-"""The model's forward: fastbert beside its peers, on the same weights and the same real texts.
+"""The model's forward: fastbert compared with its peers, on the same weights and the same real texts.
 
-Nothing is timed before its result is checked. Each timed round follows one of the baseline, so that the ratio compares
-medians of interleaved rounds: what else the machine does hits both. On a GPU a round is many calls back to back, timed
-by the device's events: throughput, in which a host that cannot keep up is recorded beside (`host_s`).
+Results are checked before anything is timed. Timed rounds alternate with the baseline's, so that other load on the
+machine affects both medians of the ratio. On a GPU a round is many calls back to back, timed by the device's events.
+That measures throughput; the host's time for the same calls is recorded as `host_s`.
 """
 
 from dataclasses import asdict
@@ -36,12 +36,12 @@ def _toy_forwards() -> list[tuple[Case, str]]:
 
 def _cpu_forwards() -> list[tuple[Case, str]]:
     cases = [Case("tiny", 1, 16), *(Case(model, *shape) for model in ("minilm", "base") for shape in CPU_SHAPES)]
-    # The tiny model is there for what Python costs, which a compiled graph does not pay.
+    # The tiny model measures Python's overhead, which compiled graphs do not have.
     return [(case, name) for case in cases for name in CPU_PROVIDERS if case.model != "tiny" or "compiled" not in name]
 
 
 def _gpu_forwards() -> list[tuple[Case, str]]:
-    """The most telling first: a run that ends early has them."""
+    """Return the forwards on a GPU, the most informative first, so that a run which ends early has them."""
     bf16 = {"dtype": "bfloat16"}
     one, dense = (Case("base", *shape, **bf16) for shape in ((1, 128), (256, 128)))
     ragged, float32 = Case("base", 32, 128, 0.5, **bf16), Case("base", 32, 128)
@@ -80,7 +80,7 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.inference_mode()
 def test_forward(benchmark, case, provider):
-    """A provider's forward is right, and then takes its time."""
+    """Check a provider's results, then time its forward."""
     benchmark.group = str(case)
     tokens = int(inputs(case)["attention_mask"].sum())
     record = about("model", "latency", asdict(case) | {"tokens": tokens}, provider)
@@ -98,10 +98,9 @@ def test_forward(benchmark, case, provider):
 
 
 def _rates(case: Case, median_s: float) -> dict:
-    """On a GPU, what a forward does a second, and the share of it that the roofs measured in this run allow."""
+    """Return the rates of a forward on a GPU and its share of the roofs measured in this run; nothing on a CPU."""
     if DEVICE.type != "cuda":
         return {}
-    # Only a GPU's roofs are measured.
     from device_timing import TIMER, rates
 
     return rates(forward_work(source(case.model, case.dtype).config, case), case.dtype, median_s, TIMER)

@@ -1,11 +1,11 @@
-"""Whether this checkout takes more of the host's time than another commit, by more than noise.
+"""Compare the host's time of this checkout with that of another commit.
 
     python bench/compare.py COMMIT [--workload NAMES] [--pairs N] [--threshold PERCENT]
 
 No GPU is needed. This checkout's bench/host_workloads.py measures both packages on one thread, in pairs of processes
-that take turns, A B B A, so that what else the machine does hits both. Of the same code one process is faster than
-another, by where its memory lies: it takes many pairs to tell. The status is 1 if a workload is slower by more than
-noise and the threshold, or runs at COMMIT alone.
+that take turns, A B B A, so that other load on the machine affects both. Many pairs are needed, since the speed of a
+process varies with its memory layout. The exit status is 1 if a workload is slower by more than noise and the
+threshold, or runs only at COMMIT.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from fastbert.commands.machine import describe, machine
 WORKER = Path(__file__).with_name("host_workloads.py")
 PACKAGES = ("fastbert", "kernels/fastbert_kernels")
 PAIRS, ROUNDS, THRESHOLD_PERCENT = 14, 20, 3.0
-# Of an interval, and the fewest pairs that can give it.
-CONFIDENCE, LEAST_PAIRS = 0.995, 9
+# The confidence of the interval, and the fewest pairs that give it.
+CONFIDENCE, MIN_PAIRS = 0.995, 9
 
 
 class Measured(NamedTuple):
-    """Seconds of a call here and there, and here / there with its interval; all are medians."""
+    """Medians of a call's seconds here and there, and of the ratio here / there with its confidence interval."""
 
     here_s: float
     there_s: float
@@ -51,10 +51,10 @@ class Measured(NamedTuple):
 
 
 def measured(pairs: list[list[tuple[float, float]]]) -> Measured:
-    """What the rounds of each pair of processes tell, a round being seconds here and there.
+    """Summarize the rounds of each pair of processes. A round is the seconds here and there.
 
-    The interval is of the median of the pairs' ratios, which may have any distribution: as many of them lie below that
-    median as a coin gives heads.
+    The interval is for the median of the pairs' ratios and assumes no distribution: the number of ratios below their
+    true median is binomial.
     """
     ratios = sorted(statistics.median(here / there for here, there in rounds) for rounds in pairs)
     chances = [2 * sum(math.comb(len(ratios), heads) for heads in range(cut + 1)) for cut in range(len(ratios) // 2)]
@@ -65,7 +65,7 @@ def measured(pairs: list[list[tuple[float, float]]]) -> Measured:
 
 @contextmanager
 def packages_of(commit: str) -> Iterator[tuple[Path, Path]]:
-    """Folders with this checkout's packages, as they are now, and a commit's; of paths of one length."""
+    """Yield folders of the same path length with this checkout's packages, as they are now, and a commit's."""
     with tempfile.TemporaryDirectory(prefix="fastbert-compare-") as folder:
         here, there, tree = (Path(folder, name) for name in ("here", "else", "tree"))
         records.git("worktree", "add", "--detach", str(tree), commit)
@@ -80,21 +80,21 @@ def packages_of(commit: str) -> Iterator[tuple[Path, Path]]:
 
 @contextmanager
 def process(packages: Path) -> Iterator[Callable[[str], dict]]:
-    """A function that has a workload timed in a process of its own, which imports these packages."""
+    """Start a process that imports these packages. Yield a function that times a workload in it."""
     paths = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)  # which compiles nothing
+    environment.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
     def ask(name: str) -> dict:
-        with suppress(BrokenPipeError):  # of one that has ended: its status says more
+        with suppress(BrokenPipeError):  # the process has ended, and its exit status is reported below
             print(name, file=worker.stdin, flush=True)
         answer = worker.stdout.readline()
         if not answer:
             raise RuntimeError(f"the process that imports {packages} ended in {name} with status {worker.wait()}")
         return json.loads(answer)
 
-    # Ctrl-C is this process's affair: in a session of its own the worker does not see it.
+    # In a session of its own the worker does not get Ctrl-C, which this process handles.
     worker = subprocess.Popen([sys.executable, WORKER], env=environment, start_new_session=True, **pipes)
     try:
         yield ask
@@ -104,7 +104,7 @@ def process(packages: Path) -> Iterator[Callable[[str], dict]]:
 
 
 def measure(folders: tuple[Path, Path], names: list[str], pairs: int) -> tuple[dict[str, Measured], dict[str, tuple]]:
-    """Of each workload what was measured, or the reasons why it did not run here and there, None where it did."""
+    """Measure workloads. Returns the results, and for others why they did not run here and there, None if they did."""
     timed, absent = {name: [] for name in names}, {}
     for number in tqdm(range(pairs), desc="pairs of processes", disable=None):
         with process(folders[0]) as here, process(folders[1]) as there:
@@ -124,12 +124,12 @@ def measure(folders: tuple[Path, Path], names: list[str], pairs: int) -> tuple[d
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("commit", metavar="COMMIT")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="which of them (all)")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="of processes, 9 or more (%(default)s)")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD_PERCENT, help="in percent (%(default)s)")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="(default: all)")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of processes, 9 or more (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD_PERCENT, help="in percent (default: %(default)s)")
     given = parser.parse_args(arguments)
-    if given.pairs < LEAST_PAIRS:
-        parser.error(f"--pairs {given.pairs}: fewer than {LEAST_PAIRS} give no interval of {CONFIDENCE:.1%}")
+    if given.pairs < MIN_PAIRS:
+        parser.error(f"--pairs {given.pairs}: fewer than {MIN_PAIRS} give no interval of {CONFIDENCE:.1%}")
     try:
         other = records.git("rev-parse", "--short", "--verify", f"{given.commit}^{{commit}}")
     except subprocess.CalledProcessError as problem:

@@ -1,4 +1,4 @@
-"""A case of kernels: every provider is checked against float64, timed in turns with the baseline, and recorded."""
+"""Comparison of the providers of one kernel case: each is checked, timed in turns with the baseline, and recorded."""
 
 import warnings
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from fastbert_kernels.tuning.roofline import Work
 
 OURS = "fastbert"
 LONGEST_REASON = 400
-# What the first call of a function under torch.compile is expected to take.
+# The expected time of the first call under torch.compile.
 COMPILE_SECONDS = 6
 
 
@@ -27,9 +27,8 @@ COMPILE_SECONDS = 6
 class Comparison:
     """The providers of one case, on the same inputs.
 
-    `provide(name, inputs)` gives a provider's call on a set of inputs, `error(output)` its result's largest difference
-    from the truth, of which `largest` is the largest value; `work` is what the case has to do at least, and
-    case["dtype"] names the roof.
+    provide(name, inputs): a provider's call on a set of inputs. error(output): the largest difference of a result from
+    the truth. largest: the truth's largest value. work: the least work of the case; case["dtype"] selects its roof.
     """
 
     suite: str
@@ -45,19 +44,19 @@ class Comparison:
     _replay: Replay | None = field(default=None, init=False)
 
     def record(self, provider: str, timer: Timer | None) -> tuple[dict, list[float]]:
-        """What is known of a provider, and with a timer the seconds of its call, round by round.
+        """Return a provider's record and, with a timer, the seconds of its call in each round.
 
-        The record has "wrong" and no times where the error is more than twice the baseline's plus a few roundings of
-        the largest value, and "absent", the reason, where the provider cannot run the case. Raises what our own kernel
-        or the baseline raises: those have to run. With a timer, what ours raises is recorded, in the place of an
-        earlier run's times.
+        The record has "wrong" instead of times if the error exceeds twice the baseline's plus a few roundings of the
+        largest value, and "absent" with the reason if the provider cannot run the case. Exceptions of our own kernel
+        and of the baseline are raised, since those have to run. With a timer they are recorded first, which replaces
+        the times of an earlier run.
         """
         told = {"suite": self.suite, "kind": self.kind, "case": self.case}
         told |= {"provider": provider, "baseline": self.baseline}
         baseline_error, baseline_replay = self._baseline_error, timer and self._baseline_replay(timer)
         try:
             with warnings.catch_warnings(record=True) as hints:
-                # torch warns why a back end does not take an input, and then raises that none does.
+                # torch warns why each back end rejects an input, then raises that there is none.
                 warnings.simplefilter("always")
                 error = self.error(self.provide(provider, self.inputs)())
                 told |= {"error": error, "error_ratio": error / baseline_error if baseline_error else None}
@@ -82,13 +81,13 @@ class Comparison:
         return self.error(self.provide(self.baseline, self.inputs)())
 
     def _baseline_replay(self, timer: Timer) -> Replay:
-        """Captured once for all providers of the case."""
+        """Return the baseline's replay, which is captured once for all providers of the case."""
         if self._replay is None:
             self._replay = self._capture(self.baseline, timer)
         return self._replay
 
     def _capture(self, provider: str, timer: Timer) -> Replay:
-        """The provider's calls on sets of equal values in memory of their own, together larger than the cache."""
+        """Capture the provider's calls on sets of equal inputs, which together are larger than the cache."""
         if not self._sets:
             copies = range(1, sets_to_rotate(self.work.bytes, timer))
             self._sets = [self.inputs, *(tuple(map(_clone, self.inputs)) for _ in copies)]
@@ -100,20 +99,22 @@ def _clone(x):
 
 
 def _reason(problem: Exception, hints: list[warnings.WarningMessage]) -> str:
-    """What was raised and the warnings before it, in one line."""
+    """Return an exception and the warnings before it in one line."""
     told = [f"{type(problem).__name__}: {problem}", *dict.fromkeys(str(hint.message) for hint in hints)]
     return " ".join(" | ".join(told).split())[:LONGEST_REASON]
 
 
 def planned(pairs: list[tuple], compiled: str) -> list:
-    """The parameters of a test, cases and their providers, of which `compiled` is under torch.compile."""
+    """Return pairs of case and provider as parameters of a test. compiled: the provider that uses torch.compile."""
     compiles = pytest.mark.planned_seconds(COMPILE_SECONDS)
     return [pytest.param(case, name, marks=[compiles] if name == compiled else []) for case, name in pairs]
 
 
 def run(request, compare: Callable[[Any], Comparison], case: Any, provider: str) -> None:
-    """One test: a provider of a case is checked, and where there is a GPU and benchmarks are not disabled, timed and
-    recorded, whatever came of it. Our own kernel fails if it is wrong; of a peer the test says so and goes on."""
+    """Run the test of one provider of a case: check it, and on a GPU with benchmarks enabled, time and record it.
+
+    The test fails if our own kernel is wrong. A peer that is wrong is an expected failure, an absent one is skipped.
+    """
     timer = None if request.config.getoption("benchmark_disable") else device_timing.TIMER
     record, seconds = compare(case).record(provider, timer)
     if timer:

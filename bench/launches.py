@@ -1,7 +1,7 @@
-"""The picture of a layer's launches: bench/results/launches.svg.
+"""Draw the launches of a layer: bench/results/launches.svg.
 
-Both columns are recorded, not typed: for fastbert the kernels that one layer launches, in Triton's interpreter; for
-transformers' sdpa the operations of ATen that make a tensor, each a launch on a GPU. The batch has padding.
+The columns are recorded: for fastbert the kernels that one layer launches in Triton's interpreter, for transformers'
+sdpa the ATen operations that make a tensor, each of which is a launch on a GPU. The batch has padding.
 """
 
 import os
@@ -20,10 +20,10 @@ import fastbert
 from fastbert_kernels.launch import launching_by, run
 
 PICTURE = RESULTS / "launches.svg"
-# The parts of a layer, each in its color.
+# The parts of a layer and their colors.
 PARTS = ("queries, keys, values", "attention", "its output", "feed-forward, up", "feed-forward, down")
 COLORS = ("#8ecae6", "#ffb703", "#b7e4c7", "#cdb4db", "#f4a6a6")
-# ATen's name -> what it does there.
+# ATen's name -> label.
 THEIRS = {
     "addmm": "linear",
     "scalar_tensor": "constant of the mask",
@@ -35,11 +35,11 @@ THEIRS = {
 }
 OURS = {
     "_qkv_projection_kernel": "three linears",
-    "_attention_fwd_kernel": "attention within each text",
+    "_attention_fwd_kernel": "attention within each sequence",
     "_linear_residual_layer_norm_kernel": "linear + residual + LayerNorm",
     "_layer_norm_kernel": "LayerNorm",
 }
-# What the kernel for linears fuses, in the order of its launches in a layer whose LayerNorm is a launch of its own.
+# Labels of `_linear_kernel` in the order of its launches in a layer whose LayerNorm is a separate launch.
 LINEARS = ("linear + residual", "linear + GELU", "linear + residual")
 
 
@@ -55,14 +55,14 @@ class _Recorder(TorchDispatchMode):
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Two texts, of 8 and 4 tokens: integers [2, 8]."""
+    """Return two sequences of 8 and 4 tokens: integers [2, 8]."""
     input_ids = torch.ones(2, 8, dtype=torch.int64)
     attention_mask = (torch.arange(8) < torch.tensor([[8], [4]])).long()
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def model(library, hidden_size: int) -> nn.Module:
-    """A BertModel of one layer, in bfloat16."""
+    """Return a BertModel with one layer in bfloat16."""
     config = transformers.BertConfig(
         num_hidden_layers=1, hidden_size=hidden_size, num_attention_heads=12, intermediate_size=4 * hidden_size
     )
@@ -71,7 +71,7 @@ def model(library, hidden_size: int) -> nn.Module:
 
 @torch.no_grad()
 def their_launches(hidden_size: int) -> list[str]:
-    """ATen's operations of a layer of transformers' that make a tensor."""
+    """Return the ATen operations of transformers' layer that make a tensor."""
     theirs, recorder, layer = model(transformers, hidden_size), _Recorder(), []
     theirs.encoder.layer[0].register_forward_pre_hook(lambda *_: recorder.names.clear())
     theirs.encoder.layer[0].register_forward_hook(lambda *_: layer.extend(recorder.names))
@@ -82,7 +82,7 @@ def their_launches(hidden_size: int) -> list[str]:
 
 @torch.no_grad()
 def our_launches(hidden_size: int) -> list[str]:
-    """The kernels of a layer of ours."""
+    """Return the kernels of our layer."""
     names = []
 
     def named(kernel, grid, arguments):
@@ -95,11 +95,11 @@ def our_launches(hidden_size: int) -> list[str]:
 
 
 def their_boxes(launches: list[str]) -> list[tuple[str, int]]:
-    """What each launch does, and the part of the layer that it belongs to."""
+    """Return the label of each launch and the part of the layer that it belongs to."""
     boxes, linears = [], 0
     for name in launches:
         linears += name == "addmm"
-        # Three linears begin the first part; the fourth, fifth and sixth each the third, fourth and fifth.
+        # Linears 1 to 3 belong to part 0. Linears 4, 5 and 6 start parts 2, 3 and 4. Attention between them is part 1.
         part = linears - 2 if linears > 3 else int(linears == 3 and name != "addmm")
         boxes.append((THEIRS[name], part))
     return boxes
@@ -114,7 +114,7 @@ def our_boxes(launches: list[str]) -> list[tuple[str, int]]:
 
 
 def draw(columns: dict[str, list[tuple[str, int]]]) -> plt.Figure:
-    """A column of boxes for each, top to bottom in the order of the launches, in the color of its part."""
+    """Draw a column of boxes for each list, in the order of the launches from top to bottom, colored by part."""
     tallest = max(map(len, columns.values()))
     figure, axes = plt.subplots(figsize=(9, 0.38 * tallest + 1.3))
     for x, (title, boxes) in enumerate(columns.items()):
@@ -141,6 +141,6 @@ def columns() -> dict[str, list[tuple[str, int]]]:
 
 
 if __name__ == "__main__":
-    # The same file each time, and its words as text.
+    # A fixed salt makes the file reproducible, and fonttype "none" keeps its labels as text.
     matplotlib.rcParams.update({"svg.hashsalt": "fastbert", "svg.fonttype": "none"})
     draw(columns()).savefig(PICTURE, metadata={"Date": None})

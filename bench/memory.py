@@ -1,4 +1,4 @@
-"""Peak memory of a call: on the CPU from the allocator's own events, on a GPU from its statistics."""
+"""Peak memory of a call: from the allocator's events on the CPU, from its statistics on a GPU."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -8,10 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory_bytes(fn: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that `fn()` holds at once in tensors on the device, over what was allocated before it.
+    """Return the most bytes that `fn()` holds at once in tensors on the device, without what was allocated before.
 
-    Counted are allocations through PyTorch's allocator; scratch memory inside a BLAS or oneDNN is not. The result of
-    `fn` counts while `fn` runs. Call `fn` once before, or what it caches counts as well.
+    Only allocations through PyTorch's allocator count, not scratch memory inside BLAS or oneDNN. The result of `fn`
+    counts while `fn` runs. Call `fn` once before, so that its caches do not count.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,8 +1,7 @@
-"""A peer without our kernels: BERT's encoder without padding, in plain PyTorch on `varlen_attn`.
+"""A peer without custom kernels: BERT's encoder on packed tokens, in plain PyTorch with `varlen_attn`.
 
-What an engineer writes in an afternoon who wants no padding and no kernels of their own: padding is removed once,
-before the embeddings, and put back at the end; queries, keys and values come from one product. `torch.compile` is
-applied to `encode`, whose inputs are packed already.
+Padding is removed once, before the embeddings, and put back at the end. Queries, keys and values are one product.
+`torch.compile` is applied to `encode`, whose inputs are packed.
 """
 
 import re
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-# Our names of transformers' parameters; the other three of attention become `qkv`.
+# transformers' parameter names and the names here. query, key and value are then concatenated to `qkv`.
 _NAMES = (
     (r"^embeddings\.(word|position|token_type)_embeddings", r"\1"),
     (r"^embeddings\.LayerNorm", "norm"),
@@ -37,8 +36,8 @@ class Outputs(NamedTuple):
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """q, k, v [T, H, D] -> [T, H, D] within the sequences that cu_seqlens [B + 1] bounds.
 
-    `varlen_attn` has no CPU implementation: a call of SDPA per sequence stands in there, so that the rest of this model
-    can be checked. It is never timed.
+    `varlen_attn` has no CPU implementation. There SDPA runs for each sequence, so that the rest of this model can be
+    checked. It is never timed.
     """
     if q.is_cuda:
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -80,9 +79,12 @@ class UnpaddedBert(nn.Module):
 
     @classmethod
     def from_transformers(cls, model: transformers.BertModel) -> "UnpaddedBert":
-        """The same weights, dtype and device, in eval mode; raises RuntimeError for parameters it has no place for."""
+        """Return this model with the same weights, dtype and device, in eval mode.
+
+        Raises ValueError for an activation other than "gelu", RuntimeError for unknown parameters.
+        """
         if model.config.hidden_act != "gelu":
-            raise ValueError(f"hidden_act is {model.config.hidden_act!r}, and only the exact gelu is written here")
+            raise ValueError(f"hidden_act is {model.config.hidden_act!r}, only 'gelu' is supported")
         state = {}
         for name, parameter in model.state_dict().items():
             for pattern, replacement in _NAMES:
@@ -98,8 +100,10 @@ class UnpaddedBert(nn.Module):
         return unpadded.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
-        """input_ids int64 [B, S] on the model's device; attention_mask 0/1 [B, S] with padding on the right, on the
-        host, where the tokenizer made it: nothing waits for the device then."""
+        """input_ids int64 [B, S] on the model's device; attention_mask 0/1 [B, S] with padding on the right.
+
+        The mask is on the host, where the tokenizer made it, so that no sync is needed.
+        """
         (batch_size, seq_len), device = input_ids.shape, input_ids.device
         lengths = attention_mask.sum(1)
         kept = attention_mask.flatten().nonzero().flatten()
@@ -107,7 +111,7 @@ class UnpaddedBert(nn.Module):
         positions = (kept % seq_len).to(device, non_blocking=True)
         max_seqlen, full = int(lengths.max()), len(kept) == batch_size * seq_len
         kept, cu_seqlens = (x.to(device, non_blocking=True) for x in (kept, cu_seqlens))
-        # The only back end up to torch 2.13; later versions prefer cuDNN where they may, and listen to this.
+        # Up to torch 2.13 this is the only back end. Later versions would prefer cuDNN.
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             tokens = input_ids.flatten() if full else input_ids.flatten()[kept]
             hidden = self.encode(tokens, positions, cu_seqlens, max_seqlen)

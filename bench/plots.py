@@ -1,4 +1,4 @@
-"""Plots of a device's page: forwards against sequence length and fill, or every forward beside the baseline."""
+"""Plots of a device's page: forwards against sequence length and fill, or all forwards relative to the baseline."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +14,10 @@ from providers import BASELINE, PROVIDERS
 from workloads import Case
 
 MODELS = ("toy", "tiny", "minilm", "base", "large")
-# Case -> provider -> record, from small cases to large ones.
+# Case -> provider -> record, in order of size.
 Measured = dict[Case, dict[str, dict]]
 
-# Okabe and Ito's palette, which survives colour blindness, and a grey.
+# Okabe and Ito's palette, which is safe for colour blindness, and a grey.
 COLOURS = {
     "fastbert": "#0072B2",
     "fastbert-graphed": "#009E73",
@@ -29,22 +29,24 @@ COLOURS = {
     f"{BASELINE}-max-autotune": "#F0E442",
     "unpadded-varlen-compiled": "#999999",
 }
-# A line needs so many points to be a sweep.
-FEWEST_POINTS = 4
+MIN_POINTS = 4  # of a line
 
 
 def sweep(latencies: Measured, field: str) -> list[Case]:
-    """The longest series of cases that differ in one field only, in its order; none if it is too short for a line."""
+    """Return the longest series of cases that differ in one field only, sorted by it, or [] if it is too short."""
     families: dict[Case, list[Case]] = {}
     for case in latencies:
         families.setdefault(replace(case, **{field: 0}), []).append(case)
     longest = max(families.values(), key=len, default=[])
-    return sorted(longest, key=lambda case: getattr(case, field)) if len(longest) >= FEWEST_POINTS else []
+    return sorted(longest, key=lambda case: getattr(case, field)) if len(longest) >= MIN_POINTS else []
 
 
 def draw(latencies: Measured, folder: Path) -> dict[str, str]:
-    """Draw what the records allow into the folder: latency against sequence length and throughput against fill, or
-    where nothing was swept, every case relative to the baseline. Returns file -> what it shows."""
+    """Draw plots into the folder and return file -> description.
+
+    They show latency against sequence length and throughput against fill if the records have such series, otherwise
+    every case relative to the baseline.
+    """
     drawn = {}
     if lengths := sweep(latencies, "seq_len"):
         one = lengths[0]
@@ -60,7 +62,7 @@ def draw(latencies: Measured, folder: Path) -> dict[str, str]:
         one = fills[0]
         drawn["fill.svg"] = f"Throughput of {one.model}, {one.batch}x{one.seq_len}, {one.dtype}, against fill"
         axis = plot_sweep(latencies, fills, lambda case: case.fill * 100, lambda case, seconds: case.batch / seconds)
-        axis.set(xlabel="tokens that are no padding, %", ylabel="texts a second", ylim=(0, None))
+        axis.set(xlabel="share of the batch that is not padding, %", ylabel="sequences per second", ylim=(0, None))
         save(axis.figure, folder / "fill.svg")
     if not drawn and latencies:
         drawn["latency.svg"] = f"Time of a forward relative to {BASELINE}"
@@ -69,11 +71,11 @@ def draw(latencies: Measured, folder: Path) -> dict[str, str]:
 
 
 def plot_sweep(latencies: Measured, cases: list[Case], x: Callable, y: Callable) -> plt.Axes:
-    """A line for each provider that was measured at enough of the cases."""
+    """Draw a line for each provider that has enough of the cases."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in PROVIDERS:
         measured = [case for case in cases if name in latencies[case]]
-        if len(measured) >= FEWEST_POINTS:
+        if len(measured) >= MIN_POINTS:
             values = [y(case, latencies[case][name]["median_s"]) for case in measured]
             axis.plot([x(case) for case in measured], values, marker="o", color=COLOURS[name], label=name)
     axis.spines[["top", "right"]].set_visible(False)
@@ -82,10 +84,10 @@ def plot_sweep(latencies: Measured, cases: list[Case], x: Callable, y: Callable)
 
 
 def plot_ratios(latencies: Measured, path: Path) -> None:
-    """Draw each provider's time relative to the baseline measured in the same rounds, a panel for each model."""
+    """Draw each provider's time relative to the baseline in the same rounds, with a panel for each model."""
     panels = {model: [case for case in latencies if case.model == model] for model in MODELS}
     panels = {model: cases for model, cases in panels.items() if cases}
-    # The baseline is the line that the bars are measured by.
+    # The baseline is drawn as a line, not as bars.
     shown = {
         name: colour
         for name, colour in COLOURS.items()
@@ -116,7 +118,7 @@ def plot_ratios(latencies: Measured, path: Path) -> None:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    # The same records make the same file.
+    # A fixed salt and no date make the file reproducible.
     with plt.rc_context({"svg.hashsalt": "fastbert"}):
         figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -1,5 +1,4 @@
-"""Who runs in the benchmarks of the model: fastbert and its peers, around the same weights, each checked before it is
-timed."""
+"""The providers in the model's benchmarks: fastbert and its peers with the same weights, checked before timing."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,20 +23,20 @@ from fastbert.testing import limit
 BASELINE = "transformers-sdpa"
 GRAPHED = "fastbert-graphed"
 UNPADDED = "unpadded-varlen"
-# fastbert with the mask on the host, where its tokens can be counted: it allocates no more than they need.
+# fastbert with the mask on the host: the token count is known there, so it allocates no more than the tokens need.
 HOST_MASK = "fastbert-host-mask"
 OURS = ("fastbert", GRAPHED, HOST_MASK)
-# Compiled for the very shape of a case: what is compiled, and torch.compile's mode.
+# Compiled providers, each for the exact shape of a case: what is compiled, and the mode of torch.compile.
 COMPILED = {
     f"{BASELINE}-compiled": (BASELINE, "default"),
     f"{BASELINE}-reduce-overhead": (BASELINE, "reduce-overhead"),
     f"{BASELINE}-max-autotune": (BASELINE, "max-autotune"),
     f"{UNPADDED}-compiled": (UNPADDED, "default"),
 }
-# In the order of tables and plots.
+# All providers in the order of tables and plots.
 PROVIDERS = ("fastbert", GRAPHED, "transformers-eager", BASELINE, UNPADDED, *COMPILED)
 
-# sdpa's attention under a name for which transformers makes no mask.
+# sdpa under a name for which transformers makes no mask.
 MASKLESS = "sdpa-without-mask"
 transformers.AttentionInterface.register(MASKLESS, sdpa_attention_forward)
 
@@ -49,24 +48,24 @@ SIZES = {
         "num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096,
     },
 }  # fmt: skip
-# What compilation in a mode of torch.compile is expected to take, where only part of --seconds is left.
+# The expected seconds of compilation in a mode of torch.compile, for the budget of --seconds.
 COMPILE_SECONDS = {"default": 20, "reduce-overhead": 25, "max-autotune": 75, None: 0}
 # The parts of the outputs that are compared.
 HIDDEN, POOLED = "last_hidden_state", "pooler_output"
 
 
-# Models are kept for later tests. Parameters made in inference mode would be inference tensors for all of them, which
-# those of a user's model are not.
+# Models are cached for later tests. Made in inference mode, their parameters would be inference tensors, unlike those
+# of a user's model.
 outside_inference_mode = torch.inference_mode(mode=False)
 
 
 @lru_cache(maxsize=8)
 @outside_inference_mode
 def source(name: str, dtype: str) -> transformers.BertModel:
-    """The weights that all providers share, on the device.
+    """Return the model on the device whose weights all providers share.
 
-    minilm: all-MiniLM-L6-v2's, trained. The others are random: BERT base and large; tiny, twelve layers of 32 values,
-    in which nothing but Python's overhead costs time; toy, for checks.
+    minilm has the trained weights of all-MiniLM-L6-v2. The others are random: base and large; tiny, twelve layers of
+    width 32, whose time is Python's overhead; toy, for checks.
     """
     if name == "minilm":
         model = transformers.BertModel.from_pretrained(get_model_path(), dtype=torch.float32).to(DEVICE)
@@ -78,7 +77,7 @@ def source(name: str, dtype: str) -> transformers.BertModel:
 
 
 def _with_weights_of(model: nn.Module, model_class: type, attention: str) -> nn.Module:
-    """A model of another class or attention that holds the very tensors of `model`."""
+    """Return a model of another class or attention that shares the parameters of `model`."""
     config = deepcopy(model.config)
     config._attn_implementation = attention
     with DEVICE:
@@ -90,8 +89,10 @@ def _with_weights_of(model: nn.Module, model_class: type, attention: str) -> nn.
 @cache
 @outside_inference_mode
 def uncompiled(name: str, dtype: str, provider: str) -> nn.Module:
-    """A provider's model, neither compiled nor graphed; "truth" is the baseline in float64, of the weights as `dtype`
-    has rounded them."""
+    """Return a provider's model, neither compiled nor graphed.
+
+    "truth" is the baseline in float64, with the weights rounded to `dtype`. Raises ValueError for an unknown provider.
+    """
     model = source(name, dtype)
     match provider:
         case "fastbert" | "fastbert-host-mask" | "fastbert-graphed":
@@ -106,13 +107,15 @@ def uncompiled(name: str, dtype: str, provider: str) -> nn.Module:
             return UnpaddedBert.from_transformers(model)
         case "truth":
             return deepcopy(model).double()
-    raise ValueError(f"no provider is called {provider!r}, but {', '.join(PROVIDERS)}")
+    raise ValueError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}")
 
 
 @outside_inference_mode
 def model_of(case: Case, provider: str) -> nn.Module | Callable:
-    """A provider's model. A graphed one has no graphs yet. A compiled one is new, and all that was compiled before is
-    forgotten: past eight shapes torch.compile would fall back to eager."""
+    """Return a provider's model. A graphed one has no CUDA graphs yet.
+
+    A compiled one is new, and earlier compilations are cleared: after eight shapes torch.compile falls back to eager.
+    """
     if provider == GRAPHED:
         model = uncompiled(case.model, case.dtype, provider)
         vars(model).pop("forward", None)
@@ -123,7 +126,7 @@ def model_of(case: Case, provider: str) -> nn.Module | Callable:
     torch._dynamo.utils.counters.clear()
     base, mode = COMPILED[provider]
     if base != UNPADDED:
-        # Some releases of transformers make a mask under torch.compile even if none is given: no flash attention then.
+        # Under torch.compile some releases of transformers make a mask if none is given, so no flash attention is used.
         base = MASKLESS if case.fill == 1 else base
         return torch.compile(uncompiled(case.model, case.dtype, base), mode=mode, dynamic=False)
     model = UnpaddedBert.from_transformers(source(case.model, case.dtype))
@@ -132,9 +135,11 @@ def model_of(case: Case, provider: str) -> nn.Module | Callable:
 
 
 def batch_of(case: Case, provider: str) -> dict[str, Tensor]:
-    """What the provider's model is called with. The peer that unpads has the mask on the host, which it prefers. The
-    others have none where the batch is full: for one of ones transformers waits for the device, and under torch.compile
-    goes without flash attention."""
+    """Return the arguments for the provider's model.
+
+    The unpadding peer gets the mask on the host, which it prefers. The others get no mask for a full batch: with a mask
+    of ones transformers syncs with the device, and under torch.compile it does not use flash attention.
+    """
     batch = inputs(case)
     if provider in (HOST_MASK, UNPADDED, f"{UNPADDED}-compiled"):
         return batch | {"attention_mask": batch["attention_mask"].cpu()}
@@ -143,8 +148,8 @@ def batch_of(case: Case, provider: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Checked:
-    """A provider's model whose results were right, its call on the case's batch, which does not wait for the device,
-    and what its record says of it."""
+    """A provider's model after its results were checked, its call without a sync on the case's batch, and the fields
+    of its record."""
 
     model: nn.Module | Callable
     forward: Callable
@@ -152,9 +157,9 @@ class Checked:
 
 
 def checked(case: Case, provider: str) -> Checked:
-    """The provider's model, whose hidden states at the kept tokens are right by `errors`.
+    """Return the provider's model after a check of its hidden states at the kept tokens by `errors`.
 
-    On a GPU fastbert has to run in its kernels, or RuntimeError says why it does not, and if graphed by a graph.
+    Raises RuntimeError if fastbert does not run in its kernels on a GPU, or a graphed model has no graph.
     """
     _truth(case)
     model, batch = model_of(case, provider), batch_of(case, provider)
@@ -166,7 +171,7 @@ def checked(case: Case, provider: str) -> Checked:
         start = time.perf_counter()
         errors(case, HIDDEN, _parts(case, forward())[HIDDEN])
         first_call_s = time.perf_counter() - start
-        # Of what is captured in a graph, the second call captures and the third replays.
+        # For CUDA graphs: the second call captures and the third replays.
         forward()
         fields = errors(case, HIDDEN, _parts(case, forward())[HIDDEN])
     require_graphs(model, provider)
@@ -177,47 +182,50 @@ def checked(case: Case, provider: str) -> Checked:
 
 
 def require_graphs(model: nn.Module | Callable, provider: str) -> None:
-    """Raises RuntimeError where a graphed model, called before, has captured nothing on a GPU."""
+    """Raise RuntimeError if a graphed model has captured nothing on a GPU after its calls."""
     if provider == GRAPHED and DEVICE.type == "cuda" and not model.forward.num_graphs:
-        raise RuntimeError("no CUDA graph was captured: the logger 'fastbert' says why")
+        raise RuntimeError("no CUDA graph was captured: see the warnings of the logger 'fastbert'")
 
 
 def require_right(error: float, baseline_error: float, truth: Tensor, dtype: str, baseline: str) -> dict:
-    """A record's error and error_ratio. Raises ArithmeticError where a largest error is above the limit of the rule,
-    `fastbert.testing.limit`."""
-    # Written so that NaN is wrong.
+    """Return a record's error and error_ratio. Raises ArithmeticError if error exceeds `fastbert.testing.limit`."""
+    # `not <=`, so that NaN is wrong.
     if not error <= limit(baseline_error, truth.abs().max().item(), getattr(torch, dtype)):
         raise ArithmeticError(f"errs by {error:.2e}, {baseline} by {baseline_error:.2e}")
     return {"error": error, "error_ratio": error / baseline_error}
 
 
 def errors(case: Case, part: str, found: Tensor) -> dict:
-    """A record's error and error_ratio of a part of a provider's outputs, HIDDEN [T, E] or POOLED [B, E], on any
-    device; raises ArithmeticError where `require_right` does."""
+    """Return error and error_ratio of a part of a provider's outputs, HIDDEN [T, E] or POOLED [B, E], on any device.
+
+    Raises ArithmeticError if it is wrong, as `require_right` does.
+    """
     truth, baseline_error = _truth(case)[part]
     return require_right(_difference(found, truth), baseline_error, truth, case.dtype, BASELINE)
 
 
 @lru_cache(maxsize=16)
 def _truth(case: Case) -> dict[str, tuple[Tensor, float]]:
-    """Of each part of the outputs what it is in float64, and the largest error of the baseline."""
+    """Return each part of the outputs in float64 and the baseline's largest error in it."""
     truth, baseline = (_parts(case, model_of(case, name)(**batch_of(case, name))) for name in ("truth", BASELINE))
     return {part: (x, _difference(baseline[part], x)) for part, x in truth.items()}
 
 
 def _parts(case: Case, outputs) -> dict[str, Tensor]:
-    """The hidden states of the kept tokens [T, E], and what is pooled of each text [B, E]."""
+    """Return the hidden states of the kept tokens [T, E] and the pooled vectors [B, E]."""
     return {HIDDEN: kept_tokens(outputs, inputs(case)["attention_mask"]), POOLED: outputs.pooler_output}
 
 
 def _difference(found: Tensor, truth: Tensor) -> float:
-    """The largest difference from the truth."""
+    """Return the largest difference from the truth."""
     return (found.to(truth.device).double() - truth).abs().max().item()
 
 
 def planned(*asked: object, seconds: float = 1):
-    """The parameters of a test, the last of which is its provider, with an id and what they are expected to take:
-    `seconds`, and compilation."""
+    """Return the parameters of a test with an id and the expected time, `seconds` plus compilation.
+
+    The last parameter is the provider.
+    """
     _, mode = COMPILED.get(asked[-1], (None, None))
     return pytest.param(
         *asked, id="-".join(map(readable, asked)), marks=pytest.mark.planned_seconds(seconds + COMPILE_SECONDS[mode])
@@ -225,14 +233,16 @@ def planned(*asked: object, seconds: float = 1):
 
 
 def about(suite: str, kind: str, case: dict, provider: str, baseline: str = BASELINE) -> dict:
-    """What a record is about."""
+    """Return the fields that identify a record."""
     return {"suite": suite, "kind": kind, "case": case, "provider": provider, "baseline": baseline}
 
 
 @contextmanager
 def or_absent(record: dict, recorded: bool) -> Iterator[None]:
-    """Who cannot run, or is wrong, leaves the reason in the record, in place of times, and of those of an earlier run.
-    The test of a peer is then skipped; ours fails, and so does everybody where nothing is recorded."""
+    """If a provider cannot run or is wrong, record the reason in place of times, also of an earlier run's.
+
+    The test of a peer is then skipped, ours fails. If nothing is recorded, every provider's test fails.
+    """
     try:
         yield
     except Exception as error:

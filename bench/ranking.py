@@ -1,4 +1,4 @@
-"""The records of one case side by side: ours, the peers, and which peer is the best."""
+"""The records of one case together: our providers, the peers, and the best peer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -8,26 +8,26 @@ from workloads import Case
 
 SUITES = {
     "model": "The model's forward",
-    "latency": "One text, as a user waits for it",
+    "latency": "Latency of one sequence, from the call to the result on the host",
     "encode": "Sentences to embeddings, end to end",
     "memory": "Peak memory of one forward",
     "attention": "Attention",
     "kernels": "Kernels",
-    "host": "The host's work for a forward in the kernels, without the driver's",
+    "host": "The host's work for a forward in the kernels, without the driver",
 }
-# Of a forward's time, what the host may take to issue it before the host counts as the limit.
+# A forward counts as bound by the host if issuing it takes this share of its time.
 HOST_SHARE = 0.9
 
 
 def case_of(record: dict) -> Case:
-    """The forward that a record of the model's suites is about."""
+    """Return the forward that a record of the model's suites measures."""
     names = {field.name for field in fields(Case)}
     return Case(**{name: value for name, value in record["case"].items() if name in names})
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case of a suite: its title and the records of all providers, ours and peers, absent ones too."""
+    """One case of a suite: its title and the records of all providers, including absent ones."""
 
     suite: str
     title: str
@@ -43,7 +43,7 @@ class Comparison:
         return [name for name in self.of if name.startswith("fastbert")]
 
     def best_peer(self) -> tuple[str, float]:
-        """The best peer and how many times as good as the baseline it is, which counts as 1 beside itself."""
+        """Return the best peer and its ratio to the baseline. The baseline is a peer with ratio 1."""
         any_record = next(iter(self.of.values()))
         speeds = {name: record["ratio"] for name, record in self.of.items() if "ratio" in record}
         peers = {name: speed for name, speed in speeds.items() if name not in self.ours} | {any_record["baseline"]: 1.0}
@@ -51,18 +51,17 @@ class Comparison:
         return best, peers[best]
 
     def host_bound(self, name: str) -> bool:
-        """Whether issuing a call takes nearly as long as the call, of a provider that was timed by the device."""
+        """Return True if a provider was timed by the device and issuing its call takes nearly as long as the call."""
         record = self.of[name]
         return record.get("clock") == "device" and record["host_s"] >= HOST_SHARE * record["median_s"]
 
     def beside_best(self, name: str) -> float:
-        """How many times as good as the best peer a provider of ours is, both paired with the same baseline; 0 where
-        ours failed."""
+        """Return our provider's ratio over the best peer's, both relative to the same baseline; 0 if ours failed."""
         return self.of[name].get("ratio", 0.0) / self.best_peer()[1]
 
 
 def comparisons(lines: Iterable[dict]) -> list[Comparison]:
-    """All cases of all suites, in the order of SUITES."""
+    """Return all cases of all suites in the order of SUITES."""
     grouped: dict[tuple, Comparison] = {}
     for record in lines:
         key = record["suite"], *records.about(record["case"])
@@ -72,7 +71,7 @@ def comparisons(lines: Iterable[dict]) -> list[Comparison]:
 
 
 def title_of(record: dict) -> str:
-    """A case in words."""
+    """Return the title of a record's case."""
     case = dict(record["case"])
     if {field.name for field in fields(Case)} <= case.keys():
         return f"{case_of(record)}" + (f", ids on the {case['ids']}" if "ids" in case else "")

@@ -2,17 +2,18 @@
 
 Every record has suite, kind ("latency" of a forward, "request" from the call to the result on the host, "encode",
 "memory", "kernel", "attention" or "host"), case, provider, baseline, ratio (baseline / provider: higher is better) and
-what `provenance` adds; that of a provider which could not run has "absent", the reason, or "wrong", by how much it
-errs, and no ratio. Times add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error and error_ratio
-(error / the baseline's); on a GPU also flops_per_s and bytes_per_s (of what the case has to do, whatever the provider
-does), of_roof (the least time the measured roofs allow / the median) and the roofs: the best rates of the device in
-this run, what it sustained, and torch's float32_precision. Records without "sustained" have medians in the roofs'
-place, and a copy by memcpy.
-clock, calls and host_s are those of `fastbert.commands.timing.Measured`, first_call_s is the first call's, compilation
-included, graph_breaks torch.compile's; requests add p50_s, p90_s and p99_s; encode texts_per_s, what decides over the
-tokenizer's threads, and without the model of_tokenizer, times what tokenizing alone takes; memory has peak_bytes
-and baseline_peak_bytes; the host's launches have layer_s, what one layer takes, and baseline_layer_s, its replays
-until_replay_s.
+the fields of `provenance`. If the provider could not run, it has "absent" with the reason instead of a ratio; if the
+result was wrong, "wrong" with the error.
+
+Timed records add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error and error_ratio (error / the
+baseline's error); on a GPU also flops_per_s and bytes_per_s (of the least work of the case), of_roof (the roofline time
+at the measured roofs / the median) and roofs: the best rates of the device in this run, the sustained ones, and torch's
+float32_precision. In records without "sustained" the roofs are medians, with a copy by memcpy. clock, calls and host_s
+are those of `fastbert.commands.timing.Measured`. first_call_s includes compilation. graph_breaks is torch.compile's.
+
+Requests add p50_s, p90_s and p99_s; encode adds texts_per_s, the settings of the tokenizer's threads and, without the
+model, of_tokenizer (relative to tokenization alone); memory has peak_bytes and baseline_peak_bytes; host has layer_s
+and baseline_layer_s (one layer) for launches, until_replay_s for replays.
 """
 
 import json
@@ -30,14 +31,14 @@ from fastbert.commands.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-# Of `pytest bench --commit`.
+# The value of `pytest bench --commit`.
 given_commit: str | None = None
 
 
 def write(record: dict) -> None:
-    """Put one finished record into its file at once, in the place of an earlier one of the same case and provider.
+    """Write one finished record to its file, in place of an earlier one of the same case and provider.
 
-    The file is replaced as a whole, so that a run which is killed leaves every finished record and no half line.
+    The file is replaced atomically, so that a killed run leaves all finished records and no partial line.
     """
     record = record | provenance()
     path = RESULTS / _slug(record) / f"{record['suite']}.jsonl"
@@ -53,25 +54,27 @@ def read(path: Path) -> Iterator[dict]:
 
 
 def _identity(record: dict) -> tuple:
-    """What a record tells of whom."""
+    """Return what two records share if one replaces the other."""
     return record["kind"], record["provider"], *about(record["case"])
 
 
 def about(case: dict) -> tuple:
-    """What tells a case from others. Where it has a fill, its tokens do not: they follow from Python's own texts."""
+    """Return what identifies a case. With a fill this excludes the tokens, which depend on the docstrings installed."""
     return tuple(sorted((name, value) for name, value in case.items() if name != "tokens" or "fill" not in case))
 
 
 def _commit() -> str:
-    """The short name of HEAD, with "-dirty" if anything but the results differs from it; where the project came without
-    its history, the name that `pytest bench --commit` gave, or "unknown"."""
+    """Return HEAD's short hash, with "-dirty" if anything but the results differs from it.
+
+    Without the project's history it is the value of `pytest bench --commit`, or "unknown".
+    """
     return _head() or given_commit or "unknown"
 
 
 @cache
 def _head() -> str | None:
     try:
-        # A copy without its history may lie in somebody else's repository.
+        # A copy without its history may be inside another repository.
         if Path(git("rev-parse", "--show-toplevel")) != ROOT:
             return None
         head = git("rev-parse", "--short", "HEAD")
@@ -87,8 +90,10 @@ def git(*arguments: str) -> str:
 
 
 def provenance() -> dict:
-    """Where, with what, of which commit and when (UTC) a record was measured; load is the last minute's average number
-    of running threads per core, above 1 when others were at work."""
+    """Return the machine, versions, commit, load and date (UTC) of a record.
+
+    load: the last minute's average number of running threads per core; above 1 other programs were running.
+    """
     load = os.getloadavg()[0] / os.cpu_count()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return machine(DEVICE) | {"commit": _commit(), "load": round(load, 2), "date": date}

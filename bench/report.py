@@ -1,4 +1,4 @@
-"""Turns the records under bench/results into a page and plots per device, and a GPU's into the README's table."""
+"""Write a page and plots for each device from the records in bench/results, and the README's table from a GPU's."""
 
 import math
 import re
@@ -14,13 +14,13 @@ from workloads import Case
 from fastbert.commands.machine import describe
 
 README = records.ROOT / "README.md"
-# Between which lines the README has what GPUs have measured.
+# The lines around the generated part of the README.
 FORWARDS = "<!-- bench:begin -->", "<!-- bench:end -->"
-# Which forwards the README shows: a text alone, a batch half full, and large ones.
+# The forwards in the README: one sequence, a half-filled batch, and large ones.
 README_SHAPES = ("1x128 full", "32x128 50% filled", "256x128 full", "256x128 50% filled")
 README_OURS = ("fastbert", GRAPHED)
 README_PLOT = "fill.svg"
-# MLPerf Inference, BERT-large on SQuAD, offline, samples a second on one GPU: published figures, not measured here.
+# MLPerf Inference, BERT-large on SQuAD, offline, samples per second on one GPU. Published, not measured here.
 MLPERF = (
     ("H200", "INT8, 99 % of float32's accuracy", 9164),
     ("H200", "FP8, 99.9 %", 7994),
@@ -28,14 +28,14 @@ MLPERF = (
     ("H100", "FP8, 99.9 %", 7773),
 )
 
-# Where the roofs are explained, from a device's page.
+# The explanation of the roofs, relative to a device's page.
 ROOFS = "../../ROOFLINE.md#the-roofs"
-# What a cell of a column of numbers may be.
+# A cell of a numeric column.
 NUMBER = re.compile(r"(\*\*)?[\d.]+%?( to [\d.]+)?(\*\*)?|failed|")
 
 
 def by_case(lines: Iterable[dict], kind: str) -> Measured:
-    """The records of a kind as case -> provider -> record, from small cases to large ones, without absent peers."""
+    """Return the records of a kind as case -> provider -> record, in order of size, without absent providers."""
     measured: Measured = {}
     for record in lines:
         if record["kind"] == kind and "ratio" in record:
@@ -49,27 +49,27 @@ def _size_of(case: Case) -> tuple:
 
 
 def markdown_table(columns: tuple[str, ...], rows: Iterable[tuple]) -> str:
-    """A table in which numbers stand on the right."""
+    """Return a Markdown table with numeric columns aligned to the right."""
     cells = [tuple(map(str, row)) for row in rows]
     rule = ("---:" if all(map(NUMBER.fullmatch, column)) else "---" for column in zip(*cells, strict=True))
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, tuple(rule), *cells))
 
 
 def table_of(rows: list[dict[str, object]]) -> str:
-    """A table of rows by column, without the columns in which no row has anything."""
-    # Full rows have the order of the columns.
+    """Return a table of rows, without the columns that are empty in every row."""
+    # The longest rows define the order of the columns.
     by_length = sorted(rows, key=len, reverse=True)
     columns = dict.fromkeys(column for row in by_length for column, value in row.items() if value is not None)
     return markdown_table(tuple(columns), [["" if row.get(c) is None else row[c] for c in columns] for row in rows])
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, or more before the point."""
+    """Return milliseconds with three significant digits, or more before the point."""
     return f"{seconds * 1e3:.{max(0, 2 - math.floor(math.log10(seconds * 1e3)))}f}"
 
 
 def provenance_line(lines: Iterable[dict]) -> str:
-    """Where, with what and when the records were measured; several answers if they come from several runs."""
+    """Return the machines, versions, commits, dates and load of the records, which may come from several runs."""
     lines = list(lines)
     machines, commits, dates = (
         " and ".join(sorted(set(map(fact, lines))))
@@ -84,8 +84,7 @@ def on_cpu(record: dict) -> bool:
 
 
 def speeds(latencies: Measured) -> str:
-    """Every provider's forwards: how many times as fast as the baseline each was, in its own interleaved rounds with
-    it."""
+    """Return the section with every provider's speed relative to the baseline in the same rounds."""
     if not latencies:
         return ""
     compared = [name for name in PROVIDERS if name != BASELINE and any(name in of for of in latencies.values())]
@@ -98,7 +97,7 @@ def speeds(latencies: Measured) -> str:
 
 
 def samples(latencies: Measured) -> str:
-    """BERT-large at SQuAD's lengths in samples a second, beside what MLPerf has published, if it was measured."""
+    """Return a table of BERT-large at SQuAD's lengths with MLPerf's published figures, or "" if it was not measured."""
     rows = [
         (name, case.dtype, of[name]["device"], f"{case.batch / of[name]['median_s']:.0f}")
         for case, of in latencies.items()
@@ -109,17 +108,17 @@ def samples(latencies: Measured) -> str:
     if not rows:
         return ""
     published = [("MLPerf, as published", precision, device, f"{rate}") for device, precision, rate in MLPERF]
-    columns = ("BERT-large, texts of 384 tokens at most and about 175 in the mean", "precision", "device", "samples/s")
+    columns = ("BERT-large, at most 384 tokens, about 175 on average", "precision", "device", "samples/s")
     return markdown_table(columns, [*rows, *published])
 
 
 def ratio_text(ratio: float) -> str:
-    """A ratio to the best peer in words."""
+    """Return a ratio to the best peer as text."""
     return f"{ratio:.2f}" if ratio else "failed"
 
 
 def row_of(comparison: Comparison, name: str) -> dict[str, object]:
-    """A line of the page: a provider of ours in a case, and the best peer there."""
+    """Return a row of the page: one of our providers in a case, and the best peer."""
     record = comparison.of[name]
     peer, _ = comparison.best_peer()
     beside_best = ratio_text(comparison.beside_best(name))
@@ -152,8 +151,10 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
 
 
 def page(lines: list[dict], plots: dict[str, str]) -> str:
-    """The device's page: every case of every suite beside its best peer, the losses first; plots: file -> what it
-    shows."""
+    """Return the device's page: every case of every suite with its best peer, the worst first.
+
+    plots: file -> description.
+    """
     cases, latencies = comparisons(lines), by_case(lines, "latency")
     summary, sections = [], []
     for suite, heading in SUITES.items():
@@ -166,7 +167,7 @@ def page(lines: list[dict], plots: dict[str, str]) -> str:
         sections.append(f"## {heading}\n\n{table_of([row_of(each, name) for each, name in compared])}")
     parts = [
         f"# Measured on {lines[0]['device']}",
-        f"Written by `bench/report.py` from the records beside it: {provenance_line(lines)}",
+        f"Written by `bench/report.py` from the records in this folder: {provenance_line(lines)}",
         table_of(summary),
         reading(lines, latencies),
         *(f"![{shown}]({name})" for name, shown in plots.items()),
@@ -179,7 +180,7 @@ def page(lines: list[dict], plots: dict[str, str]) -> str:
 
 
 def standing(heading: str, ours: str, ranked: list[Comparison]) -> dict[str, object]:
-    """A line of the summary: a provider of ours in the cases of a suite, the worst first."""
+    """Return a row of the summary: one of our providers in a suite. ranked: its cases, the worst first."""
     ratios = [each.beside_best(ours) for each in ranked]
     lost = [each for each, ratio in zip(ranked, ratios, strict=True) if ratio < 1]
     timed = any(each.of[ours].get("clock") == "device" for each in ranked)
@@ -188,36 +189,38 @@ def standing(heading: str, ours: str, ranked: list[Comparison]) -> dict[str, obj
         "ours": ours,
         "cases": len(ranked),
         "lost to the best peer": len(lost),
-        "of them bound by the host": sum(each.host_bound(ours) for each in lost) if timed else None,
-        "the worst, best peer / ours": ratio_text(ratios[0]),
-        "which": ranked[0].title,
-        "the best": ratio_text(ratios[-1]),
+        "of these bound by the host": sum(each.host_bound(ours) for each in lost) if timed else None,
+        "worst ratio, best peer / ours": ratio_text(ratios[0]),
+        "worst case": ranked[0].title,
+        "best ratio": ratio_text(ratios[-1]),
     }
 
 
 def reading(lines: list[dict], latencies: Measured) -> str:
-    """How to read a page."""
+    """Return the notes on how to read a page."""
     noise = [of[BASELINE]["ratio"] for of in latencies.values() if BASELINE in of]
     told = [
-        "A case is a model, batch x length, how much of the batch is tokens and not padding, and the dtype, float32 "
-        "where none is named.",
-        "Ratios are of times, or of memory: above 1, ours is the better one. Each table begins with the losses, of "
-        "which the first are what failed. Everybody was timed in rounds that alternate with the baseline's (the last "
-        "ratio's); what a peer takes is what the baseline took in our rounds over the peer's speed.",
-        f"{BASELINE} measured beside itself gives {min(noise):.2f} to {max(noise):.2f}: between those it is a draw."
+        "A case is a model, batch x length, the share of the batch that is tokens and not padding, and the dtype "
+        "(float32 if none is given).",
+        "Ratios are of times or of memory. Above 1, ours is better. Tables start with failures, then losses. All "
+        "providers were timed in rounds that alternate with the baseline's. The peer's time in a row is the baseline's "
+        "time in our rounds divided by the peer's speed relative to the baseline.",
+        f"{BASELINE} measured against itself gives {min(noise):.2f} to {max(noise):.2f}, which is the noise."
         if noise
         else "",
         pace(latencies),
         roof(lines),
-        "The error ratio is our largest error over the baseline's, both against float64. Where the load per core is "
-        "above 1, other programs ran at the same time.",
+        "The error ratio is our largest error over the baseline's, both relative to float64. If the load per core is "
+        "above 1, other programs were running at the same time.",
     ]
     return "\n".join(f"- {each}" for each in told if each)
 
 
 def pace(latencies: Measured) -> str:
-    """How evenly the host worked, which the times that it bounds go with: by what it took to issue the same launches,
-    the baseline's of full batches, whose masks nobody reads."""
+    """Return a note on how much the host's speed changed during the run, which affects the times that it bounds.
+
+    It is measured by the time to issue the baseline's full batches, which make the same launches at every size.
+    """
     issued: dict[tuple, list[float]] = {}
     for case, of in latencies.items():
         if of.get(BASELINE, {}).get("clock") == "device" and case.fill == 1:
@@ -226,30 +229,31 @@ def pace(latencies: Measured) -> str:
     if len(seconds) < 2:
         return ""
     return (
-        "The limit is the host where issuing a call takes nearly as long as the call. Its pace changed during the run: "
-        f"it issued {BASELINE}'s full batches of {model} in {dtype}, which make the same calls at every size, in "
-        f"{milliseconds(min(seconds))} to {milliseconds(max(seconds))} ms. What it bounds goes with that, and so do "
-        "ratios between a call that it bounds and one that it does not."
+        "The limit is the host if issuing a call takes nearly as long as the call. The host's speed changed during the "
+        f"run: it took {milliseconds(min(seconds))} to {milliseconds(max(seconds))} ms to issue {BASELINE}'s full "
+        f"batches of {model} in {dtype}, which make the same calls at every size. The times of calls that the host "
+        "bounds change with it, and so do their ratios to calls that it does not bound."
     )
 
 
 def roof(lines: list[dict]) -> str:
-    """Which rates a share of the roof is of, if any were measured."""
+    """Return a note on the rates that the share of the roof refers to, or "" if none were measured."""
     found = [line["roofs"] for line in lines if "roofs" in line]
     if not found:
         return ""
     told = (
-        "The roof is the least time that the device's own rates, measured in the same run, allow: "
-        f"{rates_text(found)}. float32's is that of its product or a third of TF32's, whichever is larger."
+        "The share of the roof is the roofline time over the measured time. The roofs are the device's rates, measured "
+        f"in the same run: {rates_text(found)}. float32's is the rate of its product or a third of TF32's, whichever "
+        "is larger."
     )
     if all("sustained" in each for each in found):
         sustained = rates_text([each["sustained"] for each in found])
-        return f"{told} So much a rested device reached; under load it sustained {sustained}."
-    return f"{told} These are medians under load, the copy by memcpy: [less than the device can do]({ROOFS})."
+        return f"{told} A rested device reached these rates; under load it sustained {sustained}."
+    return f"{told} These are medians under load, with a copy by memcpy: [less than the device can do]({ROOFS})."
 
 
 def rates_text(roofs: list[dict]) -> str:
-    """Rates in words, from the least to the largest of several runs."""
+    """Return rates as text, from the smallest to the largest of several runs."""
 
     def span(rates: Iterable[float], digits: int) -> str:
         return " to ".join(dict.fromkeys(f"{rate / 1e12:.{digits}f}" for rate in (min(rates), max(rates))))
@@ -261,8 +265,10 @@ def rates_text(roofs: list[dict]) -> str:
 
 
 def overview(lines: list[dict], folder: str, plots: dict[str, str]) -> str:
-    """The README's part on a GPU, whose page and plots lie in the folder: some forwards, how many of all are lost, and
-    a plot. Empty without forwards."""
+    """Return the README's part on a GPU: some forwards, how many of all are lost, and a plot; "" without forwards.
+
+    folder: the folder of the GPU's page and plots, relative to the README.
+    """
     forwards = [each for each in comparisons(lines) if each.suite == "model" and "fastbert" in each.of]
     rows, told = [], []
     for each in sorted(forwards, key=lambda each: _size_of(each.case)):
@@ -293,7 +299,7 @@ def overview(lines: list[dict], folder: str, plots: dict[str, str]) -> str:
 
 
 def absent(cases: list[Comparison]) -> str:
-    """The providers that could not run or were wrong, each with its reason and the cases."""
+    """Return the section of providers that could not run or were wrong, with the reasons and cases."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for each in cases:
         for name, record in each.of.items():
@@ -307,7 +313,7 @@ def absent(cases: list[Comparison]) -> str:
 
 
 def between(marks: tuple[str, str], text: str, tables: list[str]) -> str:
-    """The text with the tables between two of its lines; raises ValueError where it lacks one of these."""
+    """Return the text with these tables between two marked lines. Raises ValueError if a mark is missing."""
     before, begin, rest = text.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not begin or not end:

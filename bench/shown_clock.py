@@ -1,8 +1,8 @@
-"""The clock by which pytest-benchmark shows seconds that were measured elsewhere."""
+"""A clock that makes pytest-benchmark show times measured elsewhere."""
 
 
 class ShownClock:
-    """pytest-benchmark's timer: stands still but for the seconds that were measured and are to be shown."""
+    """pytest-benchmark's timer. It only advances by the measured seconds that are to be shown."""
 
     def __init__(self):
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""What the benchmarks of the model run: cases, batches of real texts for them, and the least work a case takes."""
+"""The workloads of the model's benchmarks: cases, batches of real texts for them, and their least work."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +17,7 @@ NUM_TEXTS, NUM_DRAWS, FILL_TOLERANCE = 6000, 2000, 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """A forward of `model` in `dtype` over a batch [batch, seq_len] of which the nominal share `fill` is tokens, not
-    padding."""
+    """A forward of `model` in `dtype` on a batch [batch, seq_len]. fill: the nominal share that is not padding."""
 
     model: str
     batch: int
@@ -34,17 +33,17 @@ class Case:
         return f"{self.batch}x{self.seq_len}" + (" full" if self.fill == 1 else f" {self.fill:.0%} filled")
 
 
-# SQuAD's longest and mean length, with our texts.
+# The maximum and mean length of SQuAD, with our texts.
 SQUAD = Case("large", 64, 384, 175 / 384, "bfloat16")
 
 
 def readable(value: object) -> str:
-    """A parameter of a test as its id."""
+    """Return the id of a test's parameter."""
     return str(value).replace(" ", "-").replace("%", "")
 
 
 def for_this_run(config, toy: list, cpu: list, cuda: list) -> list:
-    """Toy sizes where benchmarks are disabled and only results are checked, or else what this device is measured by."""
+    """Return toy sizes if benchmarks are disabled and results are only checked, else this device's cases."""
     if config.getoption("benchmark_disable"):
         return toy
     return cpu if DEVICE.type == "cpu" else cuda
@@ -52,40 +51,43 @@ def for_this_run(config, toy: list, cpu: list, cuda: list) -> list:
 
 @lru_cache(maxsize=16)
 def inputs(case: Case) -> dict[str, Tensor]:
-    """input_ids and attention_mask, int64 [B, S], padded on the right, on the device, as a tokenizer's output is sent
-    there: a full batch has a mask of ones.
+    """Return input_ids and attention_mask, int64 [B, S], padded on the right, on the device.
+
+    As from a tokenizer, a full batch has a mask of ones.
     """
     attention_mask = torch.arange(case.seq_len) < lengths_of(case)[:, None]
-    # A text that is cut here loses its final [SEP], which costs no time and changes no comparison.
+    # Texts that are cut here lose their final [SEP], which does not affect times or comparisons.
     input_ids = _tokenized()[0][_chosen(case), : case.seq_len] * attention_mask
     return {"input_ids": input_ids.to(DEVICE), "attention_mask": attention_mask.long().to(DEVICE)}
 
 
 def lengths_of(case: Case) -> Tensor:
-    """The lengths of a batch's texts in tokens, int64 [B], on the host.
+    """Return the lengths of a batch's sequences in tokens, int64 [B], on the host.
 
-    Full batches hold texts that are cut at S tokens. In others the longest text has S tokens, and the rest are drawn
-    from the real texts, short or long ones the more often, as it takes to come within one percentage point of
-    `case.fill`. Raises ValueError where the texts make no such batch.
+    Full batches hold texts that are cut at S tokens. In others the longest sequence has S tokens. The rest are drawn
+    from the real texts, weighted towards short or long ones so that the fill is within one percentage point of
+    `case.fill`. Raises ValueError if the texts allow no such batch.
     """
     return _tokenized()[1][_chosen(case)].clamp(max=case.seq_len)
 
 
 @lru_cache(maxsize=16)
 def _chosen(case: Case) -> Tensor:
-    """The indices [B] of the texts of a batch."""
+    """Return the indices [B] of a batch's texts."""
     lengths = _tokenized()[1]
     long_enough = (lengths >= case.seq_len).nonzero().flatten()
     if len(long_enough) < (case.batch if case.fill == 1 else 1):
-        raise ValueError(f"{case} needs texts of {case.seq_len} tokens, and only {len(long_enough)} are as long")
+        raise ValueError(f"{case} needs texts of {case.seq_len} tokens, there are only {len(long_enough)}")
     if case.fill == 1:
         return long_enough[: case.batch]
     return _drawn(lengths.clamp(max=case.seq_len), int(long_enough[0]), case)
 
 
 def _drawn(kept: Tensor, longest: int, case: Case) -> Tensor:
-    """The indices [B] of texts that fill the case's batch, by their lengths kept [N]: `longest`, and draws by odds that
-    grow or fall exponentially with the length."""
+    """Return the indices [B] of texts that fill the case's batch: `longest`, and random draws.
+
+    kept: the lengths of all texts, cut at S [N]. The odds of a draw grow or fall exponentially with the length.
+    """
     shares = kept.double() / case.seq_len
     wanted = (case.fill * case.batch - 1) / (case.batch - 1)
     low, high = -100.0, 100.0
@@ -105,7 +107,7 @@ def _drawn(kept: Tensor, longest: int, case: Case) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _tokenized() -> tuple[Tensor, Tensor]:
-    """Token ids [N, 512] of N docstrings and their lengths [N], in tokens."""
+    """Return the token ids [N, 512] of N docstrings and their lengths [N] in tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     limits = {"padding": "max_length", "truncation": True, "max_length": 512}
     encoded = tokenizer(docstrings(NUM_TEXTS), return_tensors="pt", **limits)
@@ -113,13 +115,16 @@ def _tokenized() -> tuple[Tensor, Tensor]:
 
 
 def kept_tokens(outputs, attention_mask: Tensor) -> Tensor:
-    """last_hidden_state [B, S, E] -> [T, E] without what stands at padding, where the providers differ by design."""
+    """last_hidden_state [B, S, E] -> [T, E], without padding, where the providers differ by design."""
     return outputs.last_hidden_state[attention_mask.bool()]
 
 
 def forward_work(config: transformers.BertConfig, case: Case) -> roofline.Work:
-    """The least a forward has to do, in one launch or many: the layers' products over the kept tokens, attention within
-    each text; the layers' weights read once, last_hidden_state written once."""
+    """Return the least work of a forward, in any number of launches.
+
+    Operations: the layers' linears on the kept tokens and attention within each sequence. Bytes: the layers' weights
+    are read once and last_hidden_state is written once.
+    """
     sizes = roofline.Model(
         config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
     )
@@ -132,7 +137,7 @@ def forward_work(config: transformers.BertConfig, case: Case) -> roofline.Work:
         else:
             product = roofline.work(place, sizes, 1, tokens, itemsize)
             flops += product.flops
-            # Of x [T, K], W [N, K] and b [N], what does not grow with T.
+            # The bytes of W [N, K] and b [N], which do not grow with T.
             weight_bytes += 2 * product.bytes - roofline.work(place, sizes, 1, 2 * tokens, itemsize).bytes
     written = case.batch * case.seq_len * config.hidden_size * itemsize
     return roofline.Work(sizes.num_layers * flops, sizes.num_layers * weight_bytes + written)

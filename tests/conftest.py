@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The processes that tests start import the helpers of the tests, too.
+# Processes that tests start import the helpers in tests/tools, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent / "tools")])
 )
-# numpy's OpenBLAS gives a row other bits by its place in a tile; this core type's kernels do not.
+# With other core types, numpy's OpenBLAS rounds a row differently at different places of a tile.
 if "numpy" not in sys.modules:
     os.environ["OPENBLAS_CORETYPE"] = "Nehalem"
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before Triton is imported: without a GPU the kernels run in its interpreter, on CPU tensors.
+    # Set before Triton is imported. Without a GPU the kernels run in its interpreter, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
     if os.environ.get("OPENBLAS_CORETYPE") != "Nehalem":
         raise RuntimeError("numpy was imported before OPENBLAS_CORETYPE was set: batch invariance cannot be tested")
@@ -34,12 +34,12 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def _untraced(interpret: Callable) -> Callable:
-    """Coverage is of fastbert/: to follow each line of a kernel and of the interpreter would double the tests' time."""
+    """Stop coverage while the interpreter runs: it measures fastbert/ only, and tracing kernels doubles the time."""
 
     @functools.wraps(interpret)
     def untraced(*args, **kwargs):
         tracer = sys.gettrace()
-        if not hasattr(tracer, "stop"):  # none, or not coverage's
+        if not hasattr(tracer, "stop"):  # there is no tracer, or not coverage's
             return interpret(*args, **kwargs)
         tracer.stop()
         try:
@@ -58,7 +58,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """Processes for `pytest -n auto`: one where they would share a GPU, else the default of one a core."""
+    """Processes of `pytest -n auto`: one if they would share a GPU, else the default, one per core."""
     return 1 if torch.cuda.is_available() else None
 
 
@@ -77,7 +77,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _without_graphs(request) -> Iterator[None]:
-    """Only the tests of graphs replay: others count launches, waits and memory, which a replay has none of."""
+    """Turn CUDA graphs off except in their own tests: other tests count launches, syncs and memory of plain calls."""
     if request.path.stem in ("test_graphs", "test_automatic_graphs"):
         yield
         return
@@ -87,7 +87,7 @@ def _without_graphs(request) -> Iterator[None]:
 
 @pytest.fixture
 def launches() -> Iterator[list[str]]:
-    """The names of the kernels that are launched during the test, in their order."""
+    """The names of the kernels launched during the test, in order."""
     names = []
 
     def counted(kernel, grid, arguments):
@@ -100,7 +100,7 @@ def launches() -> Iterator[list[str]]:
 
 @pytest.fixture
 def no_interpreter(monkeypatch):
-    """As on a machine without a GPU where nobody set TRITON_INTERPRET."""
+    """Behave as on a machine without a GPU and without TRITON_INTERPRET."""
     monkeypatch.setattr("fastbert_kernels.INTERPRETED", False)
     backend._why_not_triton.cache_clear()
     yield
@@ -126,7 +126,7 @@ def tiny_path(tmp_path_factory, tokenizer) -> str:
 
 @pytest.fixture(scope="session")
 def cross_paths(tmp_path_factory, tokenizer) -> dict[int, str]:
-    """By their number of labels, folders of small classifiers of pairs."""
+    """The folders of small cross-encoders, by their number of labels."""
     head = transformers.BertForSequenceClassification
     return {n: saved(head, tmp_path_factory.mktemp("cross"), tokenizer, num_labels=n) for n in (1, 3)}
 

@@ -1,7 +1,7 @@
 """Fused Triton kernels for BERT encoders, usable without the model: ``from fastbert_kernels import attention``.
 
-Every name here is a launcher that takes and returns tensors of one CUDA device; `kernels/README.md` has the maths, the
-shapes and the limits. With TRITON_INTERPRET=1 set before Triton is first imported they run on CPU tensors, slowly.
+The functions are launchers, which take and return tensors of one CUDA device. `kernels/README.md` has the maths, the
+shapes and the limits. If TRITON_INTERPRET=1 is set before Triton is first imported, they run on CPU tensors, slowly.
 """
 
 from fastbert_kernels.attention import attention

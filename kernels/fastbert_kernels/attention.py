@@ -1,10 +1,10 @@
 """softmax(scale Q K^T) V of every head within every packed sequence, non-causal: [T, 3, H, D] -> [T, H D].
 
 A program takes BLOCK_M queries of one head of one sequence and goes once over the sequence's keys with the online
-softmax (Milakov and Gimelshein 2018; Dao et al. 2022), so no S x S matrix exists. Scores, their maximum, their sum and
-the output accumulate in float32; probabilities are rounded to the dtype before they meet V. exp2 replaces exp, with
-log2(e) folded into the scale, which is applied as the maximum is subtracted, in one instruction. Sequences of any
-length, heads of up to 128. A sequence without tokens has no row, and its programs end at once.
+softmax (Milakov and Gimelshein 2018; Dao et al. 2022), so there is no S x S matrix. Scores, their maximum and sum, and
+the output are float32. Probabilities are rounded to the dtype before the product with V. exp2 replaces exp, with
+log2(e) folded into the scale. Scaling and the subtraction of the maximum are one instruction. Sequences may have any
+length, heads up to 128 elements. Programs of a sequence without tokens return at once.
 """
 
 import triton
@@ -26,9 +26,9 @@ from fastbert_kernels.operands import (
 )
 from fastbert_kernels.target import architecture, dot_precision, torch_precision
 
-SHORT = 64  # tokens: no sequence fills more than half of a block of 128 queries
+SHORT = 64  # tokens: sequences up to this length leave half of a block of 128 queries idle
 LOG2_E = 1.4426950408889634
-SMALLEST = 2.0**-126  # of float32's normal numbers
+SMALLEST = 2.0**-126  # float32's smallest normal number
 
 
 @triton.jit(
@@ -53,11 +53,11 @@ def _attention_fwd_kernel(
     NEGATE: tl.constexpr,
     BRANCH: tl.constexpr,
 ):
-    # Heads of the same tokens side by side: of 32 elements, two share a cache line.
+    # Adjacent programs take heads of the same tokens: two heads of 32 elements share a cache line.
     head = tl.program_id(0) % num_heads
     block = tl.program_id(0) // num_heads
     sequence = block // query_blocks
-    # Bounds come from outside: whatever they are, nothing is read or written past the buffer.
+    # cu_seqlens is not trusted: with any values, nothing is read or written past the buffer.
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
     end = tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0)
     length = tl.minimum(end, num_tokens) - start
@@ -73,18 +73,18 @@ def _attention_fwd_kernel(
         mask_q = (offs_q < length)[:, None] & mask_d
         q = tl.load(q_ptr + offs_q.to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :], mask=mask_q, other=0.0)
         if NEGATE:
-            q = (-q.to(tl.float32)).to(q.dtype)  # the interpreter has no minus in bfloat16
+            q = (-q.to(tl.float32)).to(q.dtype)  # the interpreter cannot negate bfloat16
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         context = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for key in range(0, length, BLOCK_N):
             live = key + offs_key < length
-            # Masked, not clamped: a key of the next sequence may be NaN, and zero times NaN is NaN.
+            # Keys past the end are masked, not clamped: a key of the next sequence may be NaN, and 0 * NaN is NaN.
             places = (key + offs_key).to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :]
             mask = live[:, None] & mask_d
             k = tl.load(k_ptr + places, mask=mask, other=0.0)
             scores = dot(q, k.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-            # Most blocks are full. Only on sm_90 a branch pays: elsewhere it costs registers or shared memory.
+            # Most blocks are full. A branch saves time only on sm_90: elsewhere it costs registers or shared memory.
             if key + BLOCK_N > length or not BRANCH:
                 scores = tl.where(live[None, :], scores, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
@@ -103,12 +103,12 @@ def _attention_fwd_kernel(
 def attention_launch(
     qkv: TensorSpec, cu_seqlens: TensorSpec, max_seqlen: int, scale: float, allowed: str | None
 ) -> CachedLaunch | None:
-    """None if operands have to be copied first; allowed: see `dot_precision`."""
+    """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`."""
     check("attention", qkv, cu_seqlens)
     num_tokens, _, num_heads, head_size = shape_of("attention", "qkv", qkv, "T 3 H D")
     check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
     if not 0 < head_size <= MAX_HEAD_SIZE:
-        raise ValueError(f"attention: a head size of {head_size} is not served, only 1 to {MAX_HEAD_SIZE}")
+        raise ValueError(f"attention: head size {head_size} is not supported, only 1 to {MAX_HEAD_SIZE}")
     if not have_unit_strides(qkv, cu_seqlens):
         return None
     config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
@@ -116,7 +116,7 @@ def attention_launch(
     query_blocks = triton.cdiv(max_seqlen, config.BLOCK_M) if num_tokens else 0
     programs = (cu_seqlens.shape[0] - 1) * query_blocks * num_heads
     if programs >= 2**31:
-        raise ValueError(f"attention: {programs} programs are not served, only less than 2^31: make batches smaller")
+        raise ValueError(f"attention: {programs} programs are not supported, only fewer than 2^31: use smaller batches")
     return CachedLaunch(
         _attention_fwd_kernel,
         (programs,),
@@ -128,14 +128,14 @@ def attention_launch(
             "num_heads": num_heads,
             "query_blocks": query_blocks,
             "num_tokens": num_tokens,
-            # Never zero, of which minus infinity times would be NaN.
+            # Never zero: minus infinity times zero would be NaN.
             "scale_log2": max(abs(scale) * LOG2_E, SMALLEST),
             "HEAD_SIZE": head_size,
             "PRECISION": dot_precision(qkv.dtype, qkv.device, allowed),
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-            # The largest score is the largest after scaling only where the scale is positive.
+            # The largest score stays the largest after scaling only if the scale is positive.
             "NEGATE": scale < 0,
             "BRANCH": architecture(qkv.device) == "sm_90",
             "num_warps": config.num_warps,
@@ -147,9 +147,9 @@ def attention_launch(
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """qkv [T, 3, H, D], cu_seqlens int32 [N + 1] on the device -> context [T, H D].
 
-    max_seqlen is the host's bound of the longest sequence; rows from cu_seqlens[N] on are neither read nor written.
-    Raises ValueError for a head size above 128 or 2^31 programs, one for each head and block of queries, and TypeError
-    for dtypes.
+    max_seqlen: an upper bound of the lengths, known on the host. Rows from cu_seqlens[N] on are neither read nor
+    written. Raises ValueError for a head size above 128 or for 2^31 programs (one for each head and block of queries),
+    TypeError for an unsupported dtype.
     """
     launch = attention_launch(spec_of(qkv), spec_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv))
     if launch is None:

@@ -1,10 +1,10 @@
-"""A launch by what Triton's own launcher calls in the end: its binding to the driver, a function in C.
+"""Launch a compiled kernel through Triton's C binding to the driver, without Triton's launcher.
 
-Triton's launcher looks at every argument in Python, builds every TMA descriptor anew and keeps lists of hooks, in each
-launch. What it hands to the binding is recorded here once for each cached launch. Later launches put addresses,
-descriptors and the stream into the places that these have there, and call the binding themselves. Of Triton's launcher
-this knows that it has a method `launch`, which is the binding or a closure around one called `launcher`; the versions
-that are tested are in constraints.txt and in the Makefile.
+In each launch Triton's launcher inspects every argument in Python, builds every TMA descriptor and keeps lists of
+hooks. Here the arguments that it passes to the binding are recorded once for each cached launch. Later launches fill
+addresses, descriptors and the stream into this template and call the binding directly. This relies on one detail of
+Triton's launcher: its attribute `launch` is the binding, or a closure around a binding called `launcher`. The tested
+versions are in constraints.txt and in the Makefile.
 """
 
 import copy
@@ -18,14 +18,14 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Numbers that stand for a stream and for addresses while a call is recorded: no stride and no size is as large.
+# Placeholders for a stream and for addresses while a call is recorded. Strides and sizes are smaller.
 _STREAM, _ADDRESS = 0x7E57 << 40, 0x7E58 << 40
-MOST_DESCRIPTORS = 256  # of one operand, 128 bytes each and what Python adds; beyond, all are built anew
-MOST_BLOCKS = 1024  # that are remembered of all kernels' operands
+MAX_DESCRIPTORS = 256  # cached for one operand, 128 bytes each plus Python's overhead; then the cache is cleared
+MAX_BLOCKS = 1024  # operands of all kernels with cached descriptors
 
 
 class Memory:
-    """What a tensor descriptor asks of a tensor; it keeps none alive."""
+    """The part of a tensor that a tensor descriptor uses. It keeps no tensor alive."""
 
     def __init__(self, address: int, dtype: torch.dtype):
         self.address, self.dtype = address, dtype
@@ -35,7 +35,7 @@ class Memory:
 
 
 class Block(NamedTuple):
-    """How an operand is read through a descriptor: the tensor's shape, strides and dtype, and the shape of a block."""
+    """All of an operand's descriptor but the address: the tensor's shape, strides and dtype, and the block's shape."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -47,19 +47,19 @@ class Block(NamedTuple):
 
 
 class _Descriptors(dict):
-    """What the binding takes for a descriptor of one operand, by address."""
+    """The binding's arguments for the descriptor of one operand, by address."""
 
     def __init__(self, build: Callable[[int], object]):
         self._build = build
 
     def __missing__(self, address: int) -> object:
-        if len(self) >= MOST_DESCRIPTORS:
+        if len(self) >= MAX_DESCRIPTORS:
             self.clear()
         found = self[address] = self._build(address)
         return found
 
 
-# By kernel, name of the operand and `Block`.
+# Keys are the kernel, the operand's name and its `Block`.
 _known: dict[tuple[CompiledKernel, str, Block], _Descriptors] = {}
 
 
@@ -67,19 +67,19 @@ def forget_descriptors() -> None:
     _known.clear()
 
 
-def is_watched() -> bool:
-    """Whether somebody has hooks on launches, a profiler for instance, which only Triton's own launcher calls."""
+def has_launch_hooks() -> bool:
+    """Return True if there are launch hooks, of a profiler for instance. Only Triton's launcher calls them."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Binding:
-    """The binding's call for one compiled kernel on one grid.
+    """The call of the binding for one compiled kernel and grid.
 
-    arguments: all of the kernel's, by name; addresses: those of its tensors, None for one that is None; blocks: the
-    `Block` of each tensor that is read or written through a descriptor. Descriptors are built, so these tensors have to
-    be there. Raises LookupError, or whatever it comes to, if Triton's launcher is built otherwise than this module
-    knows. pointers and descriptors say where in the template the address or the descriptor of a tensor goes, by name.
+    arguments: all arguments of the kernel by name. addresses: those of its tensors, None for None. blocks: the `Block`
+    of each tensor that is accessed through a descriptor; these tensors must exist, since descriptors are built.
+    The attributes pointers and descriptors give the places of addresses and descriptors in the template, by name.
+    Raises LookupError or any other exception if Triton's launcher is not one that this module knows.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Binding:
     ):  # fmt: skip
         metadata = compiled.metadata
         if getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0):
-            raise LookupError("each launch allocates memory for the kernel")
+            raise LookupError("the kernel needs scratch memory in each launch")
         self._compiled, self._grid = compiled, grid
         self._arguments, self._blocks = arguments, blocks
         self._launch = compiled.run.launch
@@ -97,7 +97,7 @@ class Binding:
         self._binding = self._launch
         if self._wrapped:
             self._binding = self._launch.__closure__[names.index("launcher")].cell_contents
-        # Where the binding gets an address is found by a number that stands for it.
+        # A placeholder for each address shows its place among the binding's arguments.
         stand_ins = {
             name: _ADDRESS + number if name not in blocks and address is not None else address
             for number, (name, address) in enumerate(addresses.items())
@@ -106,13 +106,13 @@ class Binding:
         _, _, again = self._recorded(stand_ins)
         anew = [place for place, (x, y) in enumerate(zip(self.template, again, strict=True)) if _is_descriptor(x, y)]
         if len(anew) != len(blocks):
-            raise LookupError(f"{len(anew)} arguments are made anew in each launch, of {len(blocks)}")
+            raise LookupError(f"each launch builds {len(anew)} descriptors for {len(blocks)} operands")
         self.pointers = [
             (self.template.index(stand_in), name)
             for name, stand_in in stand_ins.items()
             if name not in blocks and stand_in is not None
         ]
-        # In the order of the kernel's arguments, as they stand in the template.
+        # In the order of the kernel's arguments, which the template has, too.
         described = [name for name in arguments if name in blocks]
         self.descriptors = [
             (place, name, self._descriptors_of(name, place, stand_ins))
@@ -121,17 +121,17 @@ class Binding:
         self.calls: dict[int, Callable[[list], None]] = {}
 
     def _descriptors_of(self, name: str, place: int, stand_ins: dict[str, int | None]) -> _Descriptors:
-        # Of a weight they are the same whatever the number of tokens.
+        # Shared between launches: a weight's descriptors do not depend on the number of tokens.
         key = self._compiled, name, self._blocks[name]
         known = _known.get(key)
         if known is None:
-            if len(_known) >= MOST_BLOCKS:
+            if len(_known) >= MAX_BLOCKS:
                 forget_descriptors()
             known = _known.setdefault(key, _Descriptors(partial(self._descriptor, place, stand_ins)))
         return known
 
     def _recorded(self, addresses: dict[str, int | None]) -> tuple[tuple, tuple, list]:
-        """What the binding is called with: before the stream, between it and the kernel's arguments, and these."""
+        """Return the binding's arguments: before the stream, between stream and kernel arguments, kernel arguments."""
         calls: list[tuple] = []
 
         def record(*call) -> None:
@@ -152,20 +152,20 @@ class Binding:
         launcher(*self._grid, _STREAM, compiled.function, compiled.packed_metadata, None, None, None, *given)
         (call,) = calls
         if _STREAM not in call:
-            raise LookupError("the stream is not handed on")
+            raise LookupError("the stream is not passed to the binding")
         stream = call.index(_STREAM)
-        # Of Triton 3.6 the kernel's arguments follow the launcher's own, later they are one argument.
+        # In Triton 3.6 the kernel's arguments follow the launcher's own. Later versions pass them as one tuple.
         nested = isinstance(call[-1], list | tuple)
         arguments = call[-1] if nested else call[stream + 1 :]
         return call[:stream], call[stream + 1 : -1] if nested else None, list(arguments)
 
     def _descriptor(self, place: int, addresses: dict[str, int | None], address: int) -> object:
-        # The memory of the other descriptors may be gone.
+        # The other operands' memory may be freed, so all descriptors get this address.
         _, _, arguments = self._recorded(addresses | dict.fromkeys(self._blocks, address))
         return arguments[place]
 
     def on(self, stream: int) -> Callable[[list], None]:
-        """What launches the kernel on a stream, given the filled template; it is kept in `calls`."""
+        """Return a function that launches the filled template on a stream. It is cached in `calls`."""
         call = self.calls.get(stream)
         if call is None:
             if self._after is None:
@@ -185,6 +185,6 @@ class Binding:
 
 
 def _is_descriptor(first: object, second: object) -> bool:
-    """Whether two recordings have an object each that was built for it, and no number or name."""
+    """Return True if two recordings have different objects that are no plain values: descriptors, built each time."""
     plain = int, float, str, bytes, tuple, list, dict, type(None)
     return first is not second and not isinstance(first, plain)

@@ -1,9 +1,8 @@
 """LayerNorm(word row + token type row + position row) of the kept tokens -> packed [T, E] (Devlin et al. 2019).
 
-Ids come from outside, so no table is read out of its bounds: a token whose id, type or position is out of range becomes
-NaN (so does one whose place is), attention spreads that over its text and no further, and the value is written to a
-buffer in pinned host memory, which `take_bad_ids` reads without waiting for the device. Sum and statistics are float32.
-Limit: E of at most 16384.
+Ids are not trusted, so no table is read out of bounds. A token whose id, type, position or place is out of range
+becomes NaN, which attention spreads over its own sequence only. The bad id is written to a buffer in pinned host
+memory, which `take_bad_ids` reads without a device sync. Sum and statistics are float32. Limit: E of at most 16384.
 """
 
 import functools
@@ -35,7 +34,7 @@ INPUTS = ("input_ids", "token_type_ids", "position_ids")
 
 
 class BadId(NamedTuple):
-    """An index that a table does not have: allowed are 0 to limit - 1."""
+    """An index out of the range of its table, 0 to limit - 1."""
 
     name: str
     value: int
@@ -43,10 +42,10 @@ class BadId(NamedTuple):
 
 
 class _Notes(NamedTuple):
-    """int64 [3, 2] that kernels on a device write to and the host reads: a bad value and its limit, by input.
+    """A buffer int64 [3, 2] that the kernels of a device write and the host reads: a bad value and its limit per input.
 
-    Zero stands for none: no index of 0 is ever out of range. values is the buffer's memory without torch, which takes
-    the host a fraction of the time.
+    Zero means none, since an index of 0 is never out of range. values: the buffer's memory, which is much faster to
+    read than the tensor.
     """
 
     buffer: Tensor
@@ -69,16 +68,16 @@ def _notes_of(device: torch.device) -> _Notes:
 
 
 def take_bad_ids(device: torch.device) -> list[BadId]:
-    """The indices out of range that kernels have met on this device since the last call, at most one an input.
+    """Return the indices out of range that kernels on this device found since the last call, at most one per input.
 
-    It does not wait for kernels that still run: synchronize first to be told of those.
+    It does not wait for running kernels: synchronize first to include theirs.
     """
     values = _notes_of(device).values
-    # Asked before every call of a model.
+    # The fast path: this is called before every forward of a model.
     if not values.tobytes().strip(b"\0"):
         return []
     with _taking:
-        # A kernel that still runs may have written one of the two only.
+        # A running kernel may have written only one of the two.
         found = [(row, BadId(INPUTS[row], *pair)) for row, pair in enumerate(values.tolist()) if all(pair)]
         for row, _ in found:
             values[row, 0] = values[row, 1] = 0
@@ -87,7 +86,7 @@ def take_bad_ids(device: torch.device) -> list[BadId]:
 
 @triton.jit
 def _add_rows(hidden, table_ptr, stride_table, index, live, limit, bad_id_ptr, offs_e, mask_e):
-    """hidden [R, E] plus the table's rows at index [R]; NaN, and a note of it, where the index is out of range."""
+    """Return hidden [R, E] plus the table's rows at index [R]. An index out of range gives NaN and is noted."""
     known = (index >= 0) & (index < limit)
     rows = tl.load(
         table_ptr + tl.where(known, index, 0)[:, None] * stride_table + offs_e[None, :],
@@ -161,7 +160,7 @@ def _embed_layer_norm_kernel(
             inside = live & (place >= 0) & (place < num_places)
             place = tl.where(inside, place, 0)
         mask_e = (offs_e < width)[None, :]
-        # Divided in 32 bits: wider, a division is a subroutine.
+        # A 32-bit division: a 64-bit one is a subroutine.
         row = (place.to(tl.int32) // seq_len).to(tl.int64)
         column = (place.to(tl.int32) % seq_len).to(tl.int64)
         if input_ids_ptr is not None:
@@ -212,7 +211,7 @@ def _embed_layer_norm_launch(
     inputs_embeds: TensorSpec | None, indices: TensorSpec | None, word_table: TensorSpec, position_table: TensorSpec,
     token_type_table: TensorSpec, weight: TensorSpec, bias: TensorSpec, num_tokens: TensorSpec | None, eps: float,
 ) -> CachedLaunch | None:  # fmt: skip
-    """None if operands have to be copied first."""
+    """Prepare the launch, or return None if operands have to be copied first."""
     operation = "embed_layer_norm"
     given = inputs_embeds if input_ids is None else input_ids
     if given is None:
@@ -230,7 +229,7 @@ def _embed_layer_norm_launch(
     check_shape(operation, "weight", weight, width)
     check_shape(operation, "bias", bias, width)
     if batch_size * seq_len >= 2**31:
-        raise ValueError(f"{operation}: {batch_size} x {seq_len} places, it takes fewer than 2^31")
+        raise ValueError(f"{operation}: a batch of {batch_size} x {seq_len} places is not supported, only below 2^31")
     if width > MAX_ROW:
         raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
     tables = {"word": word_table, "position": position_table, "token_type": token_type_table}
@@ -270,11 +269,11 @@ def embed_layer_norm(
 ) -> Tensor:  # fmt: skip
     """LayerNorm of the summed embeddings of the kept tokens -> [T, E] in the dtype that their sum has in torch.
 
-    input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
-    token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps every
-    place. The tables are [V, E], [max positions, E], [types, E]; weight and bias [E]. num_tokens int32 [1], on the
-    device: rows from it on are neither read nor written. padding_idx concerns gradients alone. Raises ValueError or
-    TypeError for shapes, dtypes or devices that do not fit.
+    input_ids, token_type_ids, position_ids: integers [B, S]. If they are None, inputs_embeds [B, S, E] replaces the
+    word rows, the token type is 0, and the position is the column. indices int64 [T]: the kept places of the flattened
+    batch; None keeps all. Tables: [V, E], [max positions, E], [types, E]. weight and bias: [E]. num_tokens int32 [1] on
+    the device: rows from it on are neither read nor written. padding_idx only affects gradients. Raises ValueError or
+    TypeError for invalid shapes, dtypes or devices.
     """
     if input_ids is not None:
         inputs_embeds = None
@@ -284,7 +283,7 @@ def embed_layer_norm(
         spec_of(num_tokens), eps,
     )  # fmt: skip
     if launch is None:
-        # Of ids any column stride is served.
+        # Ids may have any stride.
         copied = map(
             with_unit_stride,
             (inputs_embeds, indices, word_table, position_table, token_type_table, weight, bias),
@@ -305,5 +304,5 @@ def embed_layer_norm(
 
 def _strides(name: str, x: TensorSpec | None) -> dict[str, int]:
     row, column = (0, 0) if x is None else x.strides[:2]
-    row = row if x is not None and x.shape[0] > 1 else 0  # of one row the stride may be anything
+    row = row if x is not None and x.shape[0] > 1 else 0  # the stride of a single row may be anything
     return {f"stride_{name}_row": row, f"stride_{name}_column": column}

@@ -1,9 +1,9 @@
 """A whole layer of BERT's encoder (Devlin et al. 2019) as one call: x [T, E] -> [T, E].
 
-Its launches are those of `qkv_projection`, `attention`, `linear_residual_layer_norm`, `linear_activation` and
-`linear_residual_layer_norm`, one after another, so its results are bitwise equal to theirs. The first call of a shape
-calls these. Later ones find the layer's launches as one object, look at the weights once, and put addresses into calls
-of the driver's binding.
+It makes the launches of `qkv_projection`, `attention`, `linear_residual_layer_norm`, `linear_activation` and
+`linear_residual_layer_norm` in this order, so its results are bitwise equal to theirs. The first call of a shape calls
+these functions. Later calls use one cached object with all launches: they check the weights once and fill addresses
+into the calls of the driver's binding.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from fastbert_kernels.operands import spec_of, spec_of_new
 from fastbert_kernels.qkv_projection import qkv_projection, qkv_projection_launch
 from fastbert_kernels.target import current_stream, on_device, torch_precision
 
-ALIGNMENT = 256  # elements, of the parts of a workspace
-MOST_SHAPES, MOST_LAYERS = 1024, 1024  # that are remembered; beyond, all are forgotten
+ALIGNMENT = 256  # of the parts of a workspace, in elements
+MAX_SHAPES, MAX_LAYERS = 1024, 1024  # sizes at which the caches are cleared
 
 _nbytes_of, _dtype_of = attrgetter("nbytes"), attrgetter("dtype")
 
 
 class LayerWeights(NamedTuple):
-    """The tensors of a layer: weights [out, in], biases and LayerNorm's two [out]."""
+    """The parameters of a layer: weights [out, in], biases and LayerNorm's parameters [out]."""
 
     q_weight: Tensor
     q_bias: Tensor
@@ -52,9 +52,9 @@ class LayerWeights(NamedTuple):
 
 
 class _KnownWeights(NamedTuple):
-    """What a layer's weights are, and the layers with such weights, by what else varies.
+    """The properties of a layer's weights, and the cached layers with such weights by their other arguments.
 
-    They count as unchanged if their addresses, sizes in bytes, dtypes and strides are the same.
+    Weights count as unchanged if their addresses, sizes in bytes, dtypes and strides are the same.
     """
 
     nbytes: list[int]
@@ -63,7 +63,7 @@ class _KnownWeights(NamedTuple):
     layers: dict[tuple, "CachedLayer | None"]
 
 
-# By the addresses of all weights, and by what they are but for their addresses.
+# Keys: the addresses of all weights, and the specs of all weights.
 _weights: dict[tuple[int, ...], _KnownWeights] = {}
 _layers: dict[tuple, dict[tuple, "CachedLayer | None"]] = {}
 
@@ -75,25 +75,25 @@ def _forget_layers() -> None:
 
 
 def _layers_with(weights: Sequence[Tensor], addresses: tuple[int, ...]) -> dict[tuple, "CachedLayer | None"]:
-    """The layers whose weights are what these are now."""
+    """Return the cached layers for these weights."""
     nbytes, dtypes = list(map(_nbytes_of, weights)), list(map(_dtype_of, weights))
     strides = list(map(Tensor.stride, weights))
     found = _weights.get(addresses)
     if found is None or found[:3] != (nbytes, dtypes, strides):
-        if len(_weights) >= MOST_LAYERS:
+        if len(_weights) >= MAX_LAYERS:
             _forget_layers()
         layers = _layers.setdefault(tuple(map(spec_of, weights)), {})
         found = _weights[addresses] = _KnownWeights(nbytes, dtypes, strides, layers)
     return found.layers
 
 
-# The tensors of a layer beside its weights, by which a step names its operands; the weights follow in their order.
+# The names of a layer's tensors, which steps use for their operands: these, then the weights in their order.
 _TENSORS = ("x", "qkv", "context", "attended", "up", "out", "cu_seqlens", "num_tokens")
 _PLACE = {name: place for place, name in enumerate((*_TENSORS, *LayerWeights._fields))}
 
 
 class Step(NamedTuple):
-    """A launch of a layer: the layer's tensor, or None, for each tensor argument of the kernel."""
+    """A launch of a layer. operands: for each tensor argument of the kernel, the name of the layer's tensor or None."""
 
     launch: CachedLaunch
     operands: dict[str, str | None]
@@ -102,8 +102,8 @@ class Step(NamedTuple):
 class CachedLayer:
     """The launches of a layer on tensors of certain specs.
 
-    Its intermediate tensors are parts of one workspace: queries, keys and values and the context, over both of them
-    what the feed-forward part has between its linears, and behind what attention's part returns.
+    The intermediate tensors share one workspace. It holds qkv and then the context; `up` reuses the memory of both.
+    After them comes `attended`, the output of the attention block.
     """
 
     def __init__(self, steps: list[Step], widths: tuple[int, int, int, int], x: Tensor):
@@ -122,10 +122,10 @@ class CachedLayer:
         ]
 
     def launch(self, x: Tensor, addresses: tuple[int, ...], bounds: int, count: int | None, stream: int) -> Tensor:
-        """The layer's output for the weights, the bounds and the count of tokens at these addresses."""
+        """Return the layer's output. addresses: of the weights; bounds: of cu_seqlens; count: of num_tokens."""
         out, workspace = x.new_empty(self._shape), x.new_empty(self._workspace)
         start = workspace.data_ptr()
-        addresses = (  # in the order of _TENSORS; qkv and up begin where the workspace does
+        addresses = (  # in the order of _TENSORS; qkv and up are at the start of the workspace
             x.data_ptr(), start, start + self._context, start + self._attended, start, out.data_ptr(), bounds, count,
             *addresses,
         )  # fmt: skip
@@ -143,7 +143,7 @@ def _cached_layer(
     x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, scale: float,
     activation: str, eps: tuple[float, float], num_tokens: Tensor | None,
 ) -> CachedLayer | None:  # fmt: skip
-    """The layer whose launches have just been made; None if one of them copies operands or is not bound."""
+    """Return the layer whose launches have just been made, or None if one of them copies operands or has no binding."""
     w = LayerWeights(*map(spec_of, weights))
     size, width, inner = x.shape[0], weights.q_weight.shape[0], weights.up_weight.shape[0]
     hidden, allowed, count = weights.attention_weight.shape[0], torch_precision(x), spec_of(num_tokens)
@@ -205,8 +205,8 @@ def encoder_layer(
 ) -> Tensor:  # fmt: skip
     """x [T, E], cu_seqlens int32 [N + 1] on the device -> [T, E].
 
-    eps: of attention's LayerNorm and of the output's. max_seqlen, scale, activation and num_tokens as in the operations
-    that it is made of, whose errors it raises.
+    eps: for attention's LayerNorm and the output's. max_seqlen, scale, activation, num_tokens and the errors raised are
+    those of the operations.
     """
     addresses = tuple(map(Tensor.data_ptr, weights))
     bounds, count = cu_seqlens.data_ptr(), None if num_tokens is None else num_tokens.data_ptr()
@@ -224,7 +224,7 @@ def encoder_layer(
     w = weights
     qkv = qkv_projection(x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads, num_tokens)
     context = attention(qkv, cu_seqlens, max_seqlen, scale)
-    del qkv  # before the wider feed-forward part
+    del qkv  # frees its memory before the wider feed-forward part
     attended = linear_residual_layer_norm(
         context, w.attention_weight, w.attention_bias, x, w.attention_norm_weight, w.attention_norm_bias, eps[0],
         num_tokens,
@@ -235,7 +235,7 @@ def encoder_layer(
         up, w.down_weight, w.down_bias, attended, w.output_norm_weight, w.output_norm_bias, eps[1], num_tokens
     )
     if key not in layers and launches_directly():
-        if len(layers) >= MOST_SHAPES:
+        if len(layers) >= MAX_SHAPES:
             layers.clear()
         layers[key] = _cached_layer(x, weights, cu_seqlens, max_seqlen, num_heads, scale, activation, eps, num_tokens)
     return out

@@ -1,8 +1,8 @@
 """Launches that are prepared once for the specs of their tensors.
 
-What a launch takes beside addresses (checks, configuration, grid, strides, Triton's choice of a compiled kernel)
-follows from the specs of its tensors. The first call with given specs prepares the launch; later ones find it and hand
-addresses to the compiled kernel, in a fraction of the time of a launch through Triton.
+All of a launch but the addresses (checks, configuration, grid, strides, Triton's choice of a compiled kernel) depends
+only on the specs of its tensors. The first call with given specs prepares the launch. Later calls pass addresses to the
+compiled kernel, in a fraction of the time of a launch through Triton.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbert_kernels.binding import Binding, Block, forget_descriptors, is_watched
+from fastbert_kernels.binding import Binding, Block, forget_descriptors, has_launch_hooks
 from fastbert_kernels.operands import TensorSpec
 from fastbert_kernels.target import current_stream, on_device
 
@@ -26,7 +26,7 @@ _launching = threading.Lock()
 
 
 def run(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: dict) -> CompiledKernel | None:
-    """Launch through Triton; `launching_by` puts something else in the place of this function."""
+    """Launch through Triton. `launching_by` replaces this function."""
     return kernel[grid](**arguments)
 
 
@@ -34,13 +34,13 @@ _run = run
 
 
 def launches_directly() -> bool:
-    """Whether launches may go past Triton's launcher: nobody has replaced or watches them."""
-    return run is _run and not is_watched()
+    """Return True if launches may bypass Triton's launcher: `run` is not replaced and there are no launch hooks."""
+    return run is _run and not has_launch_hooks()
 
 
 @contextmanager
 def launching_by(instead: Callable[[triton.JITFunction, tuple[int, ...], dict], object]) -> Iterator[None]:
-    """Every launch, of all threads, goes to instead(kernel, grid, arguments): to be compiled only, or watched."""
+    """Call instead(kernel, grid, arguments) for every launch of all threads, to observe it or only to compile it."""
     global run
     with _launching:
         before, run = run, instead
@@ -57,11 +57,11 @@ def _warn_once(message: str) -> None:
 
 
 class CachedLaunch:
-    """A launch on tensors of certain specs: all but their addresses.
+    """A launch on tensors of certain specs: everything but their addresses.
 
-    constants: the kernel's arguments that are no tensors. blocks: by their names, the tensors that are read or written
-    through host descriptors, with the shape of a block. A grid with a zero launches nothing. binding: what launches
-    directly, once the first launch has compiled.
+    constants: the kernel's arguments other than tensors. blocks: block shapes of the tensors that are accessed through
+    host descriptors, by name. A grid with a zero launches nothing. binding: launches directly; None until the first
+    launch has compiled the kernel.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class CachedLaunch:
     ):  # fmt: skip
         self.kernel, self.grid, self.device = kernel, grid, device
         self.blocks = {name: block for name, block in (blocks or {}).items() if block is not None}
-        # Products and sums in one rounding: what the numbers here rest on is not left to a default.
+        # Fused multiply-add. The numerics depend on it, so it is not left to Triton's default.
         self.constants = constants | {"enable_fp_fusion": True}
         self.binding: Binding | None = None
 
     def __call__(self, **tensors: Tensor | None) -> None:
-        """Launch on the kernel's tensor arguments, of the specs it was made for, on whatever device is the current."""
+        """Launch on tensors with the specs of this launch, by kernel argument. Any device may be current."""
         if 0 in self.grid:
             return
         with on_device(self.device):
@@ -88,16 +88,15 @@ class CachedLaunch:
     def _launch_by_triton(self, tensors: dict[str, Tensor | None]) -> None:
         described = {name: TensorDescriptor.from_tensor(tensors[name], block) for name, block in self.blocks.items()}
         arguments = tensors | described | self.constants
-        # One at a time: of threads that need a kernel first, one compiles it; and the interpreter's state is global.
+        # The lock lets one thread compile a kernel that several need, and protects the interpreter's global state.
         with _launching:
             compiled = run(self.kernel, self.grid, arguments)
-            # Nothing is compiled in the interpreter.
+            # compiled is None in the interpreter.
             if self.binding is None and run is _run and compiled is not None:
                 self.binding = self._bound(compiled, tensors, arguments)
 
     def _bound(self, compiled: CompiledKernel, tensors: dict[str, Tensor | None], arguments: dict) -> Binding | None:
-        """The compiled kernel with all that Triton has chosen for tensors of these specs; None, with a warning, if this
-        version of Triton launches in a way that `binding` does not know."""
+        """Return the binding of a compiled kernel, or None after a warning if `binding` does not know this Triton."""
         blocks = {
             name: Block(tensors[name].shape, tensors[name].stride(), tensors[name].dtype, tuple(block))
             for name, block in self.blocks.items()
@@ -106,9 +105,9 @@ class CachedLaunch:
         addresses = {name: x if x is None else x.data_ptr() for name, x in tensors.items()}
         try:
             return Binding(compiled, (*self.grid, 1, 1)[:3], given, addresses, blocks)
-        except Exception as unknown:  # whatever a version of Triton does that nobody has tried
+        except Exception as unknown:  # an untested version of Triton may raise anything here
             reason = f"{type(unknown).__name__}: {unknown}"
-            _warn_once(f"launches go through the launcher of Triton {triton.__version__}, which takes longer: {reason}")
+            _warn_once(f"launches go through the launcher of Triton {triton.__version__}, which is slower: {reason}")
             return None
 
 
@@ -116,15 +115,15 @@ _forgetting: list[Callable[[], None]] = [forget_descriptors]
 
 
 def forgotten_with_launches(forget: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: `forget_launches` calls this function, too."""
+    """Decorator: `forget_launches` calls this function."""
     _forgetting.append(forget)
     return forget
 
 
 def cached_by_specs(prepare: Callable) -> Callable:
-    """Decorator: remember what prepare(*specs and settings) returned for the last 1024 arguments, some kilobytes each.
+    """Decorator: cache the results of prepare(*specs, *settings) for the last 1024 arguments, some kilobytes each.
 
-    Specs are given as `spec_of` returns them; prepare gets them as `TensorSpec`.
+    Callers pass specs as plain tuples from `spec_of`. prepare gets each of them as a `TensorSpec`.
     """
 
     @functools.lru_cache(1024)
@@ -137,6 +136,6 @@ def cached_by_specs(prepare: Callable) -> Callable:
 
 
 def forget_launches() -> None:
-    """For those who change what launches follow from beside specs: configurations, or the target of compilation."""
+    """Clear every cache of launches. Needed after a change of configurations or of the compilation target."""
     for forget in _forgetting:
         forget()

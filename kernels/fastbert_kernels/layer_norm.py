@@ -1,8 +1,8 @@
 """LayerNorm of whole rows (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias.
 
-Statistics are float32, the variance biased; the row stays in registers while it is passed over again for each. To the
-mean the mean of what it leaves is added: rounded sums and quotients of equal elements may miss the element, this hits
-it, and a row without variance becomes the bias to the bit, as in PyTorch. Limit: rows of at most 16384 elements.
+Statistics are float32, the variance is biased, and the row stays in registers for all passes. The mean is corrected by
+the mean of the differences from it: the rounded mean of equal elements may differ from the element, the corrected one
+does not. So a row without variance gives exactly the bias, as in PyTorch. Limit: rows of at most 16384 elements.
 """
 
 import triton
@@ -14,7 +14,7 @@ from fastbert_kernels.operands import TensorSpec, common_unit, live_tokens, row_
 
 @triton.jit
 def normalize_rows(rows, mask, width, weight, bias, eps):
-    """rows float32 [R, E], zeros outside the mask (broadcasting to [R, E]); weight and bias [1, E] -> [R, E]."""
+    """rows float32 [R, E], zero outside the mask (which broadcasts to [R, E]); weight and bias [1, E] -> [R, E]."""
     mean = tl.sum(rows, axis=1) / width
     mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), axis=1) / width
     centered = tl.where(mask, rows - mean[:, None], 0.0)
@@ -59,7 +59,7 @@ def _layer_norm_kernel(
 def layer_norm_launch(
     x: TensorSpec, weight: TensorSpec, bias: TensorSpec, out: TensorSpec, num_tokens: TensorSpec | None, eps: float
 ) -> CachedLaunch:
-    """LayerNorm of the rows of x [T, E] into out [T, E], which may be x itself; weight and bias [E] are contiguous."""
+    """Prepare LayerNorm of the rows of x [T, E] into out [T, E], which may be x. weight and bias [E] are contiguous."""
     (size, width), blocks = x.shape, row_blocks(x.shape[1])
     unit = common_unit(x, row_stride(x), row_stride(out), width)
     return CachedLaunch(

@@ -1,8 +1,8 @@
 """activation(x W^T + b): x [T, K], W [N, K], b [N] -> [T, N], in float32, float16 or bfloat16.
 
-One persistent launch: each program takes output tiles in turn, row by row of tiles, so that the programs that run at a
-time read the same rows of x while all of W stays in the L2 cache. Bias, residual and activation happen in float32 on
-the accumulator, before the only rounding. GELU: Hendrycks and Gimpel 2016.
+One persistent launch. Programs take output tiles in row-major order, so that those that run at the same time read the
+same rows of x, and all of W stays in the L2 cache. Bias, residual and activation are applied to the float32
+accumulator, before the only rounding. GELU: Hendrycks and Gimpel 2016.
 """
 
 import torch
@@ -44,7 +44,7 @@ def _finish_part(
         part += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
     result = activate(part, ACTIVATION, EXACT)
     if STORE_DESCRIPTOR:
-        # All rows of the buffer, also past the count: a loop that is flattened takes no condition.
+        # Stores rows past the count, too: a flattened loop must not have a condition here.
         out.store([row, first + col], result.to(out.dtype))
     else:
         places = offs_t * stride_out + (first + offs_n)[None, :]
@@ -56,10 +56,10 @@ def finish_tile(
     tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first, stride_out,
     ACTIVATION: tl.constexpr, EXACT: tl.constexpr, HALVES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """activation(tile + bias + residual) to out[row :, first + col :], in float32 up to the store.
+    """Store activation(tile + bias + residual) to out[row :, first + col :], computed in float32.
 
-    One half of the columns after the other where HALVES: with the residual of a whole tile of 128 columns beside the
-    accumulator, registers would leave room for one program on a multiprocessor instead of two.
+    With HALVES, one half of the columns is finished after the other. A whole residual tile of 128 columns beside the
+    accumulator would need so many registers that one CTA fits on an SM instead of two.
     """
     BLOCK_M: tl.constexpr = tile.shape[0]
     BLOCK_N: tl.constexpr = tile.shape[1]
@@ -78,15 +78,17 @@ def finish_tile(
 
 
 def stored_block(config: GemmConfig, descriptors: bool, dtype: torch.dtype, width: int) -> list[int] | None:
-    """The block of a contiguous output [T, width] that `finish_tile` stores through a descriptor: if configured, if the
-    device has descriptors at all and if TMA can address the rows. None: through pointers."""
+    """Return the block of a contiguous output [T, width] that `finish_tile` stores through a descriptor.
+
+    Returns None for stores through pointers: if they are configured, or if TMA is missing or cannot address the rows.
+    """
     if not (config.store_descriptor and descriptors) or width * dtype.itemsize % 16:
         return None
     return [config.BLOCK_M, config.BLOCK_N // (2 if config.halves else 1)]
 
 
 def epilogue_constants(config: GemmConfig, block_out: list[int] | None) -> dict[str, bool]:
-    """The constants of a kernel that ends in `finish_tile`, beside those of its main loop."""
+    """Return the constants for `finish_tile` of a kernel that ends in it."""
     return {"FLATTEN": config.flatten, "HALVES": config.halves, "STORE_DESCRIPTOR": block_out is not None}
 
 
@@ -125,7 +127,7 @@ def _linear_kernel(
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(num_outputs, BLOCK_N)
     tiles = tl.cdiv(count, BLOCK_M) * tiles_n
-    # What an epilogue needs, hoisted out of this loop, would take registers from the main loop.
+    # disable_licm: the epilogue's addresses, hoisted out of this loop, would take registers from the main loop.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
         row = tile // tiles_n * BLOCK_M
         col = tile % tiles_n * BLOCK_N
@@ -144,7 +146,7 @@ def linear_launch(
     operation: str, x: TensorSpec, weight: TensorSpec, bias: TensorSpec, residual: TensorSpec | None,
     num_tokens: TensorSpec | None, activation: str, allowed: str | None,
 ) -> CachedLaunch | None:  # fmt: skip
-    """None if operands have to be copied first; allowed: see `dot_precision`."""
+    """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`."""
     check(operation, x, weight, bias, residual, num_tokens)
     (size, num_inputs), num_outputs = shape_of(operation, "x", x, "T K"), weight.shape[0]
     check_shape(operation, "weight", weight, num_outputs, num_inputs)
@@ -187,9 +189,9 @@ def linear_activation(
 ) -> Tensor:
     """activation(x W^T + b): x [T, K], weight [N, K], bias [N] -> [T, N].
 
-    activation: "gelu" (exact), "gelu_tanh", "relu", "tanh" or "none". num_tokens int32 [1], on the device: rows from it
-    on change no other row, and hold anything in the output. Raises ValueError or TypeError for another activation,
-    shape, dtype or device.
+    activation: "gelu" (exact), "gelu_tanh", "relu", "tanh" or "none". num_tokens int32 [1] on the device: rows from it
+    on affect no other row, and are undefined in the output. Raises ValueError or TypeError for an unknown activation
+    and invalid shapes, dtypes or devices.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear_activation: activation {activation!r} is unknown; choose one of {ACTIVATIONS}")

@@ -1,10 +1,10 @@
 """LayerNorm(x W^T + b + residual): x [T, K], W [E, K], residual [T, E] -> [T, E] in the residual's dtype.
 
-One launch where a program can hold whole rows of the output, so that the sum before LayerNorm never leaves the chip,
-and the device's configurations have an entry for it: in 16 bits up to E = 384 (three accumulators of 128 columns). For
-768 columns and more, or in float32 with its three products, the accumulators spill. Elsewhere a GEMM with bias and
-residual in its epilogue writes the sum, rounded as eager PyTorch rounds it, and a second launch normalizes it in place.
-Which of the two runs depends on E, the dtype and the device alone, so that a row's bits do not depend on the batch.
+It is one launch if the device's configurations have an entry for E: in 16 bits up to E = 384, where a program holds
+whole rows in three accumulators of 128 columns and the sum before LayerNorm never leaves the chip. For 768 columns and
+more, and in float32 with its three products, the accumulators would spill. Otherwise a GEMM with bias and residual in
+its epilogue writes the sum, rounded as in eager PyTorch, and a second launch normalizes it in place. The choice depends
+on E, the dtype and the device only, so that a row's result does not depend on the batch.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,7 @@ from fastbert_kernels.target import dot_precision, num_sms, torch_precision
 def _plus_bias_and_residual(
     tile, col, offs_t, count, bias_ptr, residual_ptr, stride_residual, width, BLOCK_N: tl.constexpr
 ):
-    """The accumulator [T, N] of columns from col on, plus bias and residual; zeros past the width."""
+    """Return the accumulator [T, N] for columns from col on plus bias and residual, with zeros past the width."""
     offs_n = col + tl.arange(0, BLOCK_N)
     mask_n = offs_n < width
     mask = (offs_t < count) & mask_n[None, :]
@@ -99,7 +99,7 @@ def _linear_residual_layer_norm_kernel(
     stride_residual *= UNIT
     stride_out *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
-    # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
+    # disable_licm: see linear_activation.
     for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_M), tl.num_programs(0), disable_licm=True):
         row = tile * BLOCK_M
         first, second, third = matmul_tiles(
@@ -127,7 +127,7 @@ def _linear_residual_layer_norm_kernel(
             rest += tl.sum(_centered(second, BLOCK_N, mean, width, BLOCK_N), axis=1)
         if TILES > 2:
             rest += tl.sum(_centered(third, 2 * BLOCK_N, mean, width, BLOCK_N), axis=1)
-        mean += rest / width  # as in layer_norm
+        mean += rest / width  # the correction of layer_norm
         first = _centered(first, 0, mean, width, BLOCK_N)
         squares = tl.sum(first * first, axis=1)
         if TILES > 1:
@@ -153,7 +153,7 @@ def _linear_residual_layer_norm_kernel(
 
 
 class Launches(NamedTuple):
-    """One launch, or two: the linear with the residual, and LayerNorm of what it wrote."""
+    """One launch, or two: the linear with the residual, and LayerNorm of its output."""
 
     linear: CachedLaunch
     layer_norm: CachedLaunch | None
@@ -164,7 +164,7 @@ def linear_residual_layer_norm_launches(
     x: TensorSpec, weight: TensorSpec, bias: TensorSpec, residual: TensorSpec, norm_weight: TensorSpec,
     norm_bias: TensorSpec, num_tokens: TensorSpec | None, eps: float, allowed: str | None,
 ) -> Launches | None:  # fmt: skip
-    """None if operands have to be copied first; allowed: see `dot_precision`."""
+    """Prepare the launches, or return None if operands have to be copied first. allowed: see `dot_precision`."""
     operation = "linear_residual_layer_norm"
     check(operation, x, weight, bias, residual, norm_weight, norm_bias, num_tokens)
     (size, num_inputs), width = shape_of(operation, "x", x, "T K"), weight.shape[0]
@@ -216,8 +216,8 @@ def linear_residual_layer_norm(
 ) -> Tensor:  # fmt: skip
     """LayerNorm(x W^T + b + residual): x [T, K], weight [E, K], bias [E], residual [T, E] -> [T, E].
 
-    norm_weight and norm_bias [E]. num_tokens int32 [1], on the device: rows from it on change no other row, and hold
-    anything in the output. Raises ValueError for shapes that do not fit or E above 16384, TypeError for dtypes.
+    norm_weight and norm_bias [E]. num_tokens int32 [1] on the device: rows from it on affect no other row, and are
+    undefined in the output. Raises ValueError for invalid shapes or devices and E above 16384, TypeError for dtypes.
     """
     launches = linear_residual_layer_norm_launches(
         spec_of(x), spec_of(weight), spec_of(bias), spec_of(residual), spec_of(norm_weight), spec_of(norm_bias),

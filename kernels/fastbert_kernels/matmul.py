@@ -1,9 +1,9 @@
-"""The GEMM main loop, the one of the package: tiles of x W^T for x [T, K] and W [N, K], accumulated in float32.
+"""The GEMM main loop that all linears share: tiles of x W^T for x [T, K] and W [N, K], accumulated in float32.
 
-Operands come through pointers (cp.async, sm_80 on) or through host tensor descriptors (TMA, sm_90 on). K is cut into
-BLOCK_K from its start to its end for every shape, so that a row's bits do not depend on the rows beside it.
+Operands are read through pointers (cp.async, from sm_80 on) or host tensor descriptors (TMA, from sm_90 on). For every
+shape, K is summed in blocks of BLOCK_K from start to end, so that a row's result does not depend on the other rows.
 
-float32 takes three TF32 products an element ("tf32x3": Ootomo and Yokota 2022), 16-bit types one exact product.
+A float32 product is three TF32 products ("tf32x3": Ootomo and Yokota 2022), a product of 16-bit types is exact.
 """
 
 import triton
@@ -13,7 +13,7 @@ from triton import knobs
 from fastbert_kernels.configs import GemmConfig
 from fastbert_kernels.operands import TensorSpec, addressable_by_tma
 
-# Triton's interpreter multiplies bfloat16 as if it were uint16 (seen in 3.6 to 3.9), so there it is widened first.
+# Triton's interpreter multiplies bfloat16 as if it were uint16 (in 3.6 to 3.9), so operands are widened there.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -34,7 +34,7 @@ def _load_tile(
     if DESCRIPTORS:
         tile = operand.load([row, inner])
     else:
-        # The last row again instead of a mask: rows past the end are never stored.
+        # Rows past the end repeat the last row, which needs no mask. Their results are never stored.
         offs_row = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
         offs_inner = inner + tl.arange(0, INNER)
         pointers = operand + offs_row[:, None] * stride_row + offs_inner[None, :]
@@ -48,10 +48,10 @@ def matmul_tiles(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """x[row :] times the weight rows [col :] -> three accumulators [BLOCK_M, BLOCK_N], the first TILES of them filled.
+    """x[row :] times the weight rows [col :] -> three accumulators [BLOCK_M, BLOCK_N], of which TILES are computed.
 
-    They stand side by side in the output; a width like 384 is no power of two and so cannot be one tile.
-    x and weight are pointers, or descriptors of blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
+    The tiles are adjacent in the output: a width like 384 is no power of two, so it cannot be one tile. x and weight
+    are pointers, or descriptors of blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
     """
     first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -74,22 +74,24 @@ def matmul_tiles(
 
 
 def reads_by_descriptors(config: GemmConfig, x: TensorSpec, *weights: TensorSpec) -> bool:
-    """Whether the main loop reads x [T, K] and weights [N, K] through host descriptors: if configured and if TMA can
-    address them (16-byte aligned rows); through pointers otherwise. Built on the host, they need no memory on the
-    device. Raises TypeError for a weight of another dtype than x."""
+    """Return True if the main loop reads x [T, K] and weights [N, K] through host descriptors, False for pointers.
+
+    Descriptors are used if they are configured and TMA can address all operands. Since they are built on the host, they
+    need no device memory. Raises TypeError for a weight of another dtype than x.
+    """
     for weight in weights:
         if weight.dtype != x.dtype:
-            raise TypeError(f"the input is {x.dtype} and a weight {weight.dtype}: a GEMM takes one dtype")
+            raise TypeError(f"the input is {x.dtype} and a weight {weight.dtype}: a GEMM needs one dtype")
     return config.descriptors and all(map(addressable_by_tma, (x, *weights)))
 
 
 def main_loop_blocks(config: GemmConfig, block_n: int, descriptors: bool) -> tuple[list[int] | None, list[int] | None]:
-    """The blocks of the descriptors of x and of a weight; None if there are none."""
+    """Return the block shapes of the descriptors of x and of a weight, or None for both without descriptors."""
     return ([config.BLOCK_M, config.BLOCK_K], [block_n, config.BLOCK_K]) if descriptors else (None, None)
 
 
 def main_loop_constants(config: GemmConfig, block_n: int, unit: int, precision: str, descriptors: bool) -> dict:
-    """The constants and launch options of a kernel around `matmul_tiles`."""
+    """Return the constants and launch options of a kernel that calls `matmul_tiles`."""
     return {
         "UNIT": unit,
         "PRECISION": precision,

@@ -1,7 +1,4 @@
-"""The tensors of a launch: what it depends on beside their addresses, and the checks that every operation makes.
-
-The last part is for kernels over rows: how many rows count, and how many one program takes.
-"""
+"""The tensors of a launch: their specs, the checks of every operation, and strides and blocks of kernels over rows."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +12,7 @@ from fastbert_kernels.limits import DTYPES
 
 
 class TensorSpec(NamedTuple):
-    """All that a launch depends on of a tensor, but its address; `misaligned` is the address modulo 16."""
+    """The properties of a tensor that a launch depends on, except its address. misaligned: the address modulo 16."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -25,74 +22,74 @@ class TensorSpec(NamedTuple):
 
 
 def spec_of(x: Tensor | None) -> tuple | None:
-    """The fields of a tensor's `TensorSpec`, as a plain tuple, which takes a third of the time; None for None."""
+    """Return the fields of a tensor's `TensorSpec` as a plain tuple, which is three times as fast; None for None."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
 
 
 def spec_of_new(*shape: int, dtype: torch.dtype, device: torch.device) -> TensorSpec:
-    """The spec of a contiguous tensor that torch allocates."""
+    """Return the spec of a new contiguous tensor."""
     strides = tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
     return TensorSpec(torch.Size(shape), strides, dtype, device)
 
 
 def check(operation: str, *operands: TensorSpec | None) -> None:
-    """Raise TypeError for a dtype that no kernel takes, ValueError for tensors on different devices."""
+    """Raise TypeError if the first operand's dtype is unsupported, ValueError for tensors on different devices."""
     first, *others = (x for x in operands if x is not None)
     if first.dtype not in DTYPES:
-        raise TypeError(f"{operation}: dtype {first.dtype} is not served, only float32, float16 and bfloat16")
+        raise TypeError(f"{operation}: dtype {first.dtype} is not supported, only float32, float16 and bfloat16")
     for other in others:
         if other.device != first.device:
-            raise ValueError(f"{operation}: tensors lie on {first.device} and {other.device}")
+            raise ValueError(f"{operation}: tensors are on {first.device} and {other.device}")
 
 
 def shape_of(operation: str, name: str, x: TensorSpec, letters: str) -> tuple[int, ...]:
-    """The shape of a tensor that has a dimension for each of the letters; raises ValueError for another number."""
+    """Return the shape of a tensor with one dimension for each letter. Raises ValueError for another number."""
     if len(x.shape) != len(letters.split()):
         raise ValueError(f"{operation}: {name} is {list(x.shape)}, expected [{letters.replace(' ', ', ')}]")
     return x.shape
 
 
 def check_shape(operation: str, name: str, x: TensorSpec, *shape: int) -> None:
-    """Raise ValueError if a tensor has another shape than the operation needs."""
+    """Raise ValueError if a tensor does not have the shape that the operation needs."""
     if x.shape != shape:
         raise ValueError(f"{operation}: {name} is {list(x.shape)}, expected {list(shape)}")
 
 
 def have_unit_strides(*operands: TensorSpec | None) -> bool:
-    """Whether the last dimension of each tensor is contiguous, as kernels read it; of an empty one nothing is read."""
+    """Return True if the last dimension of each tensor is contiguous, as kernels need it. Empty tensors pass."""
     return all(x is None or x.strides[-1] == 1 or x.shape[-1] == 1 or 0 in x.shape for x in operands)
 
 
 def with_unit_stride(x: Tensor | None) -> Tensor | None:
-    """x itself if `have_unit_strides` holds for it, else a copy."""
+    """Return x if its last dimension is contiguous, else a contiguous copy."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def addressable_by_tma(x: TensorSpec) -> bool:
-    """Whether rows begin at multiples of 16 bytes, one after another."""
+    """Return True if TMA can address x: contiguous rows that do not overlap and start at multiples of 16 bytes."""
     stride, unit = x.strides
     return unit == 1 and stride >= x.shape[1] and x.misaligned == 0 and stride * x.dtype.itemsize % 16 == 0
 
 
 def row_stride(x: TensorSpec) -> int:
-    """Elements from one row to the next. A single row has none: whatever its stride says, the next would follow it."""
+    """Return the elements from one row to the next. A single row may have any stride, so its width is used."""
     return x.strides[0] if x.shape[0] > 1 else x.shape[-1]
 
 
 def common_unit(x: TensorSpec, *sizes: int) -> int:
-    """The largest number of elements, up to 16 bytes, that divides all these sizes and strides.
+    """Return the largest number of elements, up to 16 bytes, that divides all these sizes and strides.
 
-    Kernels get sizes and strides in this unit and so know how wide their accesses may be. Triton itself tells them only
-    whether a number is a multiple of 16: for a width like 312, accesses would be of single elements. Raises ValueError
-    for 2^31 elements or more: kernels multiply by the unit in 32 bits.
+    Kernels get sizes and strides in this unit, so that the compiler knows how wide accesses may be. Triton itself only
+    detects multiples of 16: with a width like 312 it would access single elements. Raises ValueError for 2^31 elements
+    or more, since kernels multiply by the unit in 32 bits.
     """
     if max(sizes) >= 2**31:
-        raise ValueError(f"a stride or width of {max(sizes)} elements is not served, only those below 2^31")
+        raise ValueError(f"a stride or width of {max(sizes)} elements is not supported, only below 2^31")
     return math.gcd(16 // x.dtype.itemsize, *sizes)
 
 
 def row_blocks(width: int) -> dict[str, int]:
-    """Rows of a program and its warps, from the width alone, so that a row's bits never depend on other rows."""
+    """Return a program's rows and warps. They depend on the width alone, so that a row's result does, too."""
     block = max(1, triton.next_power_of_2(width))
     rows = max(1, min(16, 2048 // block))
     return {"BLOCK_ROWS": rows, "BLOCK_E": block, "num_warps": 4 if rows * block <= 4096 else 8}
@@ -100,7 +97,7 @@ def row_blocks(width: int) -> dict[str, int]:
 
 @triton.jit
 def live_tokens(num_tokens_ptr, num_tokens):
-    """How many rows count: the number on the device if one is given, else every row of the buffer."""
+    """The number of live rows: num_tokens on the device if it is given, else all rows of the buffer."""
     count = num_tokens
     if num_tokens_ptr is not None:
         count = tl.minimum(tl.load(num_tokens_ptr), num_tokens)

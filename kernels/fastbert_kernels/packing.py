@@ -1,8 +1,8 @@
-"""Where the tokens of a padded batch [B, S] lie in the packed one, planned and undone on the device.
+"""The packing plan of a padded batch [B, S], and unpacking, both on the device.
 
-The number of kept tokens stays there: buffers have the capacity B * S, and rows past the count belong to no token.
-Prefix sums as in ByteTransformer (Zhai et al. 2022): one launch counts each row's tokens, a second sums the rows before
-its own and writes indices; no program waits for another, so that there is nothing to order.
+The number of kept tokens stays on the device: buffers have B * S rows, and rows past the count belong to no token.
+Prefix sums as in ByteTransformer (Zhai et al. 2022): one launch counts the tokens of each row. In the second launch
+each program sums the counts of the rows before its own and writes indices, so no program waits for another.
 """
 
 import math
@@ -76,7 +76,7 @@ def _packing_plan_kernel(
         count = tl.cumsum(keep.to(tl.int32), axis=0)
         place = row * seq_len + offs_s
         tl.store(indices_ptr + kept + count - 1, place, mask=keep)
-        # The n-th dropped place of the batch is the n-th entry from the end.
+        # The n-th dropped place of the batch becomes the n-th entry from the end.
         dropped = place - (kept + count)
         tl.store(indices_ptr + num_places - 1 - dropped, place, mask=inside & (values == 0))
         kept += tl.sum(keep.to(tl.int32), axis=0)
@@ -85,9 +85,9 @@ def _packing_plan_kernel(
 
 @cached_by_specs
 def _packing_plan_launches(mask: TensorSpec) -> tuple[CachedLaunch, CachedLaunch]:
-    """The launch that counts each row's tokens, and the one that writes the plan."""
+    """Prepare the launch that counts each row's tokens and the one that writes the plan."""
     if len(mask.shape) != 2 or math.prod(mask.shape) >= 2**31:
-        raise ValueError(f"packing_plan: mask is {list(mask.shape)}, expected [B, S] of fewer than 2^31 places")
+        raise ValueError(f"packing_plan: mask is {list(mask.shape)}, expected [B, S] with fewer than 2^31 places")
     batch_size, seq_len = mask.shape
     row, column = mask.strides
     constants = {"stride_row": row, "stride_column": column, "seq_len": seq_len, "BLOCK": BLOCK}
@@ -101,9 +101,9 @@ def _packing_plan_launches(mask: TensorSpec) -> tuple[CachedLaunch, CachedLaunch
 def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     """mask [B, S] of bool, integers or floats, zero for padding -> indices int64 [B * S], cu_seqlens int32 [B + 1].
 
-    indices is a permutation of the flattened batch: the kept places in their order, then the others. cu_seqlens bounds
-    the rows' tokens, its last entry is the number of all of them. Raises ValueError for a mask that is not [B, S] or
-    has 2^31 places or more.
+    indices is a permutation of the places of the flattened batch: the kept ones in order, then the others. cu_seqlens
+    has the bounds of each row's tokens; its last entry is the number of kept tokens. Raises ValueError for a mask that
+    is not [B, S] or has 2^31 places or more.
     """
     count, fill = _packing_plan_launches(spec_of(mask))
     batch_size, size = mask.shape[0], mask.numel()
@@ -111,7 +111,7 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     if size == 0:
         return indices, torch.zeros(batch_size + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens = torch.empty(batch_size + 1, dtype=torch.int32, device=mask.device)
-    lengths = cu_seqlens  # not read of a single row, which has none before it
+    lengths = cu_seqlens  # a placeholder: with a single row, lengths is not read
     if batch_size > 1:
         lengths = torch.empty(batch_size, dtype=torch.int32, device=mask.device)
         count(mask_ptr=mask, lengths_ptr=lengths)
@@ -144,7 +144,7 @@ def _unpack_kernel(
     for start in range(0, width, BLOCK_E):
         offs_e = start + tl.arange(0, BLOCK_E)
         mask_e = (offs_e < width)[None, :]
-        # Rows past the count are not read: zeros go to their places.
+        # Rows past the count are not read. Their places get zeros.
         rows = tl.load(
             hidden_ptr + token[:, None] * (stride_hidden * UNIT) + offs_e[None, :],
             mask=(token < count)[:, None] & mask_e,
@@ -157,11 +157,11 @@ def _unpack_kernel(
 def _unpack_launch(
     hidden: TensorSpec, indices: TensorSpec, num_tokens: TensorSpec | None, batch_size: int, seq_len: int
 ) -> CachedLaunch | None:
-    """None if operands have to be copied first."""
+    """Prepare the launch, or return None if operands have to be copied first."""
     check("unpack", hidden, indices, num_tokens)
     size, num_places = hidden.shape[0], batch_size * seq_len
     check_shape("unpack", "indices", indices, size)
-    # Rows that do not lie one after another are copied, as [T, width].
+    # Other layouts are copied to [T, width].
     if len(hidden.shape) != 2 or not have_unit_strides(hidden, indices):
         return None
     width, blocks = hidden.shape[1], row_blocks(min(hidden.shape[1], BLOCK))
@@ -184,11 +184,11 @@ def _unpack_launch(
 def unpack(
     hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int, num_tokens: Tensor | None = None
 ) -> Tensor:
-    """hidden [T, ...] to its places in [B, S, ...], zeros elsewhere.
+    """Scatter the rows of hidden [T, ...] to their places in [B, S, ...], with zeros elsewhere.
 
-    indices int64 [T]: the place of each row in the flattened batch, no two alike. None says that nothing was dropped:
-    then the result is a view of hidden. num_tokens int32 [1], on the device: the places of rows from it on get zeros.
-    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    indices int64 [T]: the place of each row in the flattened batch, without duplicates. None means that no token was
+    dropped; the result is a view of hidden. num_tokens int32 [1] on the device: the places of rows from it on get
+    zeros. Raises ValueError or TypeError for invalid shapes, dtypes or devices.
     """
     if indices is None:
         return hidden.unflatten(0, (batch_size, seq_len))
@@ -197,7 +197,7 @@ def unpack(
         rows = hidden.reshape(hidden.shape[0], math.prod(hidden.shape[1:])).contiguous()
         unpacked = unpack(rows, indices.contiguous(), batch_size, seq_len, num_tokens)
         return unpacked.view(batch_size, seq_len, *hidden.shape[1:])
-    # A permutation of all places fills them all.
+    # With T = B * S, indices is a permutation, so every place is written.
     new = hidden.new_empty if hidden.shape[0] == batch_size * seq_len else hidden.new_zeros
     out = new(batch_size, seq_len, hidden.shape[1])
     launch(hidden_ptr=hidden, indices_ptr=indices, out_ptr=out, num_tokens_ptr=num_tokens)

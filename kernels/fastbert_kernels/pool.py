@@ -1,7 +1,7 @@
-"""One vector a sequence, straight from packed tokens: the first token or the mean, with or without L2 norm.
+"""Pooling of packed tokens to one vector per sequence: the first token or the mean, optionally with L2 norm 1.
 
-Sums and norms are float32; a sequence's tokens are added in one order, from its own start, so that its vector does not
-depend on the batch. The norm is guarded by 1e-12 as in torch.nn.functional.normalize. Limit: E of at most 16384.
+Sums and norms are float32. A sequence's tokens are added in order from its own start, so its vector does not depend on
+the batch. The norm is at least 1e-12, as in torch.nn.functional.normalize. Limit: E of at most 16384.
 """
 
 import triton
@@ -46,7 +46,7 @@ def _pool_kernel(
 ):
     width *= UNIT
     sequence = tl.program_id(0).to(tl.int64)
-    # Bounds come from outside: whatever they are, nothing is read past the buffers.
+    # cu_seqlens is not trusted: with any values, nothing is read past the buffers.
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0).to(tl.int64)
     length = tl.maximum(tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens) - start, 0)
     pooled_length = length
@@ -79,7 +79,7 @@ def _pool_kernel(
 def _pool_launch(
     hidden: TensorSpec, cu_seqlens: TensorSpec, indices: TensorSpec | None, mode: str, normalize: bool
 ) -> CachedLaunch | None:
-    """None if operands have to be copied first."""
+    """Prepare the launch, or return None if operands have to be copied first."""
     if mode not in MODES:
         raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
     check("pool", hidden, cu_seqlens, indices)
@@ -109,10 +109,10 @@ def _pool_launch(
 def pool(
     hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, indices: Tensor | None = None
 ) -> Tensor:
-    """hidden [T, E], cu_seqlens int32 [N + 1] on the device -> [N, E]; a sequence without tokens gives zeros.
+    """hidden [T, E], cu_seqlens int32 [N + 1] on the device -> [N, E]. A sequence without tokens gives zeros.
 
-    mode: "first" or "mean". indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is
-    packed. Raises ValueError for another mode or E above 16384, TypeError for dtypes.
+    mode: "first" or "mean". indices int64 [T]: the rows of the tokens in hidden [P, E]; None if hidden is packed.
+    Raises ValueError for another mode or E above 16384, TypeError for an unsupported dtype.
     """
     launch = _pool_launch(spec_of(hidden), spec_of(cu_seqlens), spec_of(indices), mode, normalize)
     if launch is None:

@@ -1,7 +1,7 @@
 """x W_q^T + b_q, x W_k^T + b_k and x W_v^T + b_v in one launch: x [T, E], three W [E, E], three b [E] -> [T, 3, H, D].
 
-The three weights stay three tensors: every output tile lies in one of them and picks its pointer or descriptor. One
-persistent launch, tiles in the order of `linear_activation`, so that x is read from memory once for all three.
+The weights stay three tensors. Each output tile belongs to one of them and selects its pointer or descriptor. The
+launch is persistent, with tiles in the order of `linear_activation`, so that x is read from memory once for all three.
 """
 
 import triton
@@ -59,7 +59,7 @@ def _qkv_projection_kernel(
     num_inputs *= UNIT
     count = live_tokens(num_tokens_ptr, num_tokens)
     tiles_n = tl.cdiv(width, BLOCK_N)
-    # As in linear_activation, an epilogue's addresses hoisted would take registers from the main loop.
+    # disable_licm: see linear_activation.
     tiles = tl.cdiv(count, BLOCK_M) * tiles_n * 3
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
         row = tile // (tiles_n * 3) * BLOCK_M
@@ -91,7 +91,7 @@ def qkv_projection_launch(
     x: TensorSpec, q_weight: TensorSpec, q_bias: TensorSpec, k_weight: TensorSpec, k_bias: TensorSpec,
     v_weight: TensorSpec, v_bias: TensorSpec, num_tokens: TensorSpec | None, num_heads: int, allowed: str | None,
 ) -> CachedLaunch | None:  # fmt: skip
-    """None if operands have to be copied first; allowed: see `dot_precision`."""
+    """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`."""
     check("qkv_projection", x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_tokens)
     (size, num_inputs), width = shape_of("qkv_projection", "x", x, "T K"), q_weight.shape[0]
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
@@ -106,11 +106,11 @@ def qkv_projection_launch(
     config = choose("qkv_projection", x, size)
     descriptors = reads_by_descriptors(config, x, q_weight, k_weight, v_weight)
     block_x, block_weight = main_loop_blocks(config, config.BLOCK_N, descriptors)
-    # Of a tile over the end of one part, a descriptor would write the next one's first columns.
+    # A tile past the end of one part would overwrite the first columns of the next through a descriptor.
     fits = width % config.BLOCK_N == 0
     block_out = stored_block(config, descriptors, x.dtype, width) if fits else None
     tiles = triton.cdiv(size, config.BLOCK_M) * triton.cdiv(width, config.BLOCK_N) * 3
-    unit = common_unit(x, stride_x, stride_weight, width, 3 * width, num_inputs)  # 3 width: a row of the output
+    unit = common_unit(x, stride_x, stride_weight, width, 3 * width, num_inputs)  # 3 * width: the output's stride
     precision = dot_precision(x.dtype, x.device, allowed)
     return CachedLaunch(
         _qkv_projection_kernel,
@@ -135,15 +135,15 @@ def qkv_projection(
 ) -> Tensor:  # fmt: skip
     """x [T, K], three weights [E, K] and biases [E] -> queries, keys and values [T, 3, H, D].
 
-    num_tokens int32 [1], on the device: rows from it on change no other row, and hold anything in the output. Raises
-    ValueError or TypeError for tensors whose shapes, dtypes or devices do not fit.
+    num_tokens int32 [1] on the device: rows from it on affect no other row, and are undefined in the output. Raises
+    ValueError or TypeError for invalid shapes, dtypes or devices.
     """
     launch = qkv_projection_launch(
         spec_of(x), spec_of(q_weight), spec_of(q_bias), spec_of(k_weight), spec_of(k_bias),
         spec_of(v_weight), spec_of(v_bias), spec_of(num_tokens), num_heads, torch_precision(x),
     )  # fmt: skip
     if launch is None:
-        # Weights of several strides, too, are copied to have one.
+        # The kernel has one stride for all three weights, so weights with different strides are copied, too.
         weights = (tensor.contiguous() for tensor in (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias))
         return qkv_projection(with_unit_stride(x), *weights, num_heads, num_tokens)
     width = q_weight.shape[0]

@@ -1,4 +1,4 @@
-"""The device that a launch runs on or compiles for: architecture, multiprocessors, precision, stream."""
+"""The device that a launch runs on or is compiled for: architecture, number of SMs, precision, stream."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -8,16 +8,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-# The interpreter runs the configurations of this architecture.
+# The interpreter uses the configurations of this architecture.
 INTERPRETED_ARCHITECTURE = "sm_90"
 
 _no_change = nullcontext()
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture of a device, as configuration files are named: "sm_90", "gfx942".
+    """Return the architecture of a device as in the names of configuration files: "sm_90", "gfx942".
 
-    Nothing runs on the meta device: there it is the target of Triton's active driver, for which kernels compile.
+    For the meta device it is the target of Triton's active driver, for which kernels are compiled ahead of time.
     """
     if device.type == "cuda":
         return _architecture_of_gpu(device)
@@ -31,25 +31,25 @@ def _architecture_of_gpu(device: torch.device) -> str:
 
 
 def architecture_of(target: GPUTarget) -> str:
-    """The architecture of one of Triton's targets."""
+    """Return the architecture of a Triton target."""
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """The number of multiprocessors of a GPU; a few in the interpreter, so that persistent loops go round."""
+    """Return the number of SMs of a GPU; 3 in the interpreter, so that persistent loops have several iterations."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def torch_precision(x: Tensor) -> str | None:
-    """The precision that torch.backends allows for float32 products; None for other dtypes."""
+    """Return the precision that torch.backends allows for float32 products; None for other dtypes."""
     return torch.backends.cuda.matmul.fp32_precision if x.dtype == torch.float32 else None
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device, allowed: str | None) -> str:
-    """The input_precision of `tl.dot`: three TF32 products for a float32 one, or one where torch.backends allows TF32.
+    """Return the input_precision of `tl.dot`. allowed: the value of `torch_precision`.
 
-    AMD's matrix instructions take float32 itself.
+    A float32 product is three TF32 products, or one if torch.backends allows TF32. AMD GPUs multiply float32 itself.
     """
     if dtype != torch.float32 or architecture(device).startswith("gfx"):
         return "ieee"
@@ -57,12 +57,12 @@ def dot_precision(dtype: torch.dtype, device: torch.device, allowed: str | None)
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """A context in which a CUDA device is the current one."""
+    """Return a context in which a CUDA device is the current one."""
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     return torch.cuda.device(device) if elsewhere else _no_change
 
 
 def current_stream() -> int:
-    """The stream on which PyTorch works now, on the current device, as Triton's driver names it."""
+    """Return PyTorch's current stream on the current device, as Triton's driver represents it."""
     active = driver.active
     return active.get_current_stream(active.get_current_device())

@@ -9,7 +9,7 @@ from fastbert_kernels import take_bad_ids
 
 @pytest.fixture
 def guarded(request) -> Iterator[None]:
-    """Outputs begin as NaN between canaries, the interpreter checks every access, and no bad ids are left over."""
+    """Fill outputs with NaN between canaries, check every access of the interpreter, and start without bad ids."""
     take_bad_ids(DEVICE)
     if "unguarded" in request.keywords:
         yield

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, against torch's, and what its rows depend on."""
+"""Attention over packed sequences: compared with torch's attention, and independent of the other sequences."""
 
 from importlib import import_module
 
@@ -7,7 +7,7 @@ import torch
 from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, GUARDED, LAYOUTS, SIX_LENGTHS, bounds, check, drawn, normal, pairwise, sparse
+from kernel_cases import DEVICE, GUARDED, LAYOUTS, SIX_LENGTHS, bounds, check, normal, pairwise, random_cases, sparse
 
 import fastbert_kernels
 from fastbert_kernels import launch
@@ -28,7 +28,7 @@ def test_attention(head_size, lengths, dtype, layout):
     if layout == "parts of more":
         qkv = qkv.new_full((len(qkv), 5, 7, head_size + 8), float("nan"))[:, 1:4, 2:6:2, :head_size].copy_(qkv)
     elif layout == "expanded":
-        qkv = qkv[:, :, :1].expand(qkv.shape)  # heads: of equal tokens attention is any average
+        qkv = qkv[:, :, :1].expand(qkv.shape)  # over heads: equal tokens would make attention an average of equals
     else:
         qkv = LAYOUTS[layout](qkv)
     check("attention", qkv=qkv, cu_seqlens=bounds(lengths), max_seqlen=max(lengths), scale=head_size**-0.5)
@@ -36,7 +36,7 @@ def test_attention(head_size, lengths, dtype, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_large_scores(dtype):
-    """Scores up to 10^5, which float16 cannot hold: softmax picks one key."""
+    """Scores up to 10^5 overflow float16. Softmax picks one key."""
     qkv = normal(70, 3, 2, 32, dtype=dtype)
     qkv[:, :2] *= 60
     check("attention", qkv=qkv, cu_seqlens=bounds((65, 5)), max_seqlen=65, scale=1.0)
@@ -44,7 +44,7 @@ def test_attention_of_large_scores(dtype):
 
 @pytest.mark.parametrize(("dtype", "score"), [(torch.float16, -7.75), (torch.bfloat16, -5.625)], ids=str)
 def test_attention_to_a_long_tail(dtype, score):
-    """The weights of 64 keys of this score are less than half of the dtype's step at 64, what the first keys sum to."""
+    """The first keys sum to 64. The weights of 64 keys of this score are below half the dtype's spacing at 64."""
     qkv = torch.zeros(21 * 64, 3, 1, 16)
     qkv[:, 0, 0, 0], qkv[64:, 1, 0, 0], qkv[:, 2] = 1, score, 1
     check("attention", qkv=qkv.to(DEVICE, dtype), cu_seqlens=bounds((21 * 64,)), max_seqlen=21 * 64, scale=1.0)
@@ -53,13 +53,13 @@ def test_attention_to_a_long_tail(dtype, score):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-0.25, 0.0, 1e-40, -1e-40])
 def test_attention_of_any_scale(scale, dtype):
-    """With keys past the end of a sequence: minus infinity times zero is no number."""
+    """Blocks of keys extend past the ends of sequences, where a zero scale would make NaN of minus infinity."""
     qkv = normal(85, 3, 3, 16, dtype=dtype)
     check("attention", qkv=qkv, cu_seqlens=bounds((5, 0, 64, 16)), max_seqlen=64, scale=scale)
 
 
 @pytest.mark.parametrize("branch", [True, False])
-def test_attention_masks_the_same_with_and_without_a_branch(branch, monkeypatch):
+def test_attention_is_the_same_with_and_without_a_branch(branch, monkeypatch):
     qkv = normal(200, 3, 2, 16, dtype=torch.float16)
     arguments = {"cu_seqlens": bounds((5, 0, 64, 131)), "max_seqlen": 131, "scale": 0.25}
     expected = fastbert_kernels.attention(qkv, **arguments)
@@ -71,11 +71,11 @@ def test_attention_masks_the_same_with_and_without_a_branch(branch, monkeypatch)
 
 
 @pytest.mark.parametrize("max_seqlen", [10, 128, 129, 500])
-def test_attention_with_a_generous_bound(max_seqlen):
+def test_attention_with_a_larger_max_seqlen(max_seqlen):
     check("attention", qkv=normal(13, 3, 2, 16), cu_seqlens=bounds((10, 3)), max_seqlen=max_seqlen, scale=0.3)
 
 
-@drawn
+@random_cases
 @given(
     lengths=st.lists(st.integers(0, 80), min_size=1, max_size=4),
     num_heads=st.integers(1, 3),
@@ -83,7 +83,7 @@ def test_attention_with_a_generous_bound(max_seqlen):
     dtype=st.sampled_from(DTYPES),
     gaps=st.tuples(*[st.integers(0, 3)] * 3),
 )
-def test_drawn_attention(lengths, num_heads, head_size, dtype, gaps):
+def test_random_attention(lengths, num_heads, head_size, dtype, gaps):
     torch.manual_seed(0)
     shape = 3, num_heads, head_size
     buffer = torch.full((sum(lengths), *map(sum, zip(shape, gaps, strict=True))), float("nan"), dtype=dtype)
@@ -94,12 +94,12 @@ def test_drawn_attention(lengths, num_heads, head_size, dtype, gaps):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [16, 80])
 def test_sequences_do_not_depend_on_each_other(head_size, dtype):
-    """Alone, in any order, with another bound of the longest one, between sequences of NaN."""
-    texts = normal(sum(SIX_LENGTHS), 3, 2, head_size, dtype=dtype).split(SIX_LENGTHS)
+    """Alone, in any order, with another max_seqlen, and between sequences of NaN."""
+    sequences = normal(sum(SIX_LENGTHS), 3, 2, head_size, dtype=dtype).split(SIX_LENGTHS)
 
     def attend(numbers, max_seqlen=70):
         lengths = [SIX_LENGTHS[n] for n in numbers]
-        qkv = torch.cat([texts[n] for n in numbers])
+        qkv = torch.cat([sequences[n] for n in numbers])
         return fastbert_kernels.attention(qkv, bounds(lengths), max_seqlen, 0.25).split(lengths)
 
     together = attend(range(6))
@@ -107,13 +107,13 @@ def test_sequences_do_not_depend_on_each_other(head_size, dtype):
         for number, out in zip(order, attend(order, 200), strict=True):
             assert torch.equal(out, together[number])
     for number in (1, 3, 5):
-        texts[number].fill_(float("nan"))
+        sequences[number].fill_(float("nan"))
     for number, out in enumerate(attend(range(6))):
         assert out.isnan().all() if number in (1, 3, 5) else torch.equal(out, together[number])
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (3,), (0, 5, 0, 2)], ids=str)
-def test_rows_outside_of_sequences_are_neither_read_nor_written(lengths):
+def test_rows_outside_sequences_are_neither_read_nor_written(lengths):
     qkv, stop = normal(9, 3, 2, 16), sum(lengths)
     expected = fastbert_kernels.attention(qkv[:stop], bounds(lengths), 9, 0.25)
     qkv[stop:] = float("nan")
@@ -123,9 +123,9 @@ def test_rows_outside_of_sequences_are_neither_read_nor_written(lengths):
     assert fastbert_kernels.attention(qkv, bounds(lengths), 9, 0.25)[stop:].isnan().all()
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU holds all of it: test_every_kernel.py")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU see test_every_kernel.py")
 def test_heads_past_2_to_the_31():
-    """Strides are below it, what they are multiplied by is not."""
+    """The stride of a head is below 2^31, the offset of the last head is above."""
     qkv, stride = normal(9, 3, 3, 16, dtype=torch.float16), 3 * 2**29
     far = sparse(2 * stride + 2048).as_strided(qkv.shape, (48, 16, stride, 1)).copy_(qkv)
     arguments = bounds((5, 4)), 5, 0.25
@@ -133,10 +133,10 @@ def test_heads_past_2_to_the_31():
 
 
 def test_attention_of_too_many_programs():
-    """One for each head and block of queries of 67 million texts: only prepared."""
+    """67 million sequences have too many programs, one for each head and block of queries. Nothing is launched."""
     qkv = (torch.Size((9, 3, 16, 64)), (3072, 1024, 64, 1), torch.float16, DEVICE, 0)
     cu_seqlens = (torch.Size((2**26 + 1,)), (1,), torch.int32, DEVICE, 0)
     attention_launch = import_module("fastbert_kernels.attention").attention_launch
-    with pytest.raises(ValueError, match="programs are not served, only less than 2.31"):
+    with pytest.raises(ValueError, match="programs are not supported, only fewer than 2.31"):
         attention_launch(qkv, cu_seqlens, 512, 0.125, None)
     assert attention_launch(qkv, cu_seqlens, 16, 0.125, None).grid == (2**30,)

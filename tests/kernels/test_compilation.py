@@ -1,5 +1,4 @@
-"""When kernels compile: once for each class of sizes, whatever the sizes, and once among threads; what a launch passes
-on that skips Triton's launcher; and how much Python a layer takes."""
+"""Compilation happens once per class of sizes, direct launches pass what Triton's launcher does, a layer's overhead."""
 
 import json
 import os
@@ -20,7 +19,7 @@ PRODUCTS = (
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_sizes_that_vary_compile_nothing_new_and_nothing_spills(dtype, tmp_path):
+def test_new_sizes_compile_nothing_and_nothing_spills(dtype, tmp_path):
     script = TOOLS / "compile_only.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -30,23 +29,23 @@ def test_sizes_that_vary_compile_nothing_new_and_nothing_spills(dtype, tmp_path)
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    warmed, served, machine_code = map(json.loads, run.stdout.splitlines())
-    assert served == warmed
-    # For each class of tokens, with their count on the device or without.
-    assert served["_qkv_projection_kernel"] == (6 if dtype == "float16" else 4)
-    # For short sequences in 16 bits, and for all.
-    assert served["_attention_fwd_kernel"] == (2 if dtype == "float16" else 1)
-    assert served["_packing_plan_kernel"] == 1
-    # For padded batches, and for texts that come packed.
-    assert served["_pool_kernel"] == 2
+    warmed, compiled, machine_code = map(json.loads, run.stdout.splitlines())
+    assert compiled == warmed
+    # One for each class of tokens, with num_tokens on the device and without.
+    assert compiled["_qkv_projection_kernel"] == (6 if dtype == "float16" else 4)
+    # One for all sequences, and in 16 bits one for short sequences.
+    assert compiled["_attention_fwd_kernel"] == (2 if dtype == "float16" else 1)
+    assert compiled["_packing_plan_kernel"] == 1
+    # One for padded batches and one for packed input.
+    assert compiled["_pool_kernel"] == 2
     for kernel, spill_bytes, matrix_instruction in machine_code:
         assert spill_bytes == 0, f"{kernel} spills {spill_bytes} bytes a thread"
         assert matrix_instruction == ("HGMMA" if kernel in PRODUCTS else "none"), f"{kernel}: {matrix_instruction}"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_direct_launch_is_given_what_triton_gives(dtype):
-    """Kernels, grids and arguments, TMA descriptors among them; and nothing that is remembered keeps a tensor alive."""
+def test_a_direct_launch_passes_the_arguments_of_tritons_launcher(dtype):
+    """Kernels, grids and arguments, with TMA descriptors, are equal. The caches keep no tensor alive."""
     script = TOOLS / "direct_launches.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, str(script), dtype], env=environment, capture_output=True, text=True)
@@ -58,7 +57,7 @@ def test_a_direct_launch_is_given_what_triton_gives(dtype):
         assert directly == by_triton, op
         assert is_direct, op
         assert is_released, op
-    # Of descriptors the address comes first among a dozen of numbers.
+    # A descriptor is a list of numbers, which starts with its address.
     few, many = (
         sum(isinstance(value, list) for _, _, values in calls for value in values)
         for op, calls, *_ in found
@@ -68,7 +67,7 @@ def test_a_direct_launch_is_given_what_triton_gives(dtype):
 
 
 def test_python_calls_of_a_layer():
-    """What the host does for a layer is Python, and most of that are calls."""
+    """The host overhead of a layer is mostly Python calls."""
     script = TOOLS / "count_calls.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The embeddings against their formula, and ids out of range."""
+"""The embeddings: compared with their formula, and ids out of range."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = GUARDED
     dtype=DTYPES,
 )
 def test_embed_layer_norm(source, types, positions, indices, layout, width, dtype):
-    """In the capacity form only the rows before num_tokens are written."""
+    """With num_tokens, only the rows before it are written."""
     arguments = embed_arguments(source, types, positions, layout, width, dtype)
     places = {"all": None, "some": torch.tensor([26, 0, 4, 10]), "capacity": torch.randperm(27)}[indices]
     arguments["indices"] = None if places is None else places.to(DEVICE)
@@ -73,7 +73,7 @@ def test_bad_ids_of_the_current_device():
     assert take_bad_ids(torch.device("cuda")) == [BadId("input_ids", 99, 11)]
 
 
-def test_indices_of_dropped_places_are_not_looked_at():
+def test_ids_of_dropped_places_are_not_read():
     _, arguments = example("embed_layer_norm", torch.float32)
     kept = arguments["indices"][:40]
     for name in ("input_ids", "token_type_ids", "position_ids"):

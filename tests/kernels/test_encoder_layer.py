@@ -1,7 +1,7 @@
-"""A layer as one call has the bits of its operations one after another, whatever changes from call to call.
+"""`encoder_layer` is bitwise equal to its operations one after another, whatever changes between calls.
 
-In the interpreter nothing is bound to a driver: here a binding stands in for it, which runs the kernel on the memory at
-the addresses that it is given.
+The interpreter has no driver to launch through. A stand-in for `Binding` runs the kernel on the memory at the addresses
+that it is given.
 """
 
 import ctypes
@@ -32,13 +32,13 @@ from fastbert_kernels import (
 from fastbert_kernels.layer_norm import layer_norm_launch
 from fastbert_kernels.operands import spec_of
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the driver's own bindings serve every test")
-KERNELS = import_module("fastbert_kernels.encoder_layer")  # behind the function of its name
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU every test launches through `Binding`")
+KERNELS = import_module("fastbert_kernels.encoder_layer")  # the function hides the module of the same name
 LENGTHS, CAPACITY = (7, 0, 20, 1), 33
 
 
 def memory(address: int, size: int, dtype: torch.dtype) -> Tensor:
-    """The elements at an address, whoever they belong to."""
+    """Return the elements at an address."""
     return torch.frombuffer((ctypes.c_char * (size * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
@@ -48,7 +48,7 @@ class Descriptors:
 
 
 class Interpreted:
-    """In the place of a `Binding`."""
+    """A stand-in for `Binding`, with its attributes."""
 
     def __init__(self, cached: launch.CachedLaunch, tensors: dict[str, Tensor | None], calls: list[str]):
         self._launch, self._calls = cached, calls
@@ -83,7 +83,7 @@ class Interpreted:
 
 @pytest.fixture
 def bound(monkeypatch) -> list[str]:
-    """The kernels that bindings launch during the test, in their order."""
+    """The names of the kernels launched through bindings during the test, in order."""
     calls, by_triton = [], launch.CachedLaunch._launch_by_triton
 
     def launch_by_triton(cached, tensors):
@@ -99,7 +99,7 @@ def bound(monkeypatch) -> list[str]:
 
 
 class Layer:
-    """A layer's arguments, of which E, W = heads * head size and F differ."""
+    """The arguments of a layer. E, heads * head size and F may all differ."""
 
     def __init__(
         self, dtype: torch.dtype, width: int = 48, heads: int = 2, head_size: int = 16, feed_forward: int = 80
@@ -139,8 +139,8 @@ def tokens_of(layer: Layer, size: int = CAPACITY) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [48, 400])
-def test_bits(dtype, width, bound):
-    """In one launch of the last linear, residual and LayerNorm, and in two; from the second call on directly."""
+def test_bitwise_equal_to_the_operations(dtype, width, bound):
+    """With one launch for linear, residual and LayerNorm, and with two. The second call launches directly."""
     layer = Layer(dtype, width)
     x = tokens_of(layer)
     encoder_layer(*layer.arguments(x))
@@ -157,7 +157,7 @@ def test_bits(dtype, width, bound):
 
 
 def test_results_through_descriptors(bound):
-    """In memory of the workspace and of the output, which lie elsewhere in each call."""
+    """The workspace and the output, which are at other addresses in each call, are written through descriptors."""
     config = {
         "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 1,
         "descriptors": True, "flatten": True, "halves": True, "store_descriptor": True,
@@ -177,7 +177,7 @@ def test_results_through_descriptors(bound):
 
 
 def steps_of(layer: Layer) -> list:
-    """The steps of a cached layer, made again."""
+    """Return the steps of a layer as `_cached_layer` builds them."""
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KERNELS, "CachedLayer", lambda steps, *_: made.extend(steps))
@@ -186,7 +186,7 @@ def steps_of(layer: Layer) -> list:
 
 
 def test_everything_that_varies(bound):
-    """Of one layer, in an order in which each call meets the launches of those before."""
+    """Sizes, lengths, activation, eps, strides and heads change between calls of one layer with cached launches."""
     layer = Layer(torch.bfloat16)
     for _ in range(2):
         for size in (33, 28, 64, 28):
@@ -197,14 +197,14 @@ def test_everything_that_varies(bound):
         layer.check(tokens_of(layer), activation="relu")
         layer.eps = 1e-3, 1e-12
         layer.check(tokens_of(layer))
-        layer.check(normal(CAPACITY, 49, dtype=torch.bfloat16)[:, 1:])  # rows that lie apart, off 16 bytes
-        layer.check(normal(49, CAPACITY, dtype=torch.bfloat16)[1:].t())  # which the operations copy
+        layer.check(normal(CAPACITY, 49, dtype=torch.bfloat16)[:, 1:])  # a row stride that is no multiple of 16 bytes
+        layer.check(normal(49, CAPACITY, dtype=torch.bfloat16)[1:].t())  # the operations copy this
     layer.heads = 1
     layer.check(tokens_of(layer))
 
 
 def transpose(weights: list[Tensor]) -> None:
-    weights[6].data = weights[6].data.t()  # of [48, 48]: the same memory
+    weights[6].data = weights[6].data.t()  # [48, 48] in the same memory
 
 
 def cut(weights: list[Tensor]) -> None:
@@ -244,11 +244,11 @@ def test_weights_of_another_dtype_at_the_same_addresses(bound):
         layer.check(x)
     for weight in layer.weights:
         weight.data = weight.data.view(torch.bfloat16)
-    with pytest.raises(TypeError, match="a GEMM takes one dtype"):
+    with pytest.raises(TypeError, match="a GEMM needs one dtype"):
         encoder_layer(*layer.arguments(x))
 
 
-def test_layers_of_the_same_shapes_keep_their_weights_apart(bound):
+def test_layers_of_the_same_shapes_use_their_own_weights(bound):
     layers = [Layer(torch.float32) for _ in range(3)]
     x = tokens_of(layers[0])
     for _ in range(2):
@@ -270,12 +270,12 @@ def test_errors_are_those_of_the_operations(bound):
     layer.heads = 2
     layer.check(x)
     arguments = list(layer.arguments(x))
-    for number in (2, 8):  # bounds, and the count of tokens, that lie elsewhere
+    for number in (2, 8):  # cu_seqlens and num_tokens on another device
         elsewhere = [*arguments[:number], arguments[number].to("meta"), *arguments[number + 1 :]]
-        with pytest.raises(ValueError, match="tensors lie on cpu and meta"):
+        with pytest.raises(ValueError, match="tensors are on cpu and meta"):
             encoder_layer(*elsewhere)
     layer.weights[10] = layer.weights[10].half()
-    with pytest.raises(TypeError, match="a GEMM takes one dtype"):
+    with pytest.raises(TypeError, match="a GEMM needs one dtype"):
         layer.check(x)
 
 
@@ -285,8 +285,8 @@ def test_nothing_to_do(bound):
         assert encoder_layer(*layer.arguments(tokens_of(layer, 0), lengths=(0, 0))).shape == (0, 48)
 
 
-def test_who_watches_launches_sees_them(bound, monkeypatch):
-    """A profiler's hooks are called by Triton's launcher alone; and `launching_by` gets every launch."""
+def test_hooks_and_launching_by_see_every_launch(bound, monkeypatch):
+    """Only Triton's launcher calls a profiler's hooks."""
     layer = Layer(torch.float32)
     arguments = layer.arguments(tokens_of(layer))
     encoder_layer(*arguments)
@@ -305,26 +305,26 @@ def test_who_watches_launches_sees_them(bound, monkeypatch):
 
 
 def test_threads(bound):
-    """No lock is held around direct launches: what a call fills in is its own."""
+    """Direct launches hold no lock, and each call fills in its own arguments."""
     layers = [Layer(torch.float32) for _ in range(4)]
     batches = [tokens_of(layers[0], size) for size in (28, 33)]
     expected = [[layer.one_after_another(*layer.arguments(x)) for x in batches] for layer in layers]
     start = threading.Barrier(4)
 
-    def serve(number: int) -> None:
+    def run(number: int) -> None:
         start.wait()
         for turn in range(6):
             which = (number + turn) % len(layers)
-            for x, bits in zip(batches, expected[which], strict=True):
-                assert torch.equal(encoder_layer(*layers[which].arguments(x))[:28], bits[:28])
+            for x, y in zip(batches, expected[which], strict=True):
+                assert torch.equal(encoder_layer(*layers[which].arguments(x))[:28], y[:28])
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(serve, range(4)))
+        list(pool.map(run, range(4)))
 
 
-def test_what_is_remembered_is_bounded(bound, monkeypatch):
-    monkeypatch.setattr(KERNELS, "MOST_LAYERS", 2)
-    monkeypatch.setattr(KERNELS, "MOST_SHAPES", 2)
+def test_caches_are_bounded(bound, monkeypatch):
+    monkeypatch.setattr(KERNELS, "MAX_LAYERS", 2)
+    monkeypatch.setattr(KERNELS, "MAX_SHAPES", 2)
     layers = [Layer(torch.float32) for _ in range(3)]
     for layer in layers:
         layer.check(tokens_of(layer))
@@ -334,8 +334,8 @@ def test_what_is_remembered_is_bounded(bound, monkeypatch):
         assert all(len(cached) <= 2 for cached in KERNELS._layers.values())
 
 
-def test_a_launcher_that_nobody_knows_is_said_once_and_used(caplog):
-    """The launches of a Triton whose launcher is built otherwise go through it."""
+def test_an_unknown_launcher_is_used_with_one_warning(caplog):
+    """If Triton's launcher is not one that `Binding` knows, launches go through it."""
     tensors = {"x_ptr": normal(3, 48), "norm_weight_ptr": normal(48), "norm_bias_ptr": normal(48)}
     tensors |= {"out_ptr": normal(3, 48), "num_tokens_ptr": None}
     launch._warn_once.cache_clear()
@@ -348,5 +348,5 @@ def test_a_launcher_that_nobody_knows_is_said_once_and_used(caplog):
     launch._warn_once.cache_clear()
 
 
-def test_the_model_names_the_weights_of_a_layer_alike():
+def test_fastbert_has_the_same_fields_of_layer_weights():
     assert fastbert_layer.LayerWeights._fields == LayerWeights._fields

@@ -1,4 +1,4 @@
-"""What holds for every launcher: where operands may lie, what is read and written, what is refused."""
+"""Tests of every launcher: memory layouts of operands, what is read and written, errors."""
 
 import re
 from itertools import product
@@ -32,15 +32,15 @@ pytestmark = GUARDED
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("embeds", [False, True])
-def test_a_text_does_not_depend_on_its_batch(embeds, dtype):
-    """Bit for bit the same alone, in a batch in any order, and padded on the right, on the left or on both sides."""
-    texts = [torch.randint(0, 11, (length,)).to(DEVICE) for length in (5, 70, 1, 33)]
-    alone = [layer([text], [slice(0, len(text))], len(text), dtype, embeds)[0] for text in texts]
+def test_a_sequence_does_not_depend_on_its_batch(embeds, dtype):
+    """Bitwise equal alone, in a batch in any order, and padded on the right, on the left or on both sides."""
+    sequences = [torch.randint(0, 11, (length,)).to(DEVICE) for length in (5, 70, 1, 33)]
+    alone = [layer([x], [slice(0, len(x))], len(x), dtype, embeds)[0] for x in sequences]
     assert all(out.isfinite().all() for out in alone)
     for order, seq_len, side in (((0, 1, 2, 3), 70, 0.0), ((2, 3, 1, 0), 75, 0.5), ((3, 0), 40, 1.0)):
-        chosen = [texts[n] for n in order]
-        starts = [int((seq_len - len(text)) * side) for text in chosen]
-        places = [slice(start, start + len(text)) for start, text in zip(starts, chosen, strict=True)]
+        chosen = [sequences[n] for n in order]
+        starts = [int((seq_len - len(x)) * side) for x in chosen]
+        places = [slice(start, start + len(x)) for start, x in zip(starts, chosen, strict=True)]
         for number, out in zip(order, layer(chosen, places, seq_len, dtype, embeds), strict=True):
             assert torch.equal(out, alone[number]), (order, number)
     assert take_bad_ids(DEVICE) == []
@@ -51,7 +51,7 @@ def tensors_of(op: str) -> list[str]:
 
 
 OPERANDS = [(op, name) for op in OPS for name in tensors_of(op)]
-# Places and bounds that are all alike are none; of one dimension there is nothing to transpose.
+# Expanded indices or cu_seqlens would be invalid, and one dimension cannot be transposed.
 LAID_OUT = [
     (op, name, layout)
     for op, name in OPERANDS
@@ -63,7 +63,7 @@ LAID_OUT = [
 
 
 @pytest.mark.parametrize(("op", "name", "layout"), LAID_OUT)
-def test_an_operand_may_lie_anyhow_in_memory(op, name, layout):
+def test_an_operand_may_have_any_layout(op, name, layout):
     launcher, arguments = example(op, torch.float16)
     copy = LAYOUTS[layout](arguments[name])
     outputs = [launcher(**arguments | {name: x}) for x in (copy, copy.contiguous())]
@@ -72,18 +72,18 @@ def test_an_operand_may_lie_anyhow_in_memory(op, name, layout):
     assert torch.equal(*outputs)
 
 
-# Of two rows the stride itself would be 2^31, which is refused.
+# With two rows the stride itself would be 2^31, which is an error.
 OPERANDS_OF_ROWS = [
     (op, name) for op, name in OPERANDS for x in [example(op, torch.float32)[1][name]] if x.ndim > 1 and len(x) > 2
 ]
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU holds all of it: test_outputs_past_2_to_the_31")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU see test_outputs_past_2_to_the_31")
 @pytest.mark.parametrize(("op", "name"), OPERANDS_OF_ROWS)
 def test_offsets_past_2_to_the_31(op, name):
-    """Half of the rows lie there, in memory of which only they exist; where 32 bits would put them there are zeros.
+    """Half of the rows are there, in a sparse mapping. An offset that wraps at 32 bits would read zeros.
 
-    They are unaligned, so that pointers address them and no descriptor, which counts in 64 bits itself.
+    The rows are unaligned, so that they are read through pointers: descriptors have 64-bit offsets anyway.
     """
     launcher, arguments = example(op, torch.float16)
     x = arguments[name]
@@ -97,19 +97,19 @@ def test_offsets_past_2_to_the_31(op, name):
 
 
 def rows_far_apart(rows: int, width: int) -> Tensor:
-    """float16 rows that lie 2^31 elements apart, in memory of which only they exist."""
+    """Return float16 rows that are 2^31 elements apart, on the CPU in a sparse mapping."""
     size = (rows - 1) * 2**31 + width
     memory = torch.zeros(size, dtype=torch.float16, device=DEVICE) if DEVICE.type == "cuda" else sparse(size)
     return memory.as_strided((rows, width), (2**31, 1))
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("attention", "packing_plan")])
-def test_rows_that_lie_2_to_the_31_apart_are_refused(op):
+def test_a_stride_of_2_to_the_31_is_an_error(op):
     launcher, arguments = example(op, torch.float16)
     name = "word_table" if op == "embed_layer_norm" else "hidden" if "hidden" in arguments else "x"
     arguments[name] = rows_far_apart(2, arguments[name].shape[1])
     arguments |= {key: arguments[key][:2] for key in ("residual", "indices") if key in arguments}
-    with pytest.raises(ValueError, match="a stride or width of 2147483648 elements is not served"):
+    with pytest.raises(ValueError, match="a stride or width of 2147483648 elements is not supported"):
         launcher(**arguments)
 
 
@@ -135,21 +135,21 @@ def test_operands_are_only_read(op):
 
 
 @pytest.mark.parametrize(("op", "name"), [pair for pair in OPERANDS if pair[0] != "packing_plan"])
-def test_operands_lie_on_one_device(op, name):
+def test_operands_on_two_devices_are_an_error(op, name):
     launcher, arguments = example(op, torch.float32)
-    with pytest.raises(ValueError, match=f"{op.split()[0]}: tensors lie on .* and "):
+    with pytest.raises(ValueError, match=f"{op.split()[0]}: tensors are on .* and "):
         launcher(**arguments | {name: arguments[name].to("meta")})
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "packing_plan"])
-def test_float64_is_refused(op):
+def test_float64_is_an_error(op):
     launcher, arguments = example(op, torch.float64)
-    with pytest.raises(TypeError, match="dtype torch.float64 is not served, only float32, float16 and bfloat16"):
+    with pytest.raises(TypeError, match="dtype torch.float64 is not supported, only float32, float16 and bfloat16"):
         launcher(**arguments)
 
 
 @pytest.mark.parametrize(("op", "changes", "error", "message"), ERRORS)
-def test_what_does_not_fit_is_refused(op, changes, error, message):
+def test_invalid_arguments_are_an_error(op, changes, error, message):
     launcher, arguments = example(op, torch.float32)
     for name, value in changes.items():
         if isinstance(value, torch.dtype):
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused(op, changes, error, message):
 )
 @pytest.mark.parametrize("op", ["attention", "pool"])
 def test_hostile_bounds(op, hostile, meant):
-    """Bounds that are negative, past the buffer or falling mean the rows between them that there are."""
+    """cu_seqlens that are negative, past the buffer or falling select only rows of the buffer."""
     shape = (3, 2, 16) if op == "attention" else (48,)
     x = torch.cat((normal(9, *shape), torch.full((200, *shape), float("nan"), device=DEVICE)))[:9]
     rest = {"attention": {"max_seqlen": 9, "scale": 0.25}, "pool": {"mode": "mean"}}[op]
@@ -216,13 +216,13 @@ def test_opcheck(op):
 @pytest.mark.gpu
 @pytest.mark.unguarded
 def test_outputs_past_2_to_the_31():
-    """Each op's last text is held to its formula. Last in the file: an offset that overflows can end the process."""
+    """The last sequence of each op agrees with its formula. Last in the file: a wrong offset can end the process."""
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(DEVICE)[0] / 2**30
     if free < 24:
         pytest.skip(f"needs 24 GiB of free memory on the device, there are {free:.1f}")
-    texts, length, width = 5_800, 500, 768
-    rows, bound = texts * length, bounds((length,))
+    batch_size, length, width = 5_800, 500, 768
+    rows, bound = batch_size * length, bounds((length,))
 
     def normal(*shape):
         return torch.empty(shape, dtype=torch.float16, device=DEVICE).normal_()
@@ -236,7 +236,7 @@ def test_outputs_past_2_to_the_31():
         return out
 
     words, vector = normal(rows, width), normal(width)
-    ids = torch.randint(rows - 99, rows, (texts, length), device=DEVICE)
+    ids = torch.randint(rows - 99, rows, (batch_size, length), device=DEVICE)
     absent = dict.fromkeys(("token_type_ids", "position_ids", "inputs_embeds", "indices"))
     tables = {"position_table": normal(length, width), "token_type_table": normal(2, width)}
     end = {"word_table": words[-99:], "input_ids": ids[-1:] - (rows - 99)}
@@ -247,13 +247,14 @@ def test_outputs_past_2_to_the_31():
     linear = {"weight": normal(width, width) / 28, "bias": vector}
     parts = {f"{part}_{name}": x for part, (name, x) in product("qkv", linear.items())}
     qkv = run("qkv_projection", {"x": hidden[-length:]}, x=hidden, **parts, num_heads=12)
-    end, bounds_of_all = {"qkv": qkv[-length:], "cu_seqlens": bound}, bounds((length,) * texts)
+    end, bounds_of_all = {"qkv": qkv[-length:], "cu_seqlens": bound}, bounds((length,) * batch_size)
     context = run("attention", end, qkv=qkv, cu_seqlens=bounds_of_all, max_seqlen=length, scale=0.125)
     del qkv, end
     end, norm = {"x": context[-length:], "residual": hidden[-length:]}, {"norm_weight": vector, "norm_bias": vector}
     hidden = run("linear_residual_layer_norm", end, x=context, residual=hidden, **linear, **norm, eps=1e-12)
     hidden = run("linear_activation", {"x": hidden[-length:]}, x=hidden, **linear, activation="gelu")
     run("pool", {"hidden": hidden[-length:], "cu_seqlens": bound}, hidden=hidden, cu_seqlens=bounds_of_all, mode="mean")
-    turned = fastbert_kernels.unpack(hidden, torch.arange(rows - 1, -1, -1, device=DEVICE), texts, length).flatten(0, 1)
-    assert torch.equal(turned[-length:], hidden[:length].flip(0))
-    assert torch.equal(turned[:length], hidden[-length:].flip(0))
+    backwards = torch.arange(rows - 1, -1, -1, device=DEVICE)
+    reversed_rows = fastbert_kernels.unpack(hidden, backwards, batch_size, length).flatten(0, 1)
+    assert torch.equal(reversed_rows[-length:], hidden[:length].flip(0))
+    assert torch.equal(reversed_rows[:length], hidden[-length:].flip(0))

@@ -1,4 +1,4 @@
-"""Launch configurations: what they may hold, who takes which, and that the results do not tell them apart."""
+"""Launch configurations: the shipped files, which one a launch uses, and correct results with all of them."""
 
 import logging
 from copy import deepcopy
@@ -21,9 +21,9 @@ pytestmark = GUARDED
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TABLES)
-def test_every_configuration_computes_the_truth(name, dtype):
+def test_every_configuration_gives_correct_results(name, dtype):
     if DEVICE.type == "cuda" and name not in ("default", configs.path_of(configs.name_for(DEVICE)).stem):
-        pytest.skip("a GPU runs its own configurations")
+        pytest.skip("a GPU runs its own configurations only")
     with configured_by(TABLES[name]):
         for op in ("linear_activation", "qkv_projection", "linear_residual_layer_norm"):
             for tokens in (70, 300, 1030):
@@ -36,14 +36,13 @@ def test_every_configuration_computes_the_truth(name, dtype):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_configurations(name):
-    """What batch invariance and the kernels ask of every configuration file."""
+    """Every shipped file is valid, and says what was measured."""
     path = configs.path_of(name)
     document = configs.check(configs.read(path), path)
-    # Of the matrix instructions none but wgmma and tcgen05, which take 64 rows or more.
+    # wgmma and tcgen05 need 64 rows.
     if document.get("architecture", name) in ("sm_90", "sm_100"):
         gemms = (TABLES[name][operation]["16"] for operation in TABLES[name] if not operation.startswith("attention"))
         assert all(entry["config"]["BLOCK_M"] >= 64 for entries in gemms for entry in entries)
-    # What nobody has measured says so.
     timed = "measured_us" in path.read_text()
     assert timed == ("device" in document)
     assert timed or document["source"].endswith("; not measured")
@@ -66,22 +65,22 @@ def test_launches_follow_the_configurations():
     assert seen[0] > seen[1] == 1
 
 
-def test_descriptors_serve_rows_of_16_bytes_only():
+def test_descriptors_need_rows_of_16_bytes():
     config = GemmConfig(64, 64, 32, num_warps=4, num_stages=3, ctas_per_sm=1, descriptors=True)
 
-    def served(*tensors, config=config):
+    def by_descriptors(*tensors, config=config):
         return reads_by_descriptors(config, *(TensorSpec(*spec_of(x)) for x in tensors))
 
     for columns, expected in ((48, True), (13, False)):
         x, weight = normal(5, columns), normal(7, columns)
-        assert served(x, weight) == expected
-        assert not served(x, weight, config=replace(config, descriptors=False))
+        assert by_descriptors(x, weight) == expected
+        assert not by_descriptors(x, weight, config=replace(config, descriptors=False))
     x, weight = normal(5, 48), normal(7, 48)[:, :44]
     for start, expected in ((4, True), (1, False)):
-        assert served(x[:, start : start + 44], weight) == expected
+        assert by_descriptors(x[:, start : start + 44], weight) == expected
 
 
-def test_an_unknown_architecture_takes_the_defaults(caplog):
+def test_an_unknown_architecture_uses_the_default_file(caplog):
     configs.table_for.cache_clear()
     with caplog.at_level(logging.INFO, logger="fastbert_kernels"):
         assert [configs.table_for("sm_75"), configs.table_for("sm_75")] == [TABLES["default"]] * 2

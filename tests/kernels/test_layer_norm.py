@@ -1,4 +1,4 @@
-"""LayerNorm's statistics, where it ends a linear and where it ends the embeddings."""
+"""LayerNorm's statistics, after a linear and after the embeddings."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from fastbert_kernels.operands import spec_of
 
 pytestmark = GUARDED
 
-# Of most widths no float32 sum is the multiple of 0.1 or 333.1; a GPU's quotient is rounded for 1, too.
+# A float32 sum of 0.1 or 333.1 is rounded at most widths. On a GPU the quotient is rounded for 1, too.
 ELEMENTS = (1, 0.1, 333.1)
 
 
@@ -54,7 +54,7 @@ def test_embeddings_without_variance_become_the_bias(width, dtype):
 @pytest.mark.parametrize("eps", [1e-12, 1e-2])
 @pytest.mark.parametrize("width", [48, 400])
 def test_eps_is_what_was_passed(width, eps, dtype):
-    """Rows whose variance is 10^-6, to which a larger eps would matter."""
+    """The rows have a variance of 10^-6, so that a larger eps would show."""
     arguments = linear_residual_arguments(9, width, dtype, dtype) | {"eps": eps}
     for name in ("x", "bias", "residual"):
         arguments[name] *= 1e-4 if name == "x" else 1e-3
@@ -69,11 +69,11 @@ def test_eps_is_what_was_passed(width, eps, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("width", [48, 400])
 def test_statistics_are_float32(width, dtype, spread):
-    """Rows whose mean, rounded to the dtype, would be off by half the spread, or whose squares are infinite there."""
+    """In the dtype of the rows, their mean would be off by half the spread, or their squares would be infinite."""
 
     def rows(count: int) -> Tensor:
-        bits = torch.randint(0, 2, (count, width))
-        values = bits + 1 / torch.finfo(dtype).eps if spread == "about a large mean" else 60_000 * bits - 30_000
+        coins = torch.randint(0, 2, (count, width))
+        values = coins + 1 / torch.finfo(dtype).eps if spread == "about a large mean" else 60_000 * coins - 30_000
         return values.to(DEVICE, dtype)
 
     arguments = linear_residual_arguments(9, width, dtype, dtype) | {"residual": rows(9)}
@@ -88,7 +88,7 @@ def test_statistics_are_float32(width, dtype, spread):
 
 @pytest.mark.parametrize("num_tokens", [0, 13, 64])
 def test_layer_norm_writes_no_rows_past_the_count(num_tokens):
-    """Over a buffer of numbers: in its own place LayerNorm would make NaN of NaN."""
+    """The output holds numbers. In place, rows of NaN would stay NaN even if they were written."""
     x, out = normal(70, 48), torch.full((70, 48), 7.0, device=DEVICE)
     weight, bias, counted = torch.ones_like(x[0]), torch.zeros_like(x[0]), count(num_tokens)
     launch = layer_norm_launch(*map(spec_of, (x, weight, bias, out, counted)), 1e-12)

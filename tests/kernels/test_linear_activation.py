@@ -1,4 +1,4 @@
-"""The linear with an activation, against its formula, and each activation by itself."""
+"""The linear with an activation, compared with its formula, and each activation alone."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import ACTIVATIONS, DEVICE, GUARDED, HALVES, LAYOUTS, TOKENS, check, drawn, normal, pairwise
+from kernel_cases import ACTIVATIONS, DEVICE, GUARDED, HALVES, LAYOUTS, TOKENS, check, normal, pairwise, random_cases
 from torch import Tensor
 
 import fastbert_kernels
@@ -27,12 +27,12 @@ pytestmark = GUARDED
 def test_linear_activation(tokens, shape, activation, dtype, layout):
     inputs, outputs = shape
     x = LAYOUTS[layout](normal(tokens, inputs, dtype=dtype))
-    # Sums of the size of one: of far smaller results than one the rule has no floor.
+    # Scaled so that sums are of order one: the tolerance is relative to the largest result.
     weight, bias = normal(outputs, inputs, dtype=dtype) / inputs**0.5, normal(outputs, dtype=dtype)
     check("linear_activation", x=x, weight=weight, bias=bias, activation=activation)
 
 
-@drawn
+@random_cases
 @given(
     tokens=st.integers(1, 140),
     columns=st.tuples(st.integers(1, 100), st.integers(16, 140)),
@@ -40,7 +40,7 @@ def test_linear_activation(tokens, shape, activation, dtype, layout):
     dtype=st.sampled_from(DTYPES),
     layouts=st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))),
 )
-def test_drawn_linear_activation(tokens, columns, activation, dtype, layouts):
+def test_random_linear_activation(tokens, columns, activation, dtype, layouts):
     torch.manual_seed(0)
     inputs, outputs = columns
     x, weight = (
@@ -52,13 +52,13 @@ def test_drawn_linear_activation(tokens, columns, activation, dtype, layouts):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_of_one_column(dtype):
-    """The stride of a dimension of one element says nothing, whatever it is."""
+    """The stride of a dimension of one element may have any value."""
     x, weight = (normal(rows, 64, dtype=dtype)[:, ::64] for rows in (9, 20))
     check("linear_activation", x=x, weight=weight, bias=normal(20, dtype=dtype), activation="none")
 
 
 def activate(values: Tensor, activation: str) -> Tensor:
-    """The activation alone, of values that come in as the bias."""
+    """Return the activation of values, which are passed as the bias of a zero product."""
     x, weight = (values.new_zeros(size, 16) for size in (1, len(values)))
     return fastbert_kernels.linear_activation(x, weight, values, activation)[0]
 
@@ -66,7 +66,7 @@ def activate(values: Tensor, activation: str) -> Tensor:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_gelu_of_every_size_is_a_rounding_away(activation, dtype):
-    """Each value by itself: the closeness rule looks at the largest of them."""
+    """Each value is checked alone, since the tolerance rule is relative to the largest."""
     coarse = torch.linspace(-40, 40, 161, device=DEVICE).to(dtype)
     fine = torch.linspace(0, 0.5, 64, device=DEVICE).to(dtype)
     ours = fastbert_kernels.linear_activation(coarse[:, None], torch.ones_like(fine)[:, None], fine, activation)
@@ -75,22 +75,22 @@ def test_gelu_of_every_size_is_a_rounding_away(activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gelu_without_erf_is_exact_to_the_rounding(dtype):
-    """Every bfloat16, or float16, of magnitude up to 8, through the kernel, against erfc in float64."""
+def test_gelu_without_erf_is_within_the_rounding(dtype):
+    """Every bfloat16 or float16 value up to a magnitude of 8 is compared with erfc in float64."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-    # Not bfloat16's subnormals, below 1e-38, which GPUs and the interpreter flush to zero.
+    # Without bfloat16's subnormals, below 1e-38, which GPUs and the interpreter flush to zero.
     values = values[values.isfinite() & (values.abs() <= 8) & ((values == 0) | (values.abs() > 1e-37))]
     x = F.pad(values, (0, -len(values) % 16)).view(-1, 16).to(DEVICE)
     identity, zeros = torch.eye(16, dtype=dtype, device=DEVICE), torch.zeros(16, dtype=dtype, device=DEVICE)
     ours = linear_activation(x, identity, zeros, "gelu").flatten()[: len(values)].double().cpu()
     truth = values.double() * torch.special.erfc(-values.double() / math.sqrt(2)) / 2
     rounding = torch.finfo(dtype).eps * truth.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    # Half of a rounding is the best there is; in the interpreter bfloat16 is cut off and may take a whole one.
+    # Half a rounding is the best possible. The interpreter truncates bfloat16, which can take a whole one.
     limit = 1.01 if dtype == torch.bfloat16 else 0.51
-    below = values < -5.5  # past the fit the tail is small, not exact
+    below = values < -5.5  # outside the fit the tail is small, not exact
     assert ((ours - truth).abs() <= limit * rounding)[~below].all()
     assert (ours - truth).abs()[below].max() < 1e-6
-    # The form by tanh would not pass.
+    # The tanh approximation would not pass.
     assert ((F.gelu(values.double(), approximate="tanh") - truth).abs() > rounding).any()
 
 

@@ -1,4 +1,4 @@
-"""The linear, the residual and LayerNorm, in one launch or two, against their formula."""
+"""The linear, the residual and LayerNorm, in one launch or two, compared with their formula."""
 
 import torch
 from cases import DTYPES
@@ -11,9 +11,9 @@ from kernel_cases import (
     HALVES,
     LAYOUTS,
     check,
-    drawn,
     linear_residual_arguments,
     pairwise,
+    random_cases,
 )
 
 from fastbert_kernels import target
@@ -28,7 +28,7 @@ pytestmark = GUARDED
     layout=LAYOUTS,
 )
 def test_linear_residual_layer_norm(width, dtypes, tokens, layout, launches):
-    """Also with a residual of float32 beside 16-bit operands, as autocast has it."""
+    """Under autocast the residual is float32 beside 16-bit operands."""
     arguments = linear_residual_arguments(tokens, width, *dtypes)
     arguments["residual"] = LAYOUTS[layout](arguments["residual"])
     kept = arguments["residual"].clone()
@@ -40,14 +40,14 @@ def test_linear_residual_layer_norm(width, dtypes, tokens, layout, launches):
         assert launches == (["_linear_residual_layer_norm_kernel"] if one else two)
 
 
-@drawn
+@random_cases
 @given(
     tokens=st.integers(1, 140),
     width=st.integers(2, 500),
     dtype=st.sampled_from(DTYPES),
     layouts=st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))),
 )
-def test_drawn_linear_residual_layer_norm(tokens, width, dtype, layouts):
+def test_random_linear_residual_layer_norm(tokens, width, dtype, layouts):
     torch.manual_seed(0)
     arguments = linear_residual_arguments(tokens, width, dtype, dtype)
     for name, layout in zip(("x", "residual"), layouts, strict=True):

@@ -1,4 +1,4 @@
-"""The product of all linears: what a row's bits depend on, by pointers and descriptors, and float32 by TF32."""
+"""The GEMM of all linears: independent rows, pointers and descriptors, epilogues, float32 by three TF32 products."""
 
 import math
 from collections.abc import Callable
@@ -23,11 +23,11 @@ pytestmark = GUARDED
 
 PROJECTIONS = ("linear_activation", "qkv_projection", "linear_residual_layer_norm", "linear_residual_layer_norm wide")
 TWO_LAUNCHES = [("linear_residual_layer_norm", "linear_residual")]
-# Where TMA does not exist, tiles come and go by pointers.
+# Without TMA, tiles are loaded and stored through pointers.
 DESCRIPTORS = DEVICE.type == "cpu" or torch.cuda.get_device_capability(DEVICE) >= (9, 0)
-LARGE = 20_011  # tokens, beyond all classes
+LARGE = 20_011  # tokens, above the limits of all classes
 WIDTHS = {"minilm": 384, "base": 768, "large": 1024}
-# Inputs and outputs of an operation's linears, by the width of the model.
+# The inputs and outputs of an operation's linears for a model's width.
 PLACES = {
     "qkv_projection": lambda width: [(width, width)],
     "linear_activation": lambda width: [(width, 4 * width)],
@@ -36,9 +36,9 @@ PLACES = {
 
 
 def projection(op: str, dtype: torch.dtype, tokens: int) -> tuple[Callable, dict, list[str]]:
-    """A launcher and arguments with that many rows, and the names of the arguments that have them.
+    """Return a launcher, its arguments with this number of tokens, and the names of those with a row for each token.
 
-    There are four blocks of inputs or more: a sum of two would not tell their order.
+    K has at least four blocks, so that a change in the order of the sum shows.
     """
     launcher, arguments = example(op, dtype)
     rows = [name for name in ("x", "residual") if name in arguments]
@@ -52,7 +52,7 @@ def projection(op: str, dtype: torch.dtype, tokens: int) -> tuple[Callable, dict
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", PROJECTIONS)
 def test_rows_do_not_depend_on_other_rows(op, dtype):
-    """Alone, at any place of a tile, and in a buffer so large that another configuration serves it."""
+    """Alone, at any place of a tile, and in a buffer so large that it has another configuration."""
     launcher, arguments, rows = projection(op, dtype, 1100)
     expected = launcher(**arguments)
     for start, stop in ((0, 1), (62, 67), (64, 128), (800, 1100), (1099, 1100)):
@@ -62,7 +62,7 @@ def test_rows_do_not_depend_on_other_rows(op, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", PROJECTIONS)
-def test_rows_of_nan_stay_where_they_are(op, dtype):
+def test_rows_of_nan_do_not_spread(op, dtype):
     launcher, arguments, rows = projection(op, dtype, 70)
     expected = launcher(**arguments)
     for name in rows:
@@ -76,7 +76,7 @@ def test_rows_of_nan_stay_where_they_are(op, dtype):
 @pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65, 70, 1000])
 @pytest.mark.parametrize("op", PROJECTIONS)
 def test_rows_past_the_count_are_neither_read_nor_written(op, num_tokens):
-    """Through pointers. A descriptor, which no configuration has for few tokens, writes the last tile as a whole."""
+    """Through pointers. Descriptors, which no configuration has for few tokens, write the whole last tile."""
     launcher, arguments, rows = projection(op, torch.bfloat16, 70)
     expected = launcher(**arguments)
     for name in rows:
@@ -92,8 +92,8 @@ def test_rows_past_the_count_are_neither_read_nor_written(op, num_tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["linear_activation", "qkv_projection", "linear_residual_layer_norm"])
-def test_rows_of_more_than_their_columns(op, dtype):
-    """Strides are multiples of 16 bytes and the number of inputs is not; no descriptor, which knows it, serves them."""
+def test_parts_of_longer_rows(op, dtype):
+    """Neither the address of a row nor the number of inputs is a multiple of 16 bytes, so descriptors are not used."""
     _, arguments = example(op, dtype)
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.shape[-1] == 40:
@@ -117,9 +117,11 @@ def test_pointers_and_descriptors_agree(op, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 48])
 @pytest.mark.parametrize(("op", "operation"), [*zip(PROJECTIONS[:2], PROJECTIONS[:2], strict=True), *TWO_LAUNCHES])
-def test_epilogues_change_no_bit(op, operation, width, dtype):
-    """Flattened, in halves, through a descriptor, also for a residual of another dtype. A descriptor writes the other
-    rows of the last tile, pointers and tiles over the end of a part do not."""
+def test_epilogues_give_bitwise_equal_results(op, operation, width, dtype):
+    """Flattened, halved or stored through a descriptor, also for a residual of another dtype.
+
+    Only descriptors write rows past the count, up to the end of the last tile.
+    """
     config = {
         "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 1,
         "descriptors": DESCRIPTORS,
@@ -134,9 +136,9 @@ def test_epilogues_change_no_bit(op, operation, width, dtype):
     kept = []
     for epilogue in product((False, True), repeat=3):
         entry = config | dict(zip(("flatten", "halves", "store_descriptor"), epilogue, strict=True))
-        entries = {bits: [{"up_to": None, "config": entry}] for bits in ("16", "32")}
-        nothing = {"linear_residual_layer_norm": {"16": [], "32": []}}
-        with configured_by(TABLES["sm_90"] | nothing | {operation: entries}):
+        entries = {operand_width: [{"up_to": None, "config": entry}] for operand_width in ("16", "32")}
+        two_launches = {"linear_residual_layer_norm": {"16": [], "32": []}}
+        with configured_by(TABLES["sm_90"] | two_launches | {operation: entries}):
             out = launcher(**arguments, num_tokens=count(37))
         by_descriptor = DESCRIPTORS and entry["store_descriptor"] and not (op == "qkv_projection" and width == 48)
         assert out[37:48].isfinite().all() if by_descriptor else out[37:48].isnan().all()
@@ -152,9 +154,9 @@ def test_epilogues_change_no_bit(op, operation, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", WIDTHS)
 @pytest.mark.parametrize("operation", ["qkv_projection", "linear_activation", "linear_residual"])
-def test_a_text_has_the_same_bits_in_every_class_of_sizes(operation, model, dtype):
-    """Each entry of this device's file serves the same 16 rows: at the start, at an odd place and at the end of a batch
-    of its largest size, of one token more than the class before has, and of sizes beyond all classes."""
+def test_a_sequence_is_bitwise_equal_in_every_class_of_sizes(operation, model, dtype):
+    """16 rows are put at the start, at an odd place and at the end of batches of the smallest and the largest size of
+    each entry of this device's file."""
     width = "32" if dtype == torch.float32 else "16"
     limits = [entry["up_to"] for entry in configs.table_for(configs.name_for(DEVICE))[operation][width]]
     sizes = sorted({16, *(size for limit in limits[:-1] for size in (limit, limit + 1)), LARGE})
@@ -179,22 +181,22 @@ def test_a_text_has_the_same_bits_in_every_class_of_sizes(operation, model, dtyp
                 assert torch.equal(out[first : first + 16], alone), (inputs, outputs, size, first)
 
 
-BLOCK_K = 32  # of the shipped configurations of float32
+BLOCK_K = 32  # of the shipped configurations for float32
 
 
 def tf32(x):
-    """x rounded to the 10 bits of mantissa that a TF32 product takes."""
+    """Round x to the 10 bits of mantissa of TF32."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def parts(x):
-    """x as two TF32 numbers: the low part is cut off, as the matrix unit does."""
+    """Split x into two TF32 numbers. The low part is truncated, as in the matrix unit."""
     high = tf32(x)
     return high, ((x - high).view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def add_products(sums, x, weight):
-    """sums + x W^T as the matrix unit adds: eight products at a time, cut off to float32."""
+    """Return sums + x W^T as the matrix unit computes it: eight products at a time, truncated to float32."""
     for part in range(0, x.shape[1], 8):
         exact = sums.double() + x[:, part : part + 8].double() @ weight[:, part : part + 8].double().T
         nearest = exact.float()
@@ -204,7 +206,7 @@ def add_products(sums, x, weight):
 
 
 def product_by_tf32(x, weight, products):
-    """x W^T of float32 in one TF32 product an element, or in three, the small ones first, block after block."""
+    """Return the float32 product x W^T by one or by three TF32 products an element, the small ones first."""
     out = torch.zeros(len(x), len(weight))
     for block in zip(x.split(BLOCK_K, 1), weight.split(BLOCK_K, 1), strict=True):
         (high, low), (weight_high, weight_low) = map(parts, block)
@@ -216,8 +218,8 @@ def product_by_tf32(x, weight, products):
 
 
 @pytest.mark.parametrize("num_inputs", [1, 8, 40, 384, 768, 3072])
-def test_three_tf32_products_keep_the_rule_and_one_does_not(num_inputs):
-    """Why float32 is "tf32x3" on NVIDIA GPUs: the matrix unit's speed within the rule."""
+def test_three_tf32_products_are_within_the_tolerance_and_one_is_not(num_inputs):
+    """This is why float32 uses "tf32x3" on NVIDIA GPUs."""
     x, weight = torch.randn(64, num_inputs), torch.randn(256, num_inputs) / math.sqrt(num_inputs)
     truth, eager = x.double() @ weight.double().T, F.linear(x, weight)
     check_close(f"three products, K = {num_inputs}", product_by_tf32(x, weight, 3), eager, truth, OP_FACTOR)
@@ -225,8 +227,8 @@ def test_three_tf32_products_keep_the_rule_and_one_does_not(num_inputs):
         check_close(f"one product, K = {num_inputs}", product_by_tf32(x, weight, 1), eager, truth, OP_FACTOR)
 
 
-def test_a_product_of_three_is_off_by_the_roundings_that_the_rule_allows():
-    """By more than those of the product, and less than with the one of the result."""
+def test_the_error_of_three_tf32_products_is_the_tolerance_of_float32():
+    """It exceeds FLOAT32_ROUNDINGS, and stays below them plus the rounding of the result."""
     x, weight = 1 + torch.rand(2, 2048, 1)
     ours, truth = product_by_tf32(x, weight, 3), x.double() @ weight.double().T
     check_close("one product", ours, truth.float(), truth, OP_FACTOR)

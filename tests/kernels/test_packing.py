@@ -1,11 +1,22 @@
-"""The plan that packs a padded batch, and unpacking, which undoes it."""
+"""The packing plan of a padded batch, and unpacking."""
 
 import pytest
 import torch
 from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, GUARDED, KINDS, LAYOUTS, check_plan, drawn, example, kept_places, normal, pairwise
+from kernel_cases import (
+    DEVICE,
+    GUARDED,
+    KINDS,
+    LAYOUTS,
+    check_plan,
+    example,
+    kept_places,
+    normal,
+    pairwise,
+    random_cases,
+)
 
 import fastbert_kernels
 from fastbert_kernels import launch, packing, packing_plan, unpack
@@ -19,7 +30,7 @@ MASK_VALUES = (
 
 @pairwise(kind=KINDS, batch_size=(1, 2, 7), seq_len=(1, 2, 63, 1024, 1025, 2500), value=MASK_VALUES, layout=LAYOUTS)
 def test_packing_plan(kind, batch_size, seq_len, value, layout):
-    """Every value but zero keeps a place."""
+    """Every value other than zero keeps its place."""
     kept = kept_places(kind, batch_size, seq_len)
     values = torch.full(kept.shape, value[1], dtype=getattr(torch, value[0]), device=DEVICE)
     check_plan(LAYOUTS[layout](values.masked_fill(~kept, 0)))
@@ -39,15 +50,15 @@ def test_packing_plan_of_no_places(batch_size, seq_len):
     assert cu_seqlens.tolist() == [0] * (batch_size + 1)
 
 
-@drawn
+@random_cases
 @given(
     st.integers(1, 20).flatmap(
         lambda seq_len: st.lists(st.lists(st.booleans(), min_size=seq_len, max_size=seq_len), min_size=1, max_size=5)
     ),
     st.sampled_from(list(LAYOUTS)),
 )
-def test_drawn_masks(rows, layout):
-    """Planned, embedded in packed form and put back, tokens have the bits that they have without packing."""
+def test_random_masks(rows, layout):
+    """Embeddings that are computed packed and then unpacked are bitwise equal to those of the padded batch."""
     torch.manual_seed(0)
     mask = LAYOUTS[layout](torch.tensor(rows, device=DEVICE))
     check_plan(mask)
@@ -68,7 +79,7 @@ def test_drawn_masks(rows, layout):
     ids=str,
 )
 def test_unpack_undoes_packing(kind, trailing, dtype):
-    """With the count on the host, and with buffers of the capacity whose rows past the count are NaN."""
+    """With the token count on the host, and with full-size buffers whose rows past the count are NaN."""
     padded, kept = normal(7, 9, *trailing, dtype=dtype), kept_places(kind, 7, 9)
     indices, cu_seqlens = packing_plan(kept)
     expected = padded.where(kept.reshape(7, 9, *(1 for _ in trailing)), 0)

@@ -1,11 +1,11 @@
-"""Pooling against its formula, and what a vector depends on."""
+"""Pooling: compared with its formula, and independent of the other sequences."""
 
 import pytest
 import torch
 from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, GUARDED, LAYOUTS, SIX_LENGTHS, bounds, check, drawn, normal, pairwise
+from kernel_cases import DEVICE, GUARDED, LAYOUTS, SIX_LENGTHS, bounds, check, normal, pairwise, random_cases
 
 import fastbert_kernels
 
@@ -27,7 +27,7 @@ def test_pool(lengths, mode, normalize, width, dtype, layout, indexed):
     check("pool", hidden=hidden, cu_seqlens=bounds(lengths), mode=mode, normalize=normalize, indices=indices)
 
 
-@drawn
+@random_cases
 @given(
     lengths=st.lists(st.integers(0, 80), min_size=1, max_size=4).filter(any),
     width=st.integers(1, 300),
@@ -36,14 +36,14 @@ def test_pool(lengths, mode, normalize, width, dtype, layout, indexed):
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(list(LAYOUTS)),
 )
-def test_drawn_pool(lengths, width, mode, normalize, dtype, layout):
+def test_random_pool(lengths, width, mode, normalize, dtype, layout):
     torch.manual_seed(0)
     hidden = LAYOUTS[layout](normal(sum(lengths), width, dtype=dtype))
     check("pool", hidden=hidden, cu_seqlens=bounds(tuple(lengths)), mode=mode, normalize=normalize)
 
 
-def test_a_mean_is_of_a_sum_in_float32():
-    """40 values of 60000, of which two already are infinite in float16."""
+def test_a_mean_is_summed_in_float32():
+    """The sum of two of these 40 values would be infinite in float16."""
     hidden = torch.full((40, 48), 60_000, dtype=torch.float16, device=DEVICE)
     check("pool", hidden=hidden, cu_seqlens=bounds((40,)), mode="mean")
 
@@ -51,16 +51,16 @@ def test_a_mean_is_of_a_sum_in_float32():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["first", "mean"])
 def test_pooled_vectors_do_not_depend_on_each_other(mode, dtype):
-    texts = normal(sum(SIX_LENGTHS), 312, dtype=dtype).split(SIX_LENGTHS)
+    sequences = normal(sum(SIX_LENGTHS), 312, dtype=dtype).split(SIX_LENGTHS)
 
     def pool(numbers):
         lengths = [SIX_LENGTHS[n] for n in numbers]
-        return fastbert_kernels.pool(torch.cat([texts[n] for n in numbers]), bounds(lengths), mode, True)
+        return fastbert_kernels.pool(torch.cat([sequences[n] for n in numbers]), bounds(lengths), mode, True)
 
     together = pool(range(6))
     for order in ((5, 4, 3, 2, 1, 0), (4,), (1, 1), (2, 0)):
         assert torch.equal(pool(order), together[list(order)])
-    texts[1].fill_(float("nan"))
+    sequences[1].fill_(float("nan"))
     out = pool(range(6))
     assert out[1].isnan().all()
     assert torch.equal(out[[0, 2, 3, 4, 5]], together[[0, 2, 3, 4, 5]])

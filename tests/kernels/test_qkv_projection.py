@@ -1,4 +1,4 @@
-"""The projection of queries, keys and values, against its formula, and where its tiles end."""
+"""The projection of queries, keys and values: compared with its formula, and the edges of its tiles."""
 
 from importlib import import_module
 
@@ -7,7 +7,7 @@ import torch
 from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, GUARDED, LAYOUTS, TOKENS, check, drawn, normal, pairwise
+from kernel_cases import DEVICE, GUARDED, LAYOUTS, TOKENS, check, normal, pairwise, random_cases
 
 import fastbert_kernels
 from fastbert_kernels.configs import configured_by
@@ -23,7 +23,7 @@ pytestmark = GUARDED
     layouts=(("contiguous",) * 3, ("columns",) * 3, ("contiguous", "columns", "transposed"), ("every other",) * 3),
 )
 def test_qkv_projection(tokens, heads, dtype, layouts):
-    """Weights of one stride are read where they lie, weights of several are copied."""
+    """Weights with the same stride are read in place. If strides differ, they are copied."""
     num_heads, head_size = heads
     width = num_heads * head_size
     parameters = {}
@@ -33,7 +33,7 @@ def test_qkv_projection(tokens, heads, dtype, layouts):
     check("qkv_projection", x=normal(tokens, 40, dtype=dtype), **parameters, num_heads=num_heads)
 
 
-@drawn
+@random_cases
 @given(
     tokens=st.integers(1, 140),
     heads=st.tuples(st.integers(1, 4), st.integers(1, 40)),
@@ -41,7 +41,7 @@ def test_qkv_projection(tokens, heads, dtype, layouts):
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(list(LAYOUTS)),
 )
-def test_drawn_qkv_projection(tokens, heads, num_inputs, dtype, layout):
+def test_random_qkv_projection(tokens, heads, num_inputs, dtype, layout):
     torch.manual_seed(0)
     num_heads, width = heads[0], heads[0] * heads[1]
     parameters = {}
@@ -53,7 +53,7 @@ def test_drawn_qkv_projection(tokens, heads, num_inputs, dtype, layout):
 
 @pytest.mark.parametrize(("heads", "stored_by_descriptor"), [(4, True), (3, False)])
 def test_only_whole_tiles_of_a_part_are_stored_through_a_descriptor(heads, stored_by_descriptor):
-    """A tile over the end of the queries would write the first keys, in a race with the program that they belong to."""
+    """A tile past the end of the queries would overwrite the first keys, in a race with the program that owns them."""
     config = {
         "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 1,
         "descriptors": True, "flatten": False, "halves": False, "store_descriptor": True,
@@ -69,12 +69,12 @@ def test_only_whole_tiles_of_a_part_are_stored_through_a_descriptor(heads, store
 
 
 def test_a_row_of_queries_keys_and_values_is_below_2_to_the_31():
-    """Only prepared: three widths of 2^30."""
+    """Its stride is three times 2^30. Nothing is launched."""
 
     def spec(*shape):
         return torch.Size(shape), (shape[-1], 1)[-len(shape) :], torch.float16, DEVICE, 0
 
     weight, bias = spec(2**30, 16), spec(2**30)
     launch = import_module("fastbert_kernels.qkv_projection").qkv_projection_launch
-    with pytest.raises(ValueError, match="a stride or width of 3221225472 elements is not served"):
+    with pytest.raises(ValueError, match="a stride or width of 3221225472 elements is not supported"):
         launch(spec(5, 16), weight, bias, weight, bias, weight, bias, None, 16, None)

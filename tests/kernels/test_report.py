@@ -1,4 +1,4 @@
-"""The report of compiled kernels: what ships passes it, what should not ship does not, and its figures are right."""
+"""The report of compiled kernels: shipped configurations pass, faulty ones fail, and its figures are right."""
 
 import ast
 import json
@@ -24,7 +24,7 @@ from fastbert_kernels.tuning import roofline
 from fastbert_kernels.tuning.ahead_of_time import CHIPS, Compiled, Resources
 from fastbert_kernels.tuning.report import DTYPES, SHAPES, failures, page
 
-# One process compiles the rows that several tests read.
+# In one process, so that the rows that several tests read are compiled once.
 pytestmark = pytest.mark.xdist_group("report")
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,18 +35,18 @@ KEYS = (
     "tma", "code_bytes", "compile_s", "ctas_per_sm", "occupancy", "reasons", "shapes",
 )  # fmt: skip
 
-# Of the architecture, and of a device of it.
+# The tables of the architecture and of a device.
 OF_SM_90 = (TABLES["sm_90"], TABLES["nvidia-h200"])
 
 
 def compiled_keys(entry: dict) -> dict:
-    """What a row of the report has of an entry's configuration: all that decides the code where TMA serves."""
+    """Return the part of an entry's configuration that the report's rows have if TMA can address the operands."""
     config = {key: value for key, value in entry["config"].items() if key not in ("ctas_per_sm", "descriptors")}
     return {key.upper() if isinstance(value, bool) else key: value for key, value in config.items()}
 
 
 def report(*options: str, packages: Path | None = None, interpret: bool = False) -> subprocess.CompletedProcess:
-    """Run the command as a user does, without the interpreter; packages: a folder to import it from instead."""
+    """Run the command as a user does. packages: a folder from which fastbert_kernels is imported instead."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     if packages:
@@ -57,13 +57,13 @@ def report(*options: str, packages: Path | None = None, interpret: bool = False)
 
 @pytest.fixture(scope="module")
 def sm_90() -> list[dict]:
-    """Every row of one target: standard output is one JSON list and nothing else."""
+    """Every row of one target. Standard output must be one JSON list and nothing else."""
     run = report("--json", "--target", "sm_90")
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
-def test_rows_have_the_keys(sm_90):
+def test_keys_of_a_row(sm_90):
     for row in sm_90:
         assert tuple(row) == KEYS
         assert row["target"] == "sm_90"
@@ -74,7 +74,7 @@ def test_rows_have_the_keys(sm_90):
     assert {row["dtype"] for row in sm_90} == DTYPES.keys()
 
 
-def test_every_kernel_and_every_shipped_configuration_is_there(sm_90):
+def test_every_kernel_and_every_shipped_configuration_has_a_row(sm_90):
     functions = {
         node.name
         for path in KERNELS.glob("*.py")
@@ -88,11 +88,11 @@ def test_every_kernel_and_every_shipped_configuration_is_there(sm_90):
             for entry in table[operation][width]:
                 config = compiled_keys(entry)
                 op = of_op.get(operation, operation)
-                served = [row["config"] for row in sm_90 if (row["op"], row["dtype"]) == (op, dtype)]
-                assert any(config.items() <= one.items() for one in served), (operation, dtype, config)
+                rows = [row["config"] for row in sm_90 if (row["op"], row["dtype"]) == (op, dtype)]
+                assert any(config.items() <= row.items() for row in rows), (operation, dtype, config)
 
 
-def test_nothing_spills_and_every_product_takes_the_matrix_unit(sm_90):
+def test_nothing_spills_and_every_product_uses_the_matrix_unit(sm_90):
     for row in sm_90:
         assert row["reasons"] == []
         assert row["spill_bytes"] == 0
@@ -103,9 +103,8 @@ def test_nothing_spills_and_every_product_takes_the_matrix_unit(sm_90):
     assert {row["tma"] for row in sm_90 if row["op"] == "qkv_projection"} == {True, False}
 
 
-def test_a_persistent_grid_is_what_a_multiprocessor_holds(sm_90):
-    """Of more programs some would begin when others end, fewer would leave room; where tiles come through TMA, and rows
-    are multiples of 16 bytes."""
+def test_ctas_per_sm_of_a_configuration_is_what_fits(sm_90):
+    """With more CTAs, some would start only when others end. Checked where TMA can address the operands."""
     for operation, op, kernel in (
         ("qkv_projection", "qkv_projection", "_qkv_projection_kernel"),
         ("linear_activation", "linear_activation", "_linear_kernel"),
@@ -135,9 +134,9 @@ def test_other_targets_compile_their_configurations():
     }  # fmt: skip
 
 
-def test_short_sequences_sum_rows_as_all_others_do():
-    """Attention of up to 64 tokens takes the instruction of longer sequences and has one column of warps, too: where
-    warps lie side by side, a row's sum crosses them in another order."""
+def test_short_sequences_are_summed_in_the_same_order():
+    """Up to 64 tokens attention uses the instruction of longer sequences and one column of warps. With several columns
+    a row's sum would cross warps, in another order."""
     script = r"""
 import json, re, sys, torch
 from fastbert_kernels import attention
@@ -171,7 +170,7 @@ print(json.dumps({f"{target} D {d}": [layouts(target, d, s) for s in (64, 65)] f
 
 
 def section(text: str, title: str) -> list[str]:
-    """The lines of a page below a heading."""
+    """Return the lines of a page below a heading."""
     return text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
 
 
@@ -180,14 +179,13 @@ def test_the_committed_table_is_what_the_kernels_compile_to(sm_90):
     if f"Triton {triton.__version__}." not in committed:
         pytest.skip(f"the table was made with another Triton than {triton.__version__}")
     compiled = page(sm_90)
-    for title in ("sm_90", "Floors"):
+    for title in ("sm_90", "Roofline times"):
         assert section(compiled, title) == section(committed, title), "run `make report` and look at its diff"
     assert [title for title in CHIPS if f"## {title}\n" in committed] == list(CHIPS)
 
 
-def test_what_should_not_ship_fails_with_its_reason(tmp_path):
-    """The configurations of a copy: one without wgmma, one that spills, one too large, one that the compiler refuses,
-    one that the launcher refuses."""
+def test_faulty_configurations_fail_with_their_reason(tmp_path):
+    """One without wgmma, one that spills, one that is too large, one that does not compile, one that is invalid."""
     shutil.copytree(KERNELS, tmp_path / "fastbert_kernels")
     path = tmp_path / "fastbert_kernels" / "configs" / "sm_90.json"
     table = json.loads(path.read_text())
@@ -214,7 +212,7 @@ def test_what_should_not_ship_fails_with_its_reason(tmp_path):
     assert found("linear_residual_layer_norm", None, "does not compile: ValueError: BLOCK_M is 96, expected a power of")
 
 
-def test_the_interpreter_is_refused():
+def test_the_interpreter_is_an_error():
     run = report(interpret=True)
     assert run.returncode == 2
     assert "unset TRITON_INTERPRET" in run.stderr
@@ -224,14 +222,14 @@ def test_the_interpreter_is_refused():
     ("chip", "registers", "shared_bytes", "columns", "num_warps", "ctas_per_sm"),
     [
         ("sm_90", 128, 0, 0, 8, 2),  # 16 warps by registers
-        ("sm_90", 129, 0, 0, 8, 1),  # 136 a thread, 15 warps, 12 in units of four
+        ("sm_90", 129, 0, 0, 8, 1),  # rounded up to 136 a thread: 15 warps, 12 in units of four
         ("sm_90", 32, 0, 0, 4, 16),  # all 64 warps
-        ("sm_90", 32, 0, 0, 1, 32),  # no more than 32 programs
-        ("sm_90", 32, 112 * 1024, 0, 4, 2),  # two times 113 KiB
+        ("sm_90", 32, 0, 0, 1, 32),  # no more than 32 CTAs
+        ("sm_90", 32, 112 * 1024, 0, 4, 2),  # 113 KiB each, with what the system reserves
         ("sm_90", 32, 114 * 1024, 0, 4, 1),
         ("sm_80", 64, 54 * 1024, 0, 4, 2),
         ("sm_89", 32, 0, 0, 4, 12),  # 48 warps
-        ("sm_100", 64, 1024, 256, 4, 2),  # half of the tensor memory each
+        ("sm_100", 64, 1024, 256, 4, 2),  # half the tensor memory each
         ("gfx942", 128, 0, 0, 4, 4),
         ("gfx942", 129, 0, 0, 4, 3),
         ("gfx942", 32, 33 * 1024, 0, 4, 1),
@@ -246,7 +244,7 @@ def test_ctas_per_sm(chip, registers, shared_bytes, columns, num_warps, ctas_per
     ("chip", "change", "reason"),
     [
         ("sm_90", {}, None),
-        ("sm_90", {"matrix_instruction": "tcgen05"}, None),  # stronger than it must be
+        ("sm_90", {"matrix_instruction": "tcgen05"}, None),  # stronger than needed
         ("sm_90", {"spill_bytes": 8}, "spills 8 bytes a thread"),
         ("gfx942", {"spill_bytes": 8, "matrix_instruction": "MFMA"}, None),
         ("sm_90", {"matrix_instruction": "none"}, "matrix instruction none instead of HGMMA"),
@@ -263,7 +261,7 @@ def test_ctas_per_sm(chip, registers, shared_bytes, columns, num_warps, ctas_per
         (
             "sm_90",
             {"registers": 255, "num_warps": 16},
-            "16 warps of 255 registers: a multiprocessor holds no such program",
+            "16 warps of 255 registers each thread do not fit on a multiprocessor",
         ),
     ],
 )
@@ -273,7 +271,7 @@ def test_reasons(chip, change, reason):
     assert failures(compiled, CHIPS[chip], "bf16") == ([reason] if reason else [])
 
 
-def test_chips_are_their_names():
+def test_names_of_chips():
     for name, chip in CHIPS.items():
         known = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
         assert chip.target == known
@@ -282,7 +280,7 @@ def test_chips_are_their_names():
 
 
 @pytest.mark.parametrize("name", ["tiny", "minilm"])
-def test_floating_point_operations_are_what_torch_counts(name):
+def test_floating_point_operations_equal_torchs_count(name):
     num_layers, width, num_heads, inner = model = roofline.MODELS[name]
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=num_heads,
@@ -297,8 +295,8 @@ def test_floating_point_operations_are_what_torch_counts(name):
     assert num_layers * layer + roofline.work("pooler", model, 3, 20, 4).flops == counter.get_total_flops()
 
 
-def test_floors():
-    """By hand, for one 16-bit layer of BERT-base; every shape of the report is bound by bytes or by operations."""
+def test_roofline_times():
+    """Worked out by hand for one 16-bit layer of BERT-base. Bytes bound small shapes, operations large ones."""
     base = roofline.MODELS["base"]
     assert roofline.work("feed_forward_output", base, 1, 16, 2) == (
         2 * 16 * 3072 * 768,
@@ -314,8 +312,7 @@ def test_floors():
     assert roofline.work("packing_plan", base, 2, 128, 2) == (0, 2 * 8 * 256)
     for batch_size, seq_len in SHAPES:
         needed = roofline.work("qkv_projection", base, batch_size, seq_len, 2)
-        floor = needed.seconds("bf16")
-        assert floor == pytest.approx(
+        assert needed.seconds("bf16") == pytest.approx(
             needed.bytes / 4.3e12 if batch_size * seq_len < 400 else needed.flops / 788e12, rel=1e-12
         )
     with pytest.raises(ValueError, match="'attention_out'"):

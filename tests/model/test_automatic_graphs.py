@@ -23,7 +23,7 @@ from recordings import (
     Recordings,
     assert_freed_at_once,
     assert_same,
-    capturing_nothing_of_the_model,
+    record_outputs_only,
     recorded,
     texts,
 )
@@ -463,7 +463,7 @@ def test_copies_have_graphs_of_their_own(captures):
 
 def test_a_model_that_is_dropped_is_freed(captures, monkeypatch):
     model = made()
-    capturing_nothing_of_the_model(monkeypatch)
+    record_outputs_only(monkeypatch)
     for _ in range(2):
         model(**texts(2, 16))
     assert automatic.graphs_of(model)

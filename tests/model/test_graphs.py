@@ -18,7 +18,7 @@ from recordings import (
     Recordings,
     assert_freed_at_once,
     assert_same,
-    capturing_nothing_of_the_model,
+    record_outputs_only,
     recorded,
     texts,
 )
@@ -581,7 +581,7 @@ def test_outputs_too_large_to_be_kept_run_without(captures, caplog, monkeypatch)
 
 def test_a_model_that_is_dropped_is_freed(captures, monkeypatch):
     model, _ = models()
-    capturing_nothing_of_the_model(monkeypatch)
+    record_outputs_only(monkeypatch)
     model(**texts(1, 16))
     owned = [model]
     del model

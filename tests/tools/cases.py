@@ -1,4 +1,4 @@
-"""Named cases that the tests share: heads, configurations, masks, and pairs of our model and transformers'."""
+"""Cases that the tests share: heads, configurations, masks, and pairs of our model and transformers'."""
 
 from copy import deepcopy
 
@@ -31,7 +31,7 @@ MASKS = {name: torch.tensor(rows) for name, rows in _KEPT.items()}
 
 
 def tiny_config(**settings) -> transformers.BertConfig:
-    """A configuration with sizes that are no powers of two, no dropout and weights large enough to tell bugs apart."""
+    """Return a configuration with no powers of two, no dropout, and weights so large that bugs show."""
     defaults = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -47,9 +47,9 @@ def tiny_config(**settings) -> transformers.BertConfig:
 
 
 def with_random_weights(model: nn.Module) -> nn.Module:
-    """The model in eval mode, with noise on every weight.
+    """Add noise to every parameter and return the model in eval mode.
 
-    Biases and norms start as constants; a test that cannot tell beta from zero would miss their loss.
+    Biases and norms start as constants, with which a missing bias would not show.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,7 +58,7 @@ def with_random_weights(model: nn.Module) -> nn.Module:
 
 
 def saved(model_class: type, path, tokenizer, **settings) -> str:
-    """The folder of a small model of transformers' with random weights and this tokenizer."""
+    """Save a small model of transformers' with random weights and this tokenizer, and return its folder."""
     torch.manual_seed(0)
     config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2, **settings)
     with_random_weights(model_class(config)).save_pretrained(path)
@@ -67,7 +67,7 @@ def saved(model_class: type, path, tokenizer, **settings) -> str:
 
 
 def pair(head: str = "BertModel", attention: str = "sdpa", **settings) -> tuple[nn.Module, nn.Module]:
-    """Our model and transformers' with the same random weights, in eval mode."""
+    """Return our model and transformers' with the same random weights, in eval mode."""
     torch.manual_seed(0)
     config = tiny_config(**settings)
     config._attn_implementation = attention
@@ -78,7 +78,7 @@ def pair(head: str = "BertModel", attention: str = "sdpa", **settings) -> tuple[
 
 
 def batch(mask: str | None = "right", seed: int = 0) -> dict[str, Tensor]:
-    """input_ids, token_type_ids [4, 12] and, unless mask is None, an attention_mask of `MASKS`."""
+    """Return input_ids, token_type_ids [4, 12] and, unless mask is None, an attention_mask of `MASKS`."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {
         "input_ids": torch.randint(0, VOCAB, (BATCH, SEQ_LEN), generator=generator),
@@ -88,25 +88,25 @@ def batch(mask: str | None = "right", seed: int = 0) -> dict[str, Tensor]:
 
 
 def labels(head: str, seed: int = 0) -> dict[str, Tensor]:
-    """The labels `head` computes a loss from; token labels are -100 at the first column, as padding would be."""
+    """Return labels for `head`. Token labels are -100 in the first column, as at padding."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN), generator=generator)
     tokens[:, 0] = -100
-    texts = torch.randint(0, 2, (BATCH,), generator=generator)
+    sequences = torch.randint(0, 2, (BATCH,), generator=generator)
     return {
         "BertModel": {},
-        "BertForPreTraining": {"labels": tokens, "next_sentence_label": texts},
+        "BertForPreTraining": {"labels": tokens, "next_sentence_label": sequences},
         "BertForMaskedLM": {"labels": tokens},
-        "BertForNextSentencePrediction": {"labels": texts},
-        "BertForSequenceClassification": {"labels": texts},
+        "BertForNextSentencePrediction": {"labels": sequences},
+        "BertForSequenceClassification": {"labels": sequences},
         "BertForTokenClassification": {"labels": torch.where(tokens < 0, tokens, tokens % 2)},
-        "BertForMultipleChoice": {"labels": texts[:2]},
-        "BertForQuestionAnswering": {"start_positions": texts, "end_positions": texts + 3},
+        "BertForMultipleChoice": {"labels": sequences[:2]},
+        "BertForQuestionAnswering": {"start_positions": sequences, "end_positions": sequences + 3},
     }[head]
 
 
 def inputs_for(head: str, mask: str | None = "right", with_labels: bool = False) -> dict[str, Tensor]:
-    """A batch in the shape `head` takes: multiple choice has [2, 2, S]."""
+    """Return a batch in the shape that `head` needs: [2, 2, S] for multiple choice."""
     inputs = batch(mask)
     if head == "BertForMultipleChoice":
         inputs = {name: x.view(2, 2, SEQ_LEN) for name, x in inputs.items()}
@@ -114,7 +114,7 @@ def inputs_for(head: str, mask: str | None = "right", with_labels: bool = False)
 
 
 def at_kept_tokens(value: Tensor, mask: Tensor | None) -> Tensor:
-    """The entries of an output that mean something: [B, S, ...] at kept tokens, anything else whole."""
+    """Return an output at kept tokens if it is [B, S, ...], else the whole output."""
     if mask is None or value.shape[:2] != mask.shape:
         return value
     return value[mask.bool()]

@@ -1,8 +1,8 @@
-"""Runs a model with kernels that are compiled for sm_90 and not launched; prints how many variants of each there are,
-twice, and of each variant the bytes that spill and the matrix instruction.
+"""Run a model with kernels that are compiled for sm_90 and not launched, and print what was compiled as JSON.
 
-Triton decides by the arguments of a launch whether it has to compile again. The model's outputs mean nothing here.
-test_compilation.py runs this in a process of its own, without the interpreter.
+The output is the number of variants of each kernel after the warm-up and after many more sizes, then the spilled bytes
+and the matrix instruction of each variant. Whether Triton compiles again depends on a launch's arguments only, so the
+model's outputs do not matter. test_compilation.py runs this in a process of its own, without the interpreter.
 """
 
 import json
@@ -20,17 +20,17 @@ from fastbert_kernels.tuning.ahead_of_time import CHIPS, compiling_for
 
 
 def main(dtype: str) -> None:
-    fastbert_kernels.INTERPRETED = True  # so that CPU tensors are served
+    fastbert_kernels.INTERPRETED = True  # so that CPU tensors run in the kernels
     config = transformers.BertConfig(vocab_size=100, num_hidden_layers=1, hidden_size=128, num_attention_heads=4)
     model = fastbert.BertModel(config).eval().to(getattr(torch, dtype))
-    # Of the masks, all on the CPU, those of int32 stand for masks on the host. Bounds of texts are the device's.
+    # All tensors are on the CPU. Masks of int32 count as masks on the host, all others as on the device.
     tokens.shapes_may_depend_on_data = lambda tensor: tensor.dtype == torch.int32 and tensor.ndim == 2
 
     def forward(shape):
         mask = torch.ones(shape, dtype=torch.int32)
         mask[:, -1] = 0
         ids = torch.zeros(shape, dtype=torch.long)
-        with fastbert.backend("triton"), torch.no_grad():  # both hold for their thread alone
+        with fastbert.backend("triton"), torch.no_grad():  # both are per thread
             fastbert.warmup(model, [shape])
             for types in (None, ids):
                 for attention_mask in (None, mask, mask.long()):

@@ -1,5 +1,8 @@
-"""Prints how many Python functions of this package a layer of a model's forward calls, kernels being launched into a
-function that does nothing. test_compilation.py runs this in a process of its own, without the interpreter."""
+"""Print how many Python functions of fastbert and fastbert_kernels one layer of a forward calls.
+
+Kernels are launched into a function that does nothing. test_compilation.py runs this in a process of its own, without
+the interpreter.
+"""
 
 import sys
 from pathlib import Path
@@ -13,9 +16,9 @@ from fastbert import tokens
 from fastbert_kernels.tuning import ahead_of_time
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (fastbert, fastbert_kernels))
-# What stands in for a driver and for Triton's launcher is no part of a launch.
+# The stand-ins for the driver and for Triton's launcher do not count.
 INSTEAD = ahead_of_time.__file__
-WARM = 5  # forwards, by which time the memory of intermediate tensors is that of earlier ones
+WARM = 5  # forwards, after which intermediate tensors reuse the memory of earlier ones
 
 
 def calls(num_layers: int) -> int:
@@ -43,7 +46,7 @@ def calls(num_layers: int) -> int:
 
 
 if __name__ == "__main__":
-    fastbert_kernels.INTERPRETED = True  # so that CPU tensors are served
+    fastbert_kernels.INTERPRETED = True  # so that CPU tensors run in the kernels
     tokens.shapes_may_depend_on_data = lambda tensor: False
     target = ahead_of_time.CHIPS["sm_90"].target
     with (

@@ -1,8 +1,8 @@
-"""Launches each kernel twice into a function in place of a GPU and prints, as JSON, what its two launches were given.
+"""Launch each kernel twice into a function instead of a GPU, and print the arguments of both launches as JSON.
 
-The first launch of a layout goes through Triton, the second directly; of a layer they are those of its first call and
-of its second. The function stands behind Triton's own launcher for CUDA, in the place of its binding to the driver.
-test_compilation.py runs this in a process of its own, without the interpreter.
+The first launch of a layout goes through Triton, the second is direct. The same holds for the first and second call of
+a layer. The function replaces the driver binding behind Triton's own CUDA launcher. test_compilation.py runs this in a
+process of its own, without the interpreter.
 """
 
 import gc
@@ -21,22 +21,22 @@ import fastbert_kernels
 from fastbert_kernels.tuning.ahead_of_time import CHIPS, launching_into
 
 HEADS = 2
-# Tokens and width: few, and so many that results are stored through descriptors.
+# Tokens and width: few tokens, and enough that results are stored through descriptors.
 LAYERS = {"encoder_layer": (40, 64), "encoder_layer of many tokens": (1100, 128)}
 
 
 class Descriptor:
-    """What the binding would make for the hardware."""
+    """The stand-in for the descriptor that the binding builds."""
 
     def __init__(self, address: int, *others):
         self.fields = [address, *(list(x) if isinstance(x, tuple | list | torch.Size) else x for x in others)]
 
 
 def behind_tritons_launcher(launched) -> None:
-    """The active driver launches by Triton's launcher, whose binding calls launched(name, grid, arguments)."""
+    """Launch by Triton's CUDA launcher, with a binding that calls launched(name, grid, arguments)."""
 
     def binding(x, y, z, stream, function, *others):
-        # Triton 3.6 has the kernel's arguments after its own, later versions as one.
+        # In Triton 3.6 the kernel's arguments follow the launcher's own. Later versions pass them as one tuple.
         nested = isinstance(others[-1], list | tuple)
         arguments = others[-1] if nested else others[nvidia._BASE_ARGS_FORMAT_LEN - 5 :]
         launched(function, (x, y, z), [x.fields if isinstance(x, Descriptor) else x for x in arguments])
@@ -83,7 +83,7 @@ def main(dtype: str) -> None:
         for op in (*OPS, *LAYERS):
             calls = []
             given_tensors.clear()
-            kept = []  # so that the second call's tensors lie elsewhere
+            kept = []  # keeps the memory, so that the second call's tensors have other addresses
             for _ in range(2):
                 torch.manual_seed(0)
                 dtype_of = getattr(torch, dtype)
@@ -94,7 +94,7 @@ def main(dtype: str) -> None:
                 results = launcher(**arguments)
                 results = results if isinstance(results, tuple) else (results,)
                 final = given | {x.data_ptr(): f"result {number}" for number, x in enumerate(results)}
-                # Where a layer's output lies now, what came before it may have lain.
+                # A layer's output may reuse the memory of an intermediate tensor, which must not get its name.
                 names = [given if op in LAYERS else final] * (len(seen) - 1) + [final]
                 calls.append(
                     [
@@ -107,14 +107,14 @@ def main(dtype: str) -> None:
             gc.collect()
             half = len(given_tensors) // 2  # the first call's launches get tensors, the second's their addresses
             first, second = given_tensors[:half], given_tensors[half:]
-            # A layer launches some kernels twice, on tensors of the same layouts.
+            # A layer launches some kernels twice on the same layouts, so its first call has direct launches, too.
             as_meant = not any(second) and (first[0] if op in LAYERS else all(first))
             found.append((op, *calls, as_meant, all(x() is None for x in inputs)))
     print(json.dumps(found))
 
 
 def named(x, names: dict[int, str]) -> object:
-    """A value with the addresses of inputs and results replaced by their names."""
+    """Return a value with the addresses of inputs and results replaced by their names."""
     if isinstance(x, list):
         return [named(part, names) for part in x]
     return names.get(x, "an address" if isinstance(x, int) and x > 2**32 else str(x))

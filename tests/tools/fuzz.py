@@ -1,11 +1,12 @@
 """Differential fuzz of fastbert against transformers.
 
-A seed draws a case: a class, a configuration, what was done to the model and when, a batch, and what serves it.
-`run` builds it as transformers' model, as the same in float64 for the truth, and as ours; it compares outputs, losses
-and gradients, and what `restore` gives back, to the bit. An error is allowed only where `fuzz_mutations` has its words.
+A seed draws a case: a class, a configuration, mutations of the model before or after it becomes ours, a batch, and a
+back end. `run` builds transformers' model, the same in float64 as the truth, and ours. It compares outputs, losses and
+gradients, and requires that the model is bitwise equal after `restore`. Only errors that `fuzz_mutations` lists are
+allowed.
 
-    python tests/tools/fuzz.py --seconds 600 --seed 7    the cases from seed 7 on, for ten minutes
-    python tests/tools/fuzz.py --case 1234               the case of one seed again
+    python tests/tools/fuzz.py --seconds 600 --seed 7    run the cases from seed 7 on for ten minutes
+    python tests/tools/fuzz.py --case 1234               repeat the case of one seed
 """
 
 import argparse
@@ -24,7 +25,7 @@ from functools import partial
 from random import Random
 from unittest import mock
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # which Triton reads where it is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # set before Triton is imported
 
 import torch
 from fuzz_cases import Case, build, draw, encoder_of, inputs_of, keep_of
@@ -38,21 +39,21 @@ from fastbert.fusion import class_name
 from fastbert.ops import backend
 from fastbert.testing import closeness, limit
 
-# Beside transformers' largest error in a case, not its error in the same output: of few numbers one may hit by luck.
-# A gradient jumps where an activation has a kink.
+# Limits relative to transformers' largest error in a case. Its error in one output with few numbers may be small by
+# chance. Gradients have a larger factor, since they jump at the kinks of activations.
 FACTORS = {"output": 10.0, "gradient": 30.0}
-CANNOT_SERVE = "RuntimeError: backend 'triton' cannot serve"
+NO_TRITON = "RuntimeError: backend 'triton' cannot serve"
 
 
 class Fault(AssertionError):
-    """fastbert does something else than transformers."""
+    """fastbert differs from transformers."""
 
 
 @dataclass
 class Expected:
-    """What transformers' model gives, each time beside what it gives in float64.
+    """The results of transformers' model, each as a pair with the result in float64.
 
-    differentiable names the outputs that are finite and have a gradient.
+    differentiable: the names of the outputs that are finite and have a gradient.
     """
 
     model: nn.Module
@@ -62,7 +63,7 @@ class Expected:
 
 
 def check(seed: int) -> str:
-    """`run` the case of a seed; a Fault describes it."""
+    """`run` the case of a seed. Raises Fault with a description of the case."""
     case = draw(seed)
     try:
         return run(case)
@@ -73,40 +74,42 @@ def check(seed: int) -> str:
 
 
 def run(case: Case) -> str:
-    """Compare. Returns "compared", "refused: ..." by fastbert, or "transformers: ..." with its error where there is
-    nothing to compare with; raises Fault."""
-    with warnings.catch_warnings(), serving(case.backend):
+    """Compare our model with transformers'. Raises Fault if they differ.
+
+    Returns "compared", "unsupported: ..." with an allowed error of fastbert, or "transformers: ..." with its error.
+    """
+    with warnings.catch_warnings(), running_on(case.backend):
         warnings.simplefilter("ignore")
         try:
             expected = expect(case)
         except Exception as error:
             return f"transformers: {type(error).__name__}: {error}"
         with patched(case, "before"):
-            refusal, ours = None, mutate(build(case), case, "before")
+            unsupported, ours = None, mutate(build(case), case, "before")
             try:
                 ours = made_ours(ours, case)
             except Exception as error:
-                refusal = expected_refusal(case, error)
+                unsupported = allowed_error(case, error)
             with patched(case, "after"):
                 mutate(ours, case, "after")
                 try:
-                    if refusal is None:
+                    if unsupported is None:
                         check_call(ours, case, expected)
                 except Fault:
                     raise
                 except Exception as error:
-                    refusal = expected_refusal(case, error)
+                    unsupported = allowed_error(case, error)
                 try:
                     if case.made != "drop-in":
                         check_restored(fastbert.restore(ours), case, expected.model)
                 except ValueError as error:
-                    refusal = expected_refusal(case, error)
-    return refusal or "compared"
+                    unsupported = allowed_error(case, error)
+    return unsupported or "compared"
 
 
 @contextmanager
-def serving(chosen: str) -> Iterator[None]:
-    """The back end of a case; kernels run in Triton's interpreter."""
+def running_on(chosen: str) -> Iterator[None]:
+    """Use the back end of a case. Kernels run in Triton's interpreter."""
     with ExitStack() as stack:
         if chosen in ("host", "device"):
             stack.enter_context(mock.patch.object(backend, "_wants_kernels", return_value=True))
@@ -118,7 +121,7 @@ def serving(chosen: str) -> Iterator[None]:
 
 @contextmanager
 def patched(case: Case, when: str) -> Iterator[None]:
-    """The process with the patches of it that a case makes at one time."""
+    """Apply the case's patches of the process for this time, "before" or "after"."""
     with ExitStack() as stack:
         for name, at in case.mutations:
             if at == when and MUTATIONS[name].of_process:
@@ -127,7 +130,7 @@ def patched(case: Case, when: str) -> Iterator[None]:
 
 
 def mutate(model: nn.Module, case: Case, when: str) -> nn.Module:
-    """The model, after what a case does to it at one time."""
+    """Apply the case's mutations of the model for this time, and return it."""
     for name, at in case.mutations:
         if at == when and not MUTATIONS[name].of_process:
             torch.manual_seed(case.seed)
@@ -147,7 +150,7 @@ def made_ours(model: nn.Module, case: Case) -> nn.Module:
 
 
 def expect(case: Case) -> Expected:
-    """What transformers gives after everything that a case does, in its order."""
+    """Return transformers' results after all mutations and patches of a case."""
     with patched(case, "before"):
         theirs, truth = (mutate(build(case), case, "before") for _ in range(2))
         with patched(case, "after"):
@@ -155,7 +158,7 @@ def expect(case: Case) -> Expected:
 
 
 def compute(theirs: nn.Module, truth: nn.Module, case: Case) -> Expected:
-    """What two of transformers' models of a case give, the second of which is made float64."""
+    """Return the results of two of transformers' models for a case. The second one is converted to float64."""
     if case.casts:
         theirs, truth = theirs.to(case.dtype), truth.to(case.dtype)
     for module in truth.double().modules():
@@ -174,7 +177,7 @@ def compute(theirs: nn.Module, truth: nn.Module, case: Case) -> Expected:
 
 @contextmanager
 def differing_on_purpose(model: nn.Module, case: Case) -> Iterator[None]:
-    """transformers' model taught where fastbert differs on purpose, by the table in README.md."""
+    """Make transformers' model behave like fastbert where it differs on purpose, by the table in README.md."""
     keep, bert, handles = keep_of(case), encoder_of(model), []
     attention = bert.config._attn_implementation
 
@@ -201,7 +204,7 @@ def differing_on_purpose(model: nn.Module, case: Case) -> Iterator[None]:
 
 
 def call(model: nn.Module, case: Case, inputs: dict) -> dict[str, Tensor | None]:
-    """The outputs by name or place, at kept tokens."""
+    """Return the outputs at kept tokens by name or position."""
     with torch.set_grad_enabled(case.gradients), torch.autocast("cpu", torch.bfloat16, case.autocast):
         outputs = model(**inputs, **case.options)
     keep = keep_of(case)
@@ -221,7 +224,7 @@ def call(model: nn.Module, case: Case, inputs: dict) -> dict[str, Tensor | None]
 
 
 def backward(model: nn.Module, inputs: dict, outputs: dict, names: list[str]) -> dict[str, Tensor | None]:
-    """The gradients of a sum of these outputs, weighted at random, by parameter and input."""
+    """Return the gradients of a randomly weighted sum of these outputs, by parameter and input."""
     generator, total = torch.Generator().manual_seed(0), 0.0
     for name in names:
         x = outputs[name]
@@ -236,15 +239,15 @@ def backward(model: nn.Module, inputs: dict, outputs: dict, names: list[str]) ->
 def check_call(ours: nn.Module, case: Case, expected: Expected) -> None:
     inputs = inputs_of(case, expected.model, ours=True)
     outputs = call(ours, case, inputs)
-    backend.raise_bad_ids(torch.device("cpu"))  # what kernels met, which else the next case would raise
+    backend.raise_bad_ids(torch.device("cpu"))  # raises bad ids here, not in the next case
     compare("output", outputs, *expected.outputs)
     compare("gradient", backward(ours, inputs, outputs, expected.differentiable), *expected.gradients)
 
 
 def compare(what: str, ours: dict, theirs: dict, truth: dict) -> None:
-    """Raise Fault unless ours has what theirs has, as close to the truth as the rule allows."""
+    """Raise Fault unless ours has the same names and types as theirs, and values within the tolerance of the truth."""
     if list(ours) != list(theirs):
-        raise Fault(f"{what}s, of which one side has none: {sorted(set(ours) ^ set(theirs))}")
+        raise Fault(f"{what}s that only one side has: {sorted(set(ours) ^ set(theirs))}")
     measured, unit = {}, 0.0
     for name, value in theirs.items():
         if type(ours[name]) is not type(value):
@@ -257,7 +260,7 @@ def compare(what: str, ours: dict, theirs: dict, truth: dict) -> None:
             raise Fault(f"{what} {name}: {error}") from None
         if found:
             size = truth[name][value.isfinite()].abs().max().item()
-            # Nothing is wider than float64: there float32's rounding is near enough.
+            # There is no wider type than float64 for the truth, so float64 is compared with float32's rounding.
             rounding = torch.finfo(torch.float32 if value.dtype == torch.float64 else value.dtype).eps
             measured[name] = found[0], size, value.dtype
             unit = max(unit, found[0].their_error, rounding * size)
@@ -269,12 +272,12 @@ def compare(what: str, ours: dict, theirs: dict, truth: dict) -> None:
 
 
 def check_restored(model: nn.Module, case: Case, theirs: nn.Module) -> None:
-    """Raise Fault unless a model is again what it was in transformers, to the bit."""
+    """Raise Fault unless a restored model has transformers' classes again and is bitwise equal."""
     if case.casts:
         theirs, state = build(case), model.state_dict()
         different = [name for name, x in theirs.state_dict().items() if not torch.equal(x, state[name])]
     elif "max_norm" in dict(case.mutations):
-        different = []  # every call rounds the table once more
+        different = []  # every call renormalizes the table, with a rounding
     else:
         inputs = inputs_of(case, theirs)
         with differing_on_purpose(model, case), differing_on_purpose(theirs, case):
@@ -284,24 +287,24 @@ def check_restored(model: nn.Module, case: Case, theirs: nn.Module) -> None:
     classes = ([class_name(module) for module in each.modules()] for each in (model, theirs))
     different += [f"a {ours} for a {was}" for ours, was in zip(*classes, strict=True) if ours != was]
     if different:
-        raise Fault(f"restored, these are not what they were: {different}")
+        raise Fault(f"these differ after restore: {different}")
 
 
-def expected_refusal(case: Case, error: Exception) -> str:
-    """The words of an error that a mutation or the back end of the case explains; raises Fault for any other."""
+def allowed_error(case: Case, error: Exception) -> str:
+    """Return "unsupported: ..." for an error that a mutation or the back end of the case allows, else raise Fault."""
     message = f"{type(error).__name__}: {error}"
-    allowed = [MUTATIONS[name].refused for name, _ in case.mutations]
-    allowed += [CANNOT_SERVE] if case.backend == "triton" else []
+    allowed = [MUTATIONS[name].error for name, _ in case.mutations]
+    allowed += [NO_TRITON] if case.backend == "triton" else []
     if any(pattern and re.search(pattern, message) for pattern in allowed):
-        return f"refused: {message}"
+        return f"unsupported: {message}"
     raise Fault(f"{message}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}") from error
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="the first seed, by default the time")
-    parser.add_argument("--case", type=int, help="the seed of the one case to run")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="the first seed (default: the time)")
+    parser.add_argument("--case", type=int, help="run only the case of this seed")
     options = parser.parse_args()
     outcomes, end = Counter(), time.monotonic() + options.seconds
     seed = first = options.seed if options.case is None else options.case

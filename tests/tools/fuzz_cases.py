@@ -1,4 +1,4 @@
-"""What `fuzz` compares: a seed draws a `Case`, a case builds transformers' model and the inputs of its call."""
+"""The cases of `fuzz`: a seed draws a `Case`, which builds transformers' model and the inputs of its call."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
@@ -11,9 +11,9 @@ from fuzz_mutations import MUTATIONS
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-# The mutation of a seed; without one, models are compared as they are built.
+# The first mutation of a seed, by turns. None: models are compared without mutations.
 TURNS = (None, None, None, None, *MUTATIONS)
-# Tables that count or scale the rows looked up, and masks of one's own that may let tokens attend to padding.
+# Mutations whose results depend on the inputs at padding: tables that count or rescale rows, custom masks.
 READ_PADDING = {"max_norm", "scale_grad_by_freq", "_create_attention_masks", "decoder"}
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.bool)
 MASKS = (None, "full", "right", "right", "left", "holes", "one row", "3-D", "4-D", "additive")
@@ -21,10 +21,11 @@ MASKS = (None, "full", "right", "right", "left", "holes", "one row", "3-D", "4-D
 
 @dataclass
 class Case:
-    """backend is "eager", "triton", or "auto" as on a GPU, which packs on the "host" or on the "device".
+    """A model, its mutations, a batch and a back end.
 
-    made tells how ours comes about: "optimize", the "inner first", with a cast ("optimize(dtype)"), as a "deepcopy" of
-    the optimized, or of fastbert's class ("drop-in"). mutations are names and when: "before" that or "after" it.
+    backend: "eager", "triton", or "auto" as on a GPU with packing on the "host" or the "device". made: how our model is
+    made, by "optimize", "inner first", with a cast ("optimize(dtype)"), as a "deepcopy" of an optimized model, or from
+    fastbert's class ("drop-in"). mutations: names and times, "before" or "after" our model is made.
     """
 
     seed: int
@@ -64,12 +65,12 @@ class Case:
 
     @property
     def arguments(self) -> dict:
-        """What the class takes beside the configuration."""
+        """The class's arguments other than the configuration."""
         return {"add_pooling_layer": self.pooler} if self.head == "BertModel" else {}
 
 
 def draw(seed: int) -> Case:
-    """The case of a seed. Seeds in a row go through the mutations in their order, so that each has its turn."""
+    """Draw the case of a seed. Consecutive seeds go through the mutations in order."""
     r = Random(seed)
     turn = TURNS[seed % len(TURNS)]
     names = list(dict.fromkeys([turn, *r.sample(list(MUTATIONS), r.choice((0, 0, 1, 2)))])) if turn else []
@@ -101,7 +102,7 @@ def draw(seed: int) -> Case:
 
 
 def _settings(r: Random, head: str, training: bool, min_layers: int) -> dict:
-    """A configuration; without dropout in training, whose draws nobody could repeat."""
+    """Draw a configuration, without dropout in training, where its random choices could not be repeated."""
     heads, head_size = r.choice([(h, d) for h in range(1, 6) for d in range(1, 33) if 4 <= h * d <= 64])
     labels = 2 if head == "BertForQuestionAnswering" else r.randint(1, 4)
     problems = ("regression", "single_label_classification", "multi_label_classification")
@@ -130,12 +131,12 @@ def _settings(r: Random, head: str, training: bool, min_layers: int) -> dict:
 
 
 def _options(r: Random, case: Case) -> dict:
-    """What a call asks for. transformers counts hidden states by the configuration, and has none without layers."""
+    """Draw the options of a call. transformers counts hidden states by the configuration, with none for no layers."""
     names, count, options = dict(case.mutations), case.settings["num_hidden_layers"] + 1, {}
     if count > 1 and r.random() < 0.4:
         some = sorted(r.sample(range(-count, count), r.randint(1, count)))
         options["output_hidden_states"] = "layers" in names or r.choice((True, r.randrange(1, count) - count, some))
-    # With "sdpa" transformers has no weights, and is asked for those of "eager", whose code may be another.
+    # With "sdpa" transformers returns no weights. They come from "eager", which mutations may change differently.
     eager = case.settings["attn_implementation"] == "eager" and "attention by name" not in names
     if r.random() < 0.3 and not case.autocast and (eager or not names):
         options["output_attentions"] = True
@@ -145,7 +146,7 @@ def _options(r: Random, case: Case) -> dict:
 
 
 def build(case: Case) -> nn.Module:
-    """transformers' model of a case, before anything was done to it; in float32 where `optimize` is to cast it."""
+    """Build transformers' model of a case without mutations, in float32 if `optimize` is to cast it."""
     torch.manual_seed(case.seed)
     model = getattr(transformers, case.head)(transformers.BertConfig(**deepcopy(case.settings)), **case.arguments)
     with torch.no_grad():
@@ -159,8 +160,7 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 
 def keep_of(case: Case) -> Tensor | None:
-    """bool [rows, S], the tokens that are no padding; None where the mask is none of padding. Rows may be empty, but
-    not all of them."""
+    """Return the kept tokens, bool [rows, S], or None if the mask is no padding mask. Some rows may be empty."""
     generator = torch.Generator().manual_seed(case.seed)
     lengths = torch.randint(0, case.seq_len + 1, (case.rows, 1), generator=generator)
     lengths[0].clamp_(min=1)
@@ -177,7 +177,7 @@ def keep_of(case: Case) -> Tensor | None:
 
 
 def inputs_of(case: Case, theirs: nn.Module, ours: bool = False) -> dict[str, Tensor]:
-    """The keywords of the call. Ours has rubbish at padding, and the masks that only ours takes."""
+    """Return the keyword arguments of the call. Ours get invalid values at padding, and masks that only ours accept."""
     generator = torch.Generator().manual_seed(case.seed)
     settings, rows, seq_len, keep = case.settings, case.rows, case.seq_len, keep_of(case)
 
@@ -222,7 +222,7 @@ def _mask(case: Case, keep: Tensor | None, generator: torch.Generator, ours: boo
         sizes[1] = 1
     scores = torch.randn(*sizes, case.seq_len, generator=generator)
     lowest = torch.finfo(case.dtype).min
-    if case.mask == "additive":  # each row sees the first column, as only minus infinity would be NaN
+    if case.mask == "additive":  # each row attends to the first column: a row of minus infinity would give NaN
         least = r.choice((lowest, -1e4, -torch.inf, -2.0))
         return scores.masked_fill((scores > 0.5) & (columns > 0), least).to(case.dtype)
     attend = (scores > 0) | (columns == 0)
@@ -239,7 +239,7 @@ def _labels(case: Case, keep: Tensor | None, integers, ours: bool) -> dict[str, 
         labels[:, ::3] = -100
         return labels if keep is None else labels.masked_fill(~keep, -100)
 
-    def of_texts() -> Tensor:
+    def of_sequences() -> Tensor:
         problem = case.settings["problem_type"] or ("regression" if count == 1 else "single_label_classification")
         if problem == "single_label_classification":
             return integers(count, rows)
@@ -251,7 +251,7 @@ def _labels(case: Case, keep: Tensor | None, integers, ours: bool) -> dict[str, 
         if keep is None or ours:
             return places
         on_padding = ~keep.gather(1, places.clamp(max=seq_len - 1)[:, None])[:, 0]
-        return places.masked_fill(on_padding, seq_len)  # which no loss counts: what fastbert does with padding
+        return places.masked_fill(on_padding, seq_len)  # the loss ignores these, as fastbert ignores padding
 
     vocabulary = case.settings["vocab_size"]
     return {
@@ -259,7 +259,7 @@ def _labels(case: Case, keep: Tensor | None, integers, ours: bool) -> dict[str, 
         "BertForPreTraining": lambda: {"labels": of_tokens(vocabulary), "next_sentence_label": integers(2, rows)},
         "BertForMaskedLM": lambda: {"labels": of_tokens(vocabulary)},
         "BertForNextSentencePrediction": lambda: {"labels": integers(2, rows)},
-        "BertForSequenceClassification": lambda: {"labels": of_texts()},
+        "BertForSequenceClassification": lambda: {"labels": of_sequences()},
         "BertForTokenClassification": lambda: {"labels": of_tokens(count)},
         "BertForMultipleChoice": lambda: {"labels": integers(case.choices, rows)},
         "BertForQuestionAnswering": lambda: {"start_positions": places(), "end_positions": places()},

@@ -1,7 +1,8 @@
-"""What people do to a live BERT, for `fuzz`: mutations of one model, and patches of the whole process.
+"""Changes that users make to a live BERT, for `fuzz`: mutations of one model, and patches of the whole process.
 
-A mutation is called with the model, the `BertModel` in it and a random generator, and changes the model in place; it
-draws alike for models of one architecture. A patch is called with the generator and returns a context manager.
+A mutation is called with the model, its `BertModel` and a random generator, and changes the model in place. It makes
+the same random choices for models of the same architecture. A patch is called with the generator and returns a context
+manager. The names in MUTATIONS are part of the seeds: a new name changes the random choices.
 """
 
 from collections.abc import Callable
@@ -25,15 +26,15 @@ NO_WEIGHTS = "output_attentions is not served for"
 
 @dataclass(frozen=True)
 class Mutation:
-    """refused is the pattern of the error by which fastbert may refuse it, "" where nothing may be refused."""
+    """error: the pattern of fastbert's error if it may be unsupported; "" if it must be supported."""
 
     apply: Callable[..., AbstractContextManager | None]
-    refused: str = ""
+    error: str = ""
     of_process: bool = False
 
 
 def changed(output):
-    """What a module returned, times 1.25: the tensor, or the first of a tuple or of an output of transformers."""
+    """Return a module's output times 1.25: the tensor, or the first one of a tuple or of transformers' output."""
     if isinstance(output, Tensor):
         return output * 1.25 if output.is_floating_point() else output
     if isinstance(output, ModelOutput):
@@ -69,7 +70,7 @@ CHANGED = {
 }
 
 
-# Where a mutation takes place.
+# The places of mutations: functions from the model, its BertModel and a generator to a module.
 
 
 def _some(*classes: type) -> Callable:
@@ -110,7 +111,7 @@ def _sets(place: Callable, name: str, *values) -> Callable:
 
 
 def _calls(place: Callable, name: str, *arguments) -> Callable:
-    """Calls a method with one of the arguments, if there are any."""
+    """Return a mutation that calls a method, with one of the arguments if there are any."""
     return lambda *where: getattr(place(*where), name)(*([where[-1].choice(arguments)] if arguments else []))
 
 
@@ -178,7 +179,7 @@ def layers(model, bert, r):
     bert.encoder.layer = nn.ModuleList(new)
 
 
-# Parameters and numbers beside them
+# Parameters and other attributes
 
 
 def config_flags(model, bert, r):
@@ -220,7 +221,7 @@ def no_affine(model, bert, r):
     norm.weight, norm.bias, norm.elementwise_affine = None, None, False
 
 
-# Modules in place of others, hooks, and patches of an instance
+# Replaced modules, hooks, and patches of an instance
 
 
 def subclass(model, bert, r):
@@ -253,7 +254,7 @@ def forward_hook(model, bert, r):
 
 
 def pre_hook(model, bert, r):
-    # transformers takes what the first layer gets from such a hook for the embeddings' output.
+    # Not on the first layer: transformers would return the hook's result as the embeddings' output.
     module = r.choice([module for module in model.modules() if module is not bert.encoder.layer[0]])
     module.register_forward_pre_hook(lambda module, args: changed(args) if args else None)
 
@@ -348,13 +349,13 @@ MUTATIONS = {
     "resized words": Mutation(_calls(_model, "resize_token_embeddings", 9, 50)),
     "no pooler": Mutation(_sets(_bert, "pooler", None)),
     "mean pooler": Mutation(_sets(_bert, "pooler", _MeanPooler())),
-    # Parameters, and numbers beside them
+    # Parameters and other attributes
     "eps": Mutation(_sets(_some(nn.LayerNorm), "eps", 1e-3, 0.5)),
     "scaling": Mutation(_sets(_attention, "scaling", *SCALINGS)),
     "is_causal": Mutation(_sets(_attention, "is_causal", True)),
     "activation": Mutation(_sets(_intermediate, "intermediate_act_fn", *ACTIVATIONS)),
     "activation.act": Mutation(_sets(_activation, "act", torch.relu, torch.tanh)),
-    "dropout": Mutation(_sets(_some(nn.Dropout), "p", 1.0)),  # nothing is left, which is no matter of chance
+    "dropout": Mutation(_sets(_some(nn.Dropout), "p", 1.0)),  # drops everything, so that the result is not random
     "padding_idx": Mutation(_sets(_table, "padding_idx", 1, None)),
     "max_norm": Mutation(_sets(_table, "max_norm", 0.8)),
     "scale_grad_by_freq": Mutation(_sets(_table, "scale_grad_by_freq", True)),
@@ -373,7 +374,7 @@ MUTATIONS = {
     "attention by name": Mutation(_calls(_model, "set_attn_implementation", "sdpa", "eager")),
     "checkpointing": Mutation(checkpointing),
     "input gradients": Mutation(_calls(_model, "enable_input_require_grads")),
-    # Modules in place of others, hooks, and patches of an instance
+    # Replaced modules, hooks, and patches of an instance
     "subclass": Mutation(subclass),
     "weight_norm": Mutation(weight_norm),
     "sequential": Mutation(sequential),

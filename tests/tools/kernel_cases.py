@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: operands, plain formulas, layouts, and outputs that begin as NaN."""
+"""Shared by the kernel tests: operands, formulas in plain PyTorch, memory layouts, and NaN-filled guarded outputs."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ import fastbert_kernels
 from fastbert.testing import OP_FACTOR, check_close
 from fastbert_kernels import configs
 
-# With a GPU these tests are the proof on it; without one the kernels run in Triton's interpreter, on CPU tensors.
+# Without a GPU the kernels run in Triton's interpreter, on CPU tensors.
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-# numpy, under the interpreter, warns of what float32 arithmetic is meant to do: exp2(1000) is infinite.
+# The interpreter computes with numpy, which warns of intended overflows: exp2(1000) is infinite.
 MARKS = [pytest.mark.gpu] if DEVICE.type == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-# Of the tests of kernels: tests/kernels/conftest.py has the fixture.
+# The marks of every kernel test. tests/kernels/conftest.py has the fixture.
 GUARDED = [*MARKS, pytest.mark.usefixtures("guarded")]
 
 OPS = (
@@ -40,15 +40,14 @@ SIX_LENGTHS = (5, 64, 0, 1, 70, 3)
 HALVES = (torch.float16, torch.bfloat16)
 GEMM_AND_RESIDUAL = (*((dtype, dtype) for dtype in DTYPES), *((half, torch.float32) for half in HALVES))
 TABLES = {path.stem: configs.operations(configs.read(path)) for path in sorted(configs.FOLDER.glob("*.json"))}
-# Elements, and a multiple of 16 bytes in every dtype: what lies behind them is as aligned as a whole buffer.
+# Elements on either side of an output: a multiple of 16 bytes in every dtype, so that the output stays aligned.
 GUARD = 64
 CANARY = 77
 
 
 @contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Whatever a launcher allocates inside begins as NaN (integers as -1), between canaries that must still be there
-    at the end."""
+    """Fill what launchers allocate inside with NaN (integers with -1), and check the canaries around it at the end."""
     buffers = []
 
     def poisoned(allocate: Callable) -> Callable:
@@ -67,22 +66,20 @@ def guarded_outputs() -> Iterator[None]:
         yield
     for buffer in buffers:
         outside = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
-        assert (outside == CANARY).all(), (
-            f"a kernel wrote outside of its output of {buffer.numel() - 2 * GUARD} elements"
-        )
+        assert (outside == CANARY).all(), f"a kernel wrote outside its output of {buffer.numel() - 2 * GUARD} elements"
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal values, the same on every device."""
+    """Return standard normal values, the same on every device."""
     return torch.randn(shape).to(DEVICE, dtype)
 
 
-# Linux's own number; `mmap` names it from Python 3.13 on.
+# The constant of Linux. `mmap` has it from Python 3.13 on.
 MAP_NORESERVE = 0x4000
 
 
 def sparse(size: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """[size] zeros, of which only the pages that are written exist."""
+    """Return [size] zeros in a mapping that takes memory only for the pages that are written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize, flags), dtype=dtype)
 
@@ -98,7 +95,7 @@ def count(n: int) -> Tensor:
 
 
 def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
-    """A launcher and arguments of sizes that no block divides: 70 tokens of 7 texts, 40 -> 48 columns."""
+    """Return a launcher and arguments of sizes that no block divides: 70 tokens of 7 sequences, 40 -> 48 columns."""
     width = 400 if op.endswith(" wide") else 48
     op = op.removesuffix(" wide")
     cu_seqlens, places = bounds((5, 0, 64, 1)), torch.randperm(70).to(DEVICE)
@@ -178,9 +175,10 @@ def _embed_layer_norm(
 
 def _pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-    texts = (hidden if indices is None else hidden[indices]).split(cu_seqlens.diff().tolist())
-    rows = [(x[0] if mode == "first" else x.mean(0)) if len(x) else hidden.new_zeros(hidden.shape[1]) for x in texts]
-    return F.normalize(torch.stack(rows), dim=-1) if normalize else torch.stack(rows)
+    zeros = hidden.new_zeros(hidden.shape[1])
+    sequences = (hidden if indices is None else hidden[indices]).split(cu_seqlens.diff().tolist())
+    rows = torch.stack([(x[0] if mode == "first" else x.mean(0)) if len(x) else zeros for x in sequences])
+    return F.normalize(rows, dim=-1) if normalize else rows
 
 
 FORMULAS = {
@@ -194,11 +192,14 @@ FORMULAS = {
 
 
 def check(op: str, **arguments) -> Tensor:
-    """The launcher's output, held to the formula in float64; the peer is the formula in the arguments' dtypes."""
+    """Return the launcher's output after a check of its error against float64.
+
+    The limit follows from the error of the formula in the arguments' dtypes.
+    """
     exact = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()
     }
-    # On CPUs with AMX, torch 2.13 multiplies zeros by what lies behind a row of bfloat16, which may be NaN.
+    # On CPUs with AMX, torch 2.13 reads past a bfloat16 row and multiplies that by zero: NaN there gives NaN.
     packed = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
     ours = getattr(fastbert_kernels, op)(**arguments)
     check_close(op, ours, FORMULAS[op](**packed).to(ours.dtype), FORMULAS[op](**exact), OP_FACTOR)
@@ -206,14 +207,14 @@ def check(op: str, **arguments) -> Tensor:
 
 
 def _inside(x: Tensor, before: int, after: int, step: int = 1) -> Tensor:
-    """x as a part of longer rows of NaN (integers: of zeros)."""
+    """Return x as a view into longer rows of NaN (of zeros for integers)."""
     rows = x.new_full(
         (*x.shape[:-1], before + x.shape[-1] * step + after), float("nan") if x.is_floating_point() else 0
     )
     return rows[..., before : before + x.shape[-1] * step : step].copy_(x)
 
 
-# How an operand may lie in memory. "columns" keeps the alignment that tensor descriptors need.
+# Memory layouts of an operand. "columns" keeps the alignment that tensor descriptors need.
 LAYOUTS = {
     "contiguous": lambda x: x,
     "columns": lambda x: _inside(x, 0, 16),
@@ -225,7 +226,7 @@ LAYOUTS = {
 
 
 def pairwise(**choices) -> pytest.MarkDecorator:
-    """Parametrize by cases in which any two values of any two lists meet, not by the full product."""
+    """Parametrize by cases in which every pair of values of two lists occurs, not by the full product."""
     values = [list(choice) for choice in choices.values()]
     numbers = [range(len(choice)) for choice in values]
     unmet = dict.fromkeys(
@@ -248,7 +249,7 @@ def _readable(case: list) -> str:
     return "-".join(str(value).removeprefix("torch.").replace(" ", "") for value in case)
 
 
-drawn = settings(
+random_cases = settings(
     max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
@@ -265,7 +266,10 @@ def linear_residual_arguments(tokens: int, width: int, dtype: torch.dtype, resid
 def embed_arguments(
     source: str, types: str | None, positions: str | None, layout: str, width: int, dtype: torch.dtype
 ) -> dict:
-    """Arguments of embed_layer_norm for [3, 9] places: the integers' dtypes, or "embeds" for inputs_embeds."""
+    """Arguments of embed_layer_norm for a batch [3, 9].
+
+    source: the dtype of input_ids, or "embeds" for inputs_embeds. types, positions: dtypes; None leaves them out.
+    """
     tables = {"word_table": 11, "position_table": 9, "token_type_table": 2}
     arguments = {name: normal(rows, width, dtype=dtype) for name, rows in tables.items()}
     arguments |= {"weight": normal(width, dtype=dtype), "bias": normal(width, dtype=dtype), "eps": 1e-12}
@@ -281,7 +285,7 @@ KINDS = ("right", "left", "holes", "none", "all")
 
 
 def kept_places(kind: str, batch_size: int, seq_len: int) -> Tensor:
-    """bool [B, S] of lengths that differ by row; the first row of "holes" is empty."""
+    """Return a mask bool [B, S] with another length in each row. The first row of "holes" is empty."""
     columns, rows = torch.arange(seq_len), torch.arange(batch_size)[:, None]
     lengths = (rows * 37 + seq_len // 2) % (seq_len + 1)
     return {
@@ -294,7 +298,7 @@ def kept_places(kind: str, batch_size: int, seq_len: int) -> Tensor:
 
 
 def check_plan(mask: Tensor) -> None:
-    """packing_plan of the mask: the kept places in their order, then the others; bounds of the rows' kept places."""
+    """Check packing_plan: the kept places in order, then the others; cu_seqlens of the kept places of each row."""
     kept = mask.bool()
     indices, cu_seqlens = fastbert_kernels.packing_plan(mask)
     assert (indices.dtype, cu_seqlens.dtype) == (torch.int64, torch.int32)
@@ -304,20 +308,22 @@ def check_plan(mask: Tensor) -> None:
     assert torch.equal(indices.sort().values, torch.arange(mask.numel(), device=DEVICE))
 
 
-def layer(texts: list[Tensor], places: list[slice], seq_len: int, dtype: torch.dtype, embeds: bool) -> list[Tensor]:
-    """Every kernel in turn, as an encoder chains them, on texts at these columns of a padded batch of NaN or bad ids:
-    what it gives each text, [length, 48] and the vector of its mean."""
+def layer(sequences: list[Tensor], places: list[slice], seq_len: int, dtype: torch.dtype, embeds: bool) -> list[Tensor]:
+    """Run every kernel in turn, as an encoder chains them, on a batch padded with bad ids or NaN.
+
+    places: the columns of each sequence. Returns [length + 1, 48] for each: its hidden states and their mean.
+    """
     torch.manual_seed(1)
     tables = embed_arguments("int64", None, None, "contiguous", 48, dtype)
     tables["position_table"] = normal(100, 48, dtype=dtype)
     weights = [(normal(48, 48, dtype=dtype), normal(48, dtype=dtype)) for _ in range(5)]
     words = normal(11, 48, dtype=dtype)
-    ids = torch.full((len(texts), seq_len), -99, device=DEVICE)
+    ids = torch.full((len(sequences), seq_len), -99, device=DEVICE)
     positions = torch.full_like(ids, -99)
     mask = torch.zeros_like(ids)
-    for row, (text, place) in enumerate(zip(texts, places, strict=True)):
-        ids[row, place], mask[row, place] = text, 1
-        positions[row, place] = torch.arange(len(text), device=DEVICE)
+    for row, (sequence, place) in enumerate(zip(sequences, places, strict=True)):
+        ids[row, place], mask[row, place] = sequence, 1
+        positions[row, place] = torch.arange(len(sequence), device=DEVICE)
     indices, cu_seqlens = fastbert_kernels.packing_plan(mask)
     num_tokens, norm = cu_seqlens[-1:], weights[4]
     tables |= {"input_ids": ids, "position_ids": positions, "indices": indices}
@@ -337,7 +343,7 @@ def layer(texts: list[Tensor], places: list[slice], seq_len: int, dtype: torch.d
     return [torch.cat((padded[row, place], vectors[row : row + 1])) for row, place in enumerate(places)]
 
 
-# A launcher, arguments that do not fit (a tuple is a tensor of that shape), and what is said of them.
+# A launcher, invalid arguments (a tuple is the shape of a tensor), and the error they raise.
 ERRORS = [
     (
         "linear_activation",
@@ -377,7 +383,7 @@ ERRORS = [
         "linear_residual_layer_norm",
         {"weight": torch.float16},
         TypeError,
-        "a weight torch.float16: a GEMM takes one dtype",
+        "a weight torch.float16: a GEMM needs one dtype",
     ),
     (
         "linear_residual_layer_norm",
@@ -387,8 +393,8 @@ ERRORS = [
         "linear_residual_layer_norm: rows of 16385 elements are longer than 16384",
     ),
     ("attention", {"qkv": (9, 2, 3, 16)}, ValueError, "attention: qkv is [9, 2, 3, 16], expected [9, 3, 3, 16]"),
-    ("attention", {"qkv": (9, 3, 1, 129)}, ValueError, "a head size of 129 is not served, only 1 to 128"),
-    ("attention", {"qkv": (9, 3, 1, 0)}, ValueError, "a head size of 0 is not served, only 1 to 128"),
+    ("attention", {"qkv": (9, 3, 1, 129)}, ValueError, "head size 129 is not supported, only 1 to 128"),
+    ("attention", {"qkv": (9, 3, 1, 0)}, ValueError, "head size 0 is not supported, only 1 to 128"),
     ("embed_layer_norm", {"input_ids": None}, ValueError, "embed_layer_norm: pass input_ids or inputs_embeds"),
     ("embed_layer_norm", {"token_type_ids": (7, 9)}, ValueError, "token_type_ids is [7, 9], expected [7, 10]"),
     ("embed_layer_norm", {"position_ids": (1, 10)}, ValueError, "position_ids is [1, 10], expected [7, 10]"),
@@ -416,17 +422,17 @@ ERRORS = [
             torch.ones(1, 1, dtype=torch.int64, device=DEVICE).expand(2**16, 2**15),
         ),
         ValueError,
-        "embed_layer_norm: 65536 x 32768 places, it takes fewer than 2^31",
+        "a batch of 65536 x 32768 places is not supported, only below 2^31",
     ),
     ("unpack", {"indices": (69,)}, ValueError, "unpack: indices is [69], expected [70]"),
     ("pool", {"mode": "max"}, ValueError, "pool mode 'max' is unknown; choose 'first' or 'mean'"),
     ("pool", {"hidden": (2, 16385)}, ValueError, "pool: rows of 16385 elements are longer than 16384"),
-    ("packing_plan", {"mask": (3,)}, ValueError, "mask is [3], expected [B, S] of fewer than 2^31 places"),
+    ("packing_plan", {"mask": (3,)}, ValueError, "mask is [3], expected [B, S] with fewer than 2^31 places"),
     ("packing_plan", {"mask": (2, 3, 4)}, ValueError, "mask is [2, 3, 4], expected [B, S]"),
     (
         "packing_plan",
         {"mask": torch.ones(1, 1, device=DEVICE).expand(2**16, 2**15)},
         ValueError,
-        "mask is [65536, 32768], expected [B, S] of fewer than 2^31 places",
+        "mask is [65536, 32768], expected [B, S] with fewer than 2^31 places",
     ),
 ]

@@ -1,10 +1,10 @@
-"""Planted bugs, each of which a test must fail for: one that survives is a test that is missing.
+"""Mutation testing: planted bugs, each of which must make a test fail.
 
     python tests/tools/mutants.py [NAME ...]
 
-Each mutant of mutants.yaml changes one place in a copy of the tracked files, and the test named beside it runs there,
-as many mutants at a time as there are cores. The status is 1 if one survives, does not apply, or stops the test in
-another way than by failing it; and if a test fails without any mutant, for then nothing is proven.
+Each mutant of mutants.yaml changes one place in a copy of the tracked files, where its test then runs, with one mutant
+per core at a time. The exit status is 1 if a mutant survives, does not apply, or stops the test other than by a
+failure, and if a test fails without a mutant.
 """
 
 import os
@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 TIME_LIMIT = 600  # seconds for the tests of one mutant
 
-# Tests of another tree would say nothing about the copy.
+# Fails if packages are imported from outside the copy.
 RUN_PYTEST = """
 import sys
 from pathlib import Path
@@ -36,28 +36,28 @@ sys.exit(status if all(path.is_relative_to(Path.cwd()) for path in imported) els
 
 
 class Mutant(NamedTuple):
-    """A bug: `original`, which stands once in the file, becomes `replacement`; the test must fail for it."""
+    """A bug: `original`, which occurs once in the file, is replaced by `replacement`. The test must then fail."""
 
     name: str
     file: str
     original: str
     replacement: str
-    test: str  # "room/test_file.py::test_function", of one that takes long "room/test_file.py::test_function[case]"
+    test: str  # "folder/test_file.py::test_function", with "[case]" if it takes long
 
 
 MUTANTS = [Mutant(**entry) for entry in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())]
 
 
 def applied(mutant: Mutant, text: str) -> str:
-    """The file's text with the bug in it; raises ValueError where the place is not there or not the only one."""
+    """Return the file's text with the bug. Raises ValueError unless the original text occurs exactly once."""
     count = text.count(mutant.original)
     if count != 1:
-        raise ValueError(f"{mutant.name}: the original text stands {count} times in {mutant.file}")
+        raise ValueError(f"{mutant.name}: the original text occurs {count} times in {mutant.file}, expected 1")
     return text.replace(mutant.original, mutant.replacement)
 
 
 def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> tuple[int, str]:
-    """The exit status of pytest in a copy of the tracked files, and what it printed."""
+    """Run pytest in a copy of the tracked files. Returns its exit status and output."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
@@ -71,7 +71,7 @@ def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> tuple[int, 
         options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
         environment = {
             "PYTHONPATH": f"{copy}:{copy / 'kernels'}",
-            "CUDA_VISIBLE_DEVICES": "",  # in the interpreter everywhere: some tests are its alone
+            "CUDA_VISIBLE_DEVICES": "",  # always in the interpreter, which some tests need
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
         }
@@ -84,14 +84,14 @@ def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> tuple[int, 
 
 
 def judge(mutant: Mutant) -> str:
-    """Print and return what became of a mutant: "killed", "SURVIVED" or "ERROR"."""
+    """Run a mutant's test, and print and return the verdict: "killed", "SURVIVED" or "ERROR"."""
     start = time.monotonic()
     try:
         status, output = run_tests([mutant.test], mutant)
     except (ValueError, subprocess.TimeoutExpired) as error:
         status, output = None, str(error)
     lines = output.splitlines()
-    # A name with "::" is a test's: one without it is a file that cannot be collected.
+    # Names of tests have "::". A name without it is a file that cannot be collected.
     failed = next((line for line in lines if line.startswith(("FAILED ", "ERROR ")) and "::" in line.split()[1]), None)
     if status == 1 and failed:
         verdict, detail = "killed", failed[:200]
@@ -106,7 +106,7 @@ def judge(mutant: Mutant) -> str:
 def main(names: list[str]) -> None:
     unknown = set(names) - {mutant.name for mutant in MUTANTS}
     if unknown:
-        sys.exit(f"no mutant is called {', '.join(sorted(unknown))}")
+        sys.exit(f"unknown mutants: {', '.join(sorted(unknown))}")
     mutants = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     start = time.monotonic()
     by_file: dict[str, set[str]] = {}
@@ -115,8 +115,8 @@ def main(names: list[str]) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for status, output in pool.map(run_tests, map(sorted, by_file.values())):
             if status != 0:
-                sys.exit(f"{output}\nthe tests do not pass without a mutant")
-        print(f"without a mutant every test passes, {time.monotonic() - start:.0f} s", flush=True)
+                sys.exit(f"{output}\nthe tests fail without a mutant")
+        print(f"without mutants all tests pass, {time.monotonic() - start:.0f} s", flush=True)
         verdicts = list(pool.map(judge, mutants))
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("killed", "SURVIVED", "ERROR"))
     print(f"{len(mutants)} mutants in {time.monotonic() - start:.0f} s: {counts}")

@@ -1,4 +1,4 @@
-"""CUDA graphs on a GPU, or with the capture replaced by a recording that, like a graph, knows addresses only."""
+"""CUDA graphs for tests: real ones on a GPU, on a CPU a stand-in that, like a graph, only knows addresses."""
 
 import gc
 import weakref
@@ -16,7 +16,10 @@ LAYERS = {"num_hidden_layers": 1, "max_position_embeddings": 40}
 
 
 class Recordings(graphs.CudaGraphs):
-    """Replays the Python that a graph was captured from, with the parameters' memory of that time, into its outputs."""
+    """A stand-in for CUDA graphs. A replay runs the captured Python again, with the parameters' memory at the capture.
+
+    Results are written to the outputs of the capture.
+    """
 
     model: nn.Module
 
@@ -34,8 +37,8 @@ class Recordings(graphs.CudaGraphs):
                 parameter.data = data
             hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in self.model.modules()]
             for registered, _ in hooks:
-                registered.clear()  # no Python runs in a graph
-            with torch.random.fork_rng():  # nothing random is left in a graph
+                registered.clear()  # a graph runs no Python
+            with torch.random.fork_rng():  # a graph does not use torch's CPU generator
                 results = run()
             for name, output in outputs.items():
                 output.copy_(results[name])
@@ -57,7 +60,7 @@ class Recordings(graphs.CudaGraphs):
 
 
 def recorded(monkeypatch) -> list[tuple[int, ...]]:
-    """The buckets that are captured from now on, in their order; on a CPU by recordings."""
+    """Return a list to which every capture from now on adds its bucket. On a CPU `Recordings` replace graphs."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(graphs, "DEVICE_TYPE", "cpu")
         monkeypatch.setattr(graphs, "CudaGraphs", Recordings)
@@ -76,14 +79,14 @@ def recorded(monkeypatch) -> list[tuple[int, ...]]:
     return buckets
 
 
-def capturing_nothing_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recording keeps what it recorded, as a graph does not: on a CPU it now gives its first outputs again."""
+def record_outputs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make replays on a CPU return the first outputs. Unlike a graph, `Recordings` would keep the model alive."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(graphs.CudaGraphs, "capture", lambda self, run: (lambda: None, run()))
 
 
 def assert_freed_at_once(owned: list[nn.Module]) -> None:
-    """The model in the list, which nobody else may hold, is freed without the garbage collector."""
+    """Check that the only model in the list, which has no other reference, is freed without the garbage collector."""
     weight = weakref.ref(owned[0].pooler.dense.weight)
     Recordings.model = None
     gc.collect()
@@ -96,7 +99,7 @@ def assert_freed_at_once(owned: list[nn.Module]) -> None:
 
 
 def texts(batch_size: int, seq_len: int, *, seed: int = 0, on: torch.device = DEVICE) -> dict[str, torch.Tensor]:
-    """A batch with holes and padding, and at least one token."""
+    """Return a random batch with holes and padding and at least one token."""
     generator = torch.Generator().manual_seed(seed)
     shape = batch_size, seq_len
     mask = torch.randint(0, 2, shape, generator=generator)

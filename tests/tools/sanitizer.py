@@ -1,10 +1,10 @@
-"""An address sanitizer for kernels in Triton's interpreter: a lane that is not masked off may point at an element of
-the tensor that its pointer was made from, at nothing else.
+"""An address sanitizer for kernels in Triton's interpreter.
 
-Every tensor argument gets an address space of its own, so that what lies past its end is never another argument, and a
-map of its elements, so that the gaps between the rows of a view are none of them. The interpreter offers no hook for
-this. Patched are the method in which it prepares arguments and the four functions by which it reaches memory, from
-tensor descriptors too; they are the same in Triton 3.6 to 3.9.
+A lane that is not masked off may only access elements of the tensor that its pointer was made from. Every tensor
+argument gets an address space of its own, so that no address past its end belongs to another argument, and a map of its
+elements, so that gaps between the rows of a view are detected. The interpreter has no hook for this, so the method that
+prepares arguments and the four functions that access memory (also for descriptors) are patched. They are the same in
+Triton 3.6 to 3.9.
 """
 
 import traceback
@@ -21,14 +21,14 @@ from triton.runtime import interpreter
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The bits of an address below the number of its argument. Tensors lie in the middle of their spaces, which no offset of
-# less than 2^56 bytes leaves: however wrong it is, the argument that it was added to is known.
+# The lower bits of an address, below the number of its argument. Tensors are in the middle of their spaces, so an
+# offset below 2^56 bytes never leaves the space, and the argument is known.
 SPACE_BITS = 58
 MIDDLE = 1 << (SPACE_BITS - 1)
 
 
 class Argument(TensorWrapper):
-    """A tensor in its address space. The interpreter takes its own wrapper of tensors wherever it takes a tensor."""
+    """A tensor in its own address space. The interpreter accepts a TensorWrapper wherever it accepts a tensor."""
 
     def __init__(self, name: str, number: int, tensor: Tensor):
         super().__init__(tensor, tensor.dtype)
@@ -36,14 +36,14 @@ class Argument(TensorWrapper):
         self.start = (number << SPACE_BITS) + MIDDLE + tensor.data_ptr()
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.is_element = np.zeros(last + 1 if tensor.numel() else 0, dtype=bool)
-        # A bool is a byte, so that the tensor's strides are the map's.
+        # A bool is one byte, so the tensor's strides in elements are the map's in bytes.
         np.lib.stride_tricks.as_strided(self.is_element, tensor.shape, tensor.stride())[...] = True
 
     def data_ptr(self) -> int:
         return self.start
 
     def contains(self, addresses: np.ndarray) -> np.ndarray:
-        """Which of the addresses, uint64 [N], are those of elements: bool [N]."""
+        """Return bool [N]: whether each of the addresses, uint64 [N], is that of an element."""
         offsets = (addresses - np.uint64(self.start)).view(np.int64)
         elements, rest = np.divmod(offsets, self.base.itemsize)
         inside = (rest == 0) & (elements >= 0) & (elements < len(self.is_element))
@@ -53,11 +53,11 @@ class Argument(TensorWrapper):
     def describe(self, address: int) -> str:
         size, strides = list(self.base.shape), list(self.base.stride())
         element = (address - self.start) // self.base.itemsize
-        return f"outside of {self.name}: element {element} of {self.base.dtype} {size} with strides {strides}"
+        return f"outside {self.name}: element {element} of {self.base.dtype} {size} with strides {strides}"
 
 
 class Sanitizer:
-    """Checks the accesses of one kernel after the other; stores are the (kernel, argument) pairs that were written."""
+    """Checks the accesses of kernels. stores: the (kernel, argument) pairs that were written."""
 
     def __init__(self):
         self.kernel = ""
@@ -69,7 +69,7 @@ class Sanitizer:
         self.arguments = []
 
     def separate(self, name: str, value):
-        """The value of an argument, in an address space of its own if it is a tensor or a descriptor of one."""
+        """Return an argument, in its own address space if it is a tensor or a descriptor."""
         if isinstance(value, TensorDescriptor):
             return replace(value, base=self.separate(name, value.base))
         if not isinstance(value, Tensor):
@@ -78,10 +78,10 @@ class Sanitizer:
         return self.arguments[-1]
 
     def resolve(self, access: str, pointers: np.ndarray, mask=True) -> np.ndarray:
-        """The addresses in memory that the pointers stand for; AssertionError where a live one has no element."""
+        """Return the memory addresses of the pointers. Raises AssertionError if one not masked off has no element."""
         unresolved = pointers[np.broadcast_to(mask, pointers.shape)]
-        while unresolved.size:  # more than once for a block of pointers to several arguments
-            first = int(unresolved[0])  # beyond all spaces it is held against the last
+        while unresolved.size:  # several iterations for pointers to several arguments
+            first = int(unresolved[0])  # an address past all spaces is compared with the last argument
             argument = self.arguments[min(first >> SPACE_BITS, len(self.arguments) - 1)]
             inside = argument.contains(unresolved)
             assert inside[0], f"{self.kernel}: {access} {argument.describe(first)}, in {_kernel_line()}"
@@ -92,7 +92,7 @@ class Sanitizer:
 
 
 def _kernel_line() -> str:
-    """The innermost line on the stack that is neither Triton's nor this file's."""
+    """Return the innermost line on the stack that is neither in Triton nor in this file."""
     others = str(Path(triton.__file__).parent), __file__
     frame = next(frame for frame in reversed(traceback.extract_stack()) if not frame.filename.startswith(others))
     return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
@@ -100,8 +100,10 @@ def _kernel_line() -> str:
 
 @contextmanager
 def sanitized() -> Iterator[Sanitizer]:
-    """Kernels launched inside fail at the first access outside of their tensors, before it happens: AssertionError,
-    which the interpreter wraps in its InterpreterError. Compiled kernels are not looked at."""
+    """Let kernels fail before their first access outside their tensors. Compiled kernels are not checked.
+
+    The AssertionError is the cause of the interpreter's InterpreterError.
+    """
     sanitizer, memory = Sanitizer(), interpreter._interpreter
     prepare = interpreter.GridExecutor._init_args_hst
     load, store, update, compare_and_swap = memory.load, memory.store, memory.atomic_rmw, memory.atomic_cas

@@ -1,4 +1,4 @@
-"""The benches and the demo run, on a CPU at toy sizes; the README's figures are the ones their records give."""
+"""The benches and the demo run on a CPU at toy sizes, and the README and the pages agree with the records."""
 
 import dataclasses
 import importlib.util
@@ -39,12 +39,12 @@ from fastbert_kernels.tuning.roofline import H200, Roofs
 
 ROOT = Path(__file__).parent.parent.parent
 TOY = Case("toy", 3, 24, 0.5)
-# What bench_memory asks of pytest.
+# The part of pytest's request that bench_memory uses.
 RECORDING = SimpleNamespace(config=SimpleNamespace(getoption=lambda _: False))
 
 
 def run_bench(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    # Not `python -m pytest`, which would put the repository on the path, and with it the bare folder `kernels`.
+    # Not `python -m pytest`, which would put the repository on the path, so that `kernels` would be importable.
     pytest_itself = Path(sys.executable).with_name("pytest")
     command = [pytest_itself, "bench", *arguments, "-q", "-p", "no:cacheprovider"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -52,7 +52,7 @@ def run_bench(*arguments: str, environment: dict[str, str] | None = None) -> sub
 
 @pytest.fixture(scope="module")
 def bench_options():
-    """bench/conftest.py as a module: that name belongs to the tests' own here."""
+    """bench/conftest.py as a module. Here the name `conftest` belongs to the tests' own."""
     spec = importlib.util.spec_from_file_location("bench_options", ROOT / "bench" / "conftest.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,7 +60,7 @@ def bench_options():
 
 
 class Benchmark:
-    """What the benches use of pytest-benchmark's fixture."""
+    """The part of pytest-benchmark's fixture that the benches use."""
 
     def __init__(self):
         self.enabled, self.group, self.shown = True, None, []
@@ -75,7 +75,7 @@ class Benchmark:
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """The records that a test writes, which go to a folder of its own."""
+    """A function that returns the records written by the test, which go to a temporary folder."""
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "_commit", lambda: "0" * 7)
@@ -88,10 +88,10 @@ def recorded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suites", ["model,latency,encode,memory,attention,kernels", "host"])
 def test_the_bench_checks_its_results(suites):
-    """Every provider that runs here, checked and not timed; nothing is recorded, and nobody but peers skipped."""
+    """Every provider that runs here is checked and not timed. Nothing is recorded, and only peers are skipped."""
     environment = dict(os.environ)
     if suites == "host":
-        # Triton compiles for it, which its interpreter does not.
+        # It needs compiled kernels.
         environment.pop("TRITON_INTERPRET", None)
     before = {path: path.read_bytes() for path in records.RESULTS.rglob("*") if path.is_file()}
     run = run_bench("--suite", suites, "--benchmark-disable", environment=environment)
@@ -102,20 +102,20 @@ def test_the_bench_checks_its_results(suites):
     assert before == {path: path.read_bytes() for path in records.RESULTS.rglob("*") if path.is_file()}
 
 
-def test_what_does_not_fit_the_time_is_left_out_and_named():
-    """What compiles needs more of it."""
+def test_tests_that_do_not_fit_the_time_are_skipped_and_listed():
+    """A test under torch.compile has a longer planned time."""
     run = run_bench("--suite", "kernels", "--seconds", "6", "--benchmark-disable", "-k", "linear_activation")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "2 passed, 1 skipped" in run.stdout
     assert (
-        "left out of kernels for want of time, 1: test_kernel[linear_activation-toy-2x64-float32-torch-compiled]"
+        "left out of kernels for lack of time, 1: test_kernel[linear_activation-toy-2x64-float32-torch-compiled]"
         in run.stdout
     )
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_of_a_record(tmp_path, monkeypatch):
-    """Git's own name where it knows the project, else the given one, else none; never that of a folder around it."""
+    """It is git's hash if git knows the project, else the given one, else "unknown"; never that of a parent folder."""
 
     def commit_of(root: Path) -> str:
         records._head.cache_clear()
@@ -146,8 +146,8 @@ def test_options_of_the_bench(bench_options):
     assert bench_options._commit("8ad994e059ba24f783436ae4cad75f3f29be6065-dirty") == "8ad994e-dirty"
     for option, text, said in (
         (bench_options._suites, "model,speed", "'speed': the suites are model, latency, "),
-        (bench_options._commit, "main", "'main': git's name of a commit"),
-        (bench_options._seconds, "nan", "'nan': a number of seconds above 0"),
+        (bench_options._commit, "main", "'main' is no commit hash"),
+        (bench_options._seconds, "nan", "'nan' is no number of seconds above 0"),
     ):
         with pytest.raises(bench_options.argparse.ArgumentTypeError, match=said):
             option(text)
@@ -158,7 +158,7 @@ def every_forward() -> list[tuple[Case, str]]:
     return [*bench_model._toy_forwards(), *bench_model._cpu_forwards(), *bench_model._gpu_forwards()]
 
 
-def test_batches_have_the_fill_they_are_named_after():
+def test_batches_have_the_fill_in_their_name():
     pairs = [*every_forward(), *bench_attention.TOY, *bench_attention.timed()]
     for case in {case.shape: case for case, _ in pairs}.values():
         batch = workloads.inputs(case)
@@ -170,8 +170,8 @@ def test_batches_have_the_fill_they_are_named_after():
         assert torch.equal(workloads.lengths_of(case), lengths.cpu())
 
 
-def test_the_floor_of_a_forward():
-    """By hand, a layer: 12 E^2 + 9 E weights; a token's products are 24 E^2 operations, its attention 4 S E."""
+def test_the_work_of_a_forward():
+    """By hand, a layer has 12 E^2 + 9 E weights, and a token takes 24 E^2 operations, and 4 S E for attention."""
     config = transformers.BertConfig()
     small = workloads.forward_work(config, Case("base", 1, 16, dtype="bfloat16"))
     assert small.bytes == 2 * (12 * (12 * 768**2 + 9 * 768) + 16 * 768)
@@ -194,7 +194,7 @@ WRONG = {
 
 @pytest.mark.parametrize("suite", WRONG)
 def test_a_wrong_result_is_not_timed(suite, monkeypatch, recorded):
-    """Of ours the test fails; the reason takes the place of an earlier run's times."""
+    """Our test fails, and the reason replaces the times of an earlier run."""
 
     def spoiled(call_of):
         def call_of_wrong(case, name):
@@ -218,7 +218,7 @@ def test_a_wrong_result_is_not_timed(suite, monkeypatch, recorded):
     assert "ratio" not in record
 
 
-def test_the_vector_that_a_user_waits_for_is_checked(monkeypatch, recorded):
+def test_the_pooled_vector_of_a_request_is_checked(monkeypatch, recorded):
     request_of = bench_latency.request_of
     monkeypatch.setattr(bench_latency, "request_of", lambda *of: lambda: request_of(*of)() + 0.01)
     with pytest.raises(ArithmeticError, match="errs by"):
@@ -226,7 +226,7 @@ def test_the_vector_that_a_user_waits_for_is_checked(monkeypatch, recorded):
     assert len(recorded()) == 1
 
 
-def test_who_cannot_run_leaves_the_reason_in_the_place_of_times(recorded):
+def test_the_reason_of_an_absent_provider_replaces_its_times(recorded):
     for provider, ended in ((UNPADDED, pytest.skip.Exception), *((name, RuntimeError) for name in providers.OURS)):
         about = providers.about("memory", "memory", dataclasses.asdict(TOY), provider)
         records.write(about | {"ratio": 2.0})
@@ -238,19 +238,19 @@ def test_who_cannot_run_leaves_the_reason_in_the_place_of_times(recorded):
         assert "ratio" not in record
 
 
-def test_peers_have_no_mask_where_the_batch_is_full(monkeypatch):
-    """With one they would go without flash attention. Who unpads takes its mask from the host."""
+def test_peers_get_no_mask_for_a_full_batch(monkeypatch):
+    """With a mask they would not use flash attention. The unpadding peer takes its mask on the host."""
     full = Case("toy", 1, 16)
     for provider in (*providers.PROVIDERS, providers.HOST_MASK):
-        needs_one = provider.startswith(UNPADDED) or provider == providers.HOST_MASK
-        assert ("attention_mask" in providers.batch_of(full, provider)) == needs_one
+        needs_mask = provider.startswith(UNPADDED) or provider == providers.HOST_MASK
+        assert ("attention_mask" in providers.batch_of(full, provider)) == needs_mask
         assert "attention_mask" in providers.batch_of(TOY, provider)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     compiled = [providers.model_of(case, f"{BASELINE}-compiled") for case in (full, TOY)]
     assert [model.config._attn_implementation for model in compiled] == [providers.MASKLESS, "sdpa"]
 
 
-def test_every_provider_of_ours_is_known_as_such():
+def test_every_fastbert_provider_is_in_ours():
     timed = {name for _, name in every_forward()} | {name for *_, name in [*bench_latency.CUDA, *bench_memory.CUDA]}
     assert {name for name in timed if name.startswith("fastbert")} == set(providers.OURS)
 
@@ -265,7 +265,7 @@ def test_a_graphed_model_without_a_graph_is_not_timed(monkeypatch):
 
 
 def test_times_of_the_device(monkeypatch):
-    """Events of a device that takes 1 ms for our call and 2 ms for the baseline's, and a host that takes no time."""
+    """The device takes 1 ms for our call and 2 ms for the baseline's, the host takes no time."""
     taken = []
 
     class Event:
@@ -301,7 +301,7 @@ def test_peak_memory_of_a_gpu(monkeypatch):
 
 
 def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path):
-    """Toy cases, timed on this CPU into a folder of the test's own, and a device's page of them."""
+    """Toy cases are timed on this CPU, and a page is made from their records."""
     for bench in (bench_model, bench_latency, bench_encode):
         monkeypatch.setattr(bench, "SECONDS_PER_CASE", 0.01)
     for name in ("fastbert", BASELINE):
@@ -327,7 +327,7 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
     assert host["tokenizer_threads"] >= 1
     assert found["memory", "fastbert"]["peak_bytes"] > 0
 
-    monkeypatch.setattr(report, "README", tmp_path / "absent")  # a page of toys is not for it
+    monkeypatch.setattr(report, "README", tmp_path / "absent")  # must not be written for a CPU
     report.main()
     (page,) = (path.read_text() for path in tmp_path.glob("*/README.md"))
     for suite in ("model", "latency", "encode", "memory"):
@@ -338,8 +338,7 @@ def test_records_of_every_suite_and_their_report(recorded, monkeypatch, tmp_path
 
 
 def gpu_records() -> list[dict]:
-    """Of every forward of a GPU's run, with made-up times by which fastbert loses the smallest and wins the others, but
-    for one that failed."""
+    """Return records of every forward of a GPU's run with made-up times. fastbert loses one case and fails in one."""
     machine = {
         "device": "NVIDIA H200", "threads": 16, "torch": "2.11.0", "transformers": "5.17.0", "triton": "3.6.0",
         "driver": "580.1", "python": "3.12.3", "commit": "abc1234", "load": 0.1, "date": "2026-12-01T00:00:00+00:00",
@@ -363,7 +362,7 @@ def gpu_records() -> list[dict]:
 
 
 def test_the_report_of_a_gpu(tmp_path, monkeypatch):
-    """What failed comes first, then the losses; cells are what the records say."""
+    """Failures come first, then losses, and the cells agree with the records."""
     folder, readme = tmp_path / "nvidia-h200", tmp_path / "README.md"
     folder.mkdir()
     (folder / "model.jsonl").write_text("".join(json.dumps(record) + "\n" for record in gpu_records()))
@@ -405,7 +404,7 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
 
 
 def test_a_peers_time_agrees_with_its_ratio():
-    """Of a host that was half as fast while the peer had its turn with the baseline."""
+    """Even if the host was half as fast while the peer took turns with the baseline."""
     of = {
         "fastbert": {"median_s": 3e-3, "baseline_median_s": 4e-3, "ratio": 4 / 3},
         UNPADDED: {"median_s": 4e-3, "baseline_median_s": 8e-3, "ratio": 2.0},
@@ -431,14 +430,14 @@ def test_the_rates_of_a_gpu(monkeypatch):
     }  # fmt: skip
 
 
-def test_tokens_tell_kernels_apart_but_not_batches():
+def test_tokens_identify_kernels_but_not_batches():
     kernels = [{"op": "pool", "tokens": tokens} for tokens in (128, 4096)]
     assert records.about(kernels[0]) != records.about(kernels[1])
     batches = [dataclasses.asdict(TOY) | {"tokens": tokens} for tokens in (36, 37)]
     assert records.about(batches[0]) == records.about(batches[1])
 
 
-def test_the_readme_shows_what_the_gpus_records_say(tmp_path):
+def test_the_readme_agrees_with_the_records_of_gpus(tmp_path):
     overviews = []
     for path in sorted(records.RESULTS.glob("*/model.jsonl")):
         lines = list(records.read(path))
@@ -451,7 +450,7 @@ def test_the_readme_shows_what_the_gpus_records_say(tmp_path):
 
 
 def test_sentences_were_encoded_as_fast_as_promised():
-    """Sorted by length never slower than sentence-transformers by itself, in their own order 1.2 times as fast."""
+    """Never slower than sentence-transformers on texts sorted by length, 1.2 times as fast in the given order."""
     promised = {"sorted": 1.0, "given": 1.2}
     encoded = [record for path in records.RESULTS.glob("*/encode.jsonl") for record in records.read(path)]
     ours = [record for record in encoded if record["provider"] == "fastbert"]
@@ -460,7 +459,7 @@ def test_sentences_were_encoded_as_fast_as_promised():
         assert record["ratio"] >= promised[record["case"]["order"]], record
 
 
-def test_the_pages_show_what_the_records_say(tmp_path):
+def test_the_pages_agree_with_the_records(tmp_path):
     folders = sorted({path.parent for path in records.RESULTS.glob("*/*.jsonl")})
     assert folders
     for folder in folders:

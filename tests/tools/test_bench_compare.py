@@ -1,4 +1,4 @@
-"""bench/compare.py on made up times, on fake packages in a git repository, and its workloads, each run once."""
+"""bench/compare.py with made-up times, with fake packages in a git repository, and each of its workloads once."""
 
 import json
 import random
@@ -12,7 +12,7 @@ import records
 from compare import measured
 
 NOISE = random.Random(0)
-# In place of bench/host_workloads.py; it leaves out the time of other processes.
+# Replaces bench/host_workloads.py. process_time does not count other processes.
 WORKER = """
 import json, sys, time
 import fastbert
@@ -37,8 +37,11 @@ def busy():
 
 
 def pairs(factor: float, number: int, between: float = 0.02) -> list[list[tuple[float, float]]]:
-    """Rounds of a workload that takes `factor` times as long here as there; the machine's speed drifts by half, two
-    processes of one code differ by `between`, and in one pair in ten by 10 times that."""
+    """Return rounds of a workload that takes `factor` times as long here as there.
+
+    The machine's speed varies by half. Processes of the same code differ by `between`, in one pair of ten by 10 times
+    that.
+    """
 
     def rounds():
         here = factor * (1 + NOISE.gauss(0, between * NOISE.choice([1] * 9 + [10])))
@@ -49,7 +52,7 @@ def pairs(factor: float, number: int, between: float = 0.02) -> list[list[tuple[
 
 
 def test_verdicts_of_made_up_times():
-    """Nothing but noise is hardly ever taken for more; 10 % is seen through noise of 2 %."""
+    """Noise alone rarely gives a verdict, and 10 % is detected in noise of 2 %."""
     verdicts = [measured(pairs(1.0, compare.PAIRS)).verdict for _ in range(400)]
     assert verdicts.count("same within noise") >= 392
     for factor, verdict in ((1.1, "slower"), (0.9, "faster")):
@@ -65,7 +68,7 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A project that is busy for 2 ms at HEAD, the root of what is compared, with a worker of its own."""
+    """A git repository with packages that are busy for 2 ms at HEAD, and a worker for them."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     root, worker = tmp_path / "project", tmp_path / "worker.py"
@@ -99,15 +102,15 @@ def test_a_planted_difference_is_found(milliseconds, threshold, verdict, status,
     printed = capsys.readouterr().out
     (line,) = (line for line in printed.splitlines() if line.startswith("busy "))
     name = git(repository, "rev-parse", "--short", "HEAD").strip()
-    if milliseconds != 2:  # in which a few microseconds might tell
+    if milliseconds != 2:  # otherwise a few microseconds may give another verdict
         assert line.endswith(verdict)
     assert f"here {name}-dirty, there {name}; " in printed
     assert "new           runs here" in printed
     assert "new           absent there: module 'fastbert' has no attribute 'new'" in printed
 
 
-def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
-    """Of a clean tree, too, beside an older commit."""
+def test_a_workload_that_only_runs_at_the_other_commit_fails(repository, capsys):
+    """The tree is clean, and the other commit is older."""
     (repository / "fastbert/__init__.py").write_text("")
     git(repository, "commit", "--quiet", "--all", "--message", "nothing")
     assert compare.main(["HEAD~1", "--workload", "busy", "gone"]) == 1
@@ -118,7 +121,7 @@ def test_what_ran_at_the_other_commit_alone_fails(repository, capsys):
     assert printed.count("gone          absent") == 2
 
 
-def test_a_worker_that_ends_is_told(repository):
+def test_a_worker_that_ends_is_an_error(repository):
     compare.WORKER.write_text("import sys; sys.exit(7)")
     with pytest.raises(RuntimeError, match="the process that imports .*/else ended in busy with status 7"):
         compare.main(["HEAD"])
@@ -132,7 +135,7 @@ def test_a_worker_that_ends_is_told(repository):
         (["HEAD", "--workload", "speed"], "invalid choice: 'speed'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(arguments, reason, repository, capsys):
+def test_invalid_arguments_are_an_error(arguments, reason, repository, capsys):
     with pytest.raises(SystemExit):
         compare.main(arguments)
     assert reason in capsys.readouterr().err

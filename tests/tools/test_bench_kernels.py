@@ -1,4 +1,4 @@
-"""The benches of kernels and attention, with the host's clock or a fake device where they have a GPU."""
+"""The benches of kernels and attention, with the host's clock or a fake device instead of a GPU."""
 
 import gc
 import time
@@ -26,7 +26,7 @@ TIMES |= {"of_roof", "roofs"}
 
 
 class HostTimer:
-    """Calls timed by the host's clock, two rounds of one turn."""
+    """A timer with the host's clock and two rounds of one turn."""
 
     cache_bytes = 2**12
 
@@ -49,7 +49,7 @@ class HostTimer:
 
 @pytest.fixture
 def timer(monkeypatch, tmp_path):
-    """As on a GPU, but for the clock, the sizes of the roofs, and where records go."""
+    """Make the benches time as on a GPU, with the host's clock, small sizes for the roofs and a temporary folder."""
     timer = HostTimer()
     monkeypatch.setattr(device_timing, "TIMER", timer)
     monkeypatch.setattr(device_timing, "MATMUL_SIZES", dict.fromkeys(device_timing.MATMUL_SIZES, 32))
@@ -64,7 +64,7 @@ def timer(monkeypatch, tmp_path):
 
 @torch.no_grad()
 def outcome_of(compare, case, provider) -> tuple[str, str]:
-    """How a test of the benches ends, and what it says."""
+    """Return how a test of the benches ends, and its message."""
     benchmark = SimpleNamespace(pedantic=lambda target, rounds: [target() for _ in range(rounds)])
     request = SimpleNamespace(
         config=SimpleNamespace(getoption=lambda name: False), getfixturevalue=lambda name: benchmark
@@ -81,7 +81,7 @@ def written() -> list[dict]:
 
 
 def toy(provide) -> Comparison:
-    """A case whose truth is 1, 2, 3."""
+    """Return a case whose truth is 1, 2, 3."""
     truth = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     return Comparison(
         suite="kernels",
@@ -106,7 +106,7 @@ def test_every_provider_of_attention_has_a_record(timer):
     outcomes = {name: outcome_of(bench_attention.comparison, case, name) for name in providers}
     lines = {line["provider"]: line for line in written()}
     assert list(lines) == providers
-    absent = {"sdpa-efficient", "sdpa-cudnn", "varlen_attn"}  # a CPU has none of them
+    absent = {"sdpa-efficient", "sdpa-cudnn", "varlen_attn"}  # not available on a CPU
     assert {name: how for name, (how, _) in outcomes.items()} == {
         name: "Skipped" if name in absent else "Passed" for name in providers
     }
@@ -163,7 +163,7 @@ def test_batches_of_an_op_have_records_of_their_own(timer):
 
 
 def failing(problem):
-    """Providers of which one raises."""
+    """Return providers of which one raises."""
 
     def provide(name, given):
         def call():
@@ -177,18 +177,18 @@ def failing(problem):
 
 
 @pytest.mark.parametrize("problem", ["fastbert", "torch", "peer"])
-def test_who_cannot_run_is_absent_and_ours_and_the_baseline_fail(timer, problem):
+def test_a_failing_peer_is_absent_and_ours_or_the_baseline_fail(timer, problem):
     provider = "peer" if problem == "torch" else problem
     ended = nullcontext() if problem == "peer" else pytest.raises(RuntimeError, match=f"{problem} cannot")
     with ended:
         outcome = outcome_of(lambda _: toy(failing(problem)), "toy", provider)
         assert outcome == ("Skipped", "toy peer is absent: RuntimeError: peer cannot run")
-    # Ours takes the place of an earlier run's record.
+    # Our failure is recorded, and replaces the record of an earlier run.
     assert [line["absent"] for line in written()] == [f"RuntimeError: {problem} cannot run"] * (problem != "torch")
     assert not any(TIMES & line.keys() for line in written())
 
 
-# The baseline is off by 1e-3.
+# The baseline's error is 1e-3.
 @pytest.mark.parametrize(
     ("provider", "error", "how"),
     [
@@ -212,7 +212,7 @@ def test_a_wrong_result_is_not_timed(timer, provider, error, how):
 
 
 class Device:
-    """A GPU on which every captured call takes as long, and one from the host a second."""
+    """A fake GPU on which captured calls take a fixed time, and calls from the host take a second."""
 
     def __init__(self, monkeypatch, seconds_a_call):
         self.now, self.made, self.replayed = 0.0, [], []
@@ -266,12 +266,12 @@ def test_a_graph_holds_as_many_turns_as_fill_two_milliseconds(monkeypatch, secon
     assert len(replay.calls) == calls
     replay.run()
     assert device.replayed[-1] == ["a", "b"] * (calls // 2)
-    # Those before the first graph, and in it.
+    # The calls before the first graph, and in it.
     assert device.made[:4] == ["a", "b"] * 2
 
 
 def test_outputs_are_kept_for_a_turn(monkeypatch):
-    """Within a turn no output's memory is given to the next call; the next turn may have it."""
+    """No call reuses the memory of another output of its turn. The next turn may reuse it."""
     device = Device(monkeypatch, 1e-4)
     alive, held = weakref.WeakSet(), []
 
@@ -292,8 +292,7 @@ def test_outputs_are_kept_for_a_turn(monkeypatch):
 
 
 class Tiring(HostTimer):
-    """A device that takes a second for its second round, twice as long under load, and longest for its first; for
-    torch's TF32 products a fraction of that."""
+    """A device that takes 3 s for its first round, 1 s for the second and 2 s under load, less for TF32 products."""
 
     def __init__(self, speed):
         super().__init__()
@@ -308,8 +307,8 @@ class Tiring(HostTimer):
 
 
 @pytest.mark.parametrize(("speed", "thirds"), [(6, 6), (2, 3)])
-def test_the_roofs_are_a_rested_devices_best_and_what_it_sustains(timer, monkeypatch, speed, thirds):
-    """That of float32 is its product's or a third of TF32's, whichever is larger."""
+def test_the_roofs_are_best_and_sustained_rates(timer, monkeypatch, speed, thirds):
+    """The roof of float32 is the rate of its product or a third of TF32's, whichever is larger."""
     rests, before = [], torch.backends.cuda.matmul.fp32_precision
     monkeypatch.setattr(device_timing.time, "sleep", rests.append)
     found = device_timing.roofs(Tiring(speed))
@@ -328,7 +327,7 @@ def test_replays_take_turns(monkeypatch):
     del device.replayed[:]
     measured = timer.seconds(replays, 3)
     assert "".join(calls[0] for calls in device.replayed) == "abbaabbaab"
-    assert measured == [pytest.approx([1e-3] * 3)] * 2  # of one call, without the rounds that warm up
+    assert measured == [pytest.approx([1e-3] * 3)] * 2  # per call, without the warm-up rounds
 
 
 def test_a_plan_with_a_wrong_place_is_wrong():
@@ -336,7 +335,7 @@ def test_a_plan_with_a_wrong_place_is_wrong():
     indices, bounds = plan = getattr(eager, name)(mask)
     kept = int(bounds[-1])
     assert 4 < kept < mask.numel() - 1
-    # The order of what was dropped is nobody's business.
+    # The order of dropped places does not matter.
     for right in (plan, (torch.cat((indices[:kept], indices[kept:].flip(0))), bounds)):
         assert bench_kernels.error_of(right, plan) == 0
     for wrong in ((indices.roll(1), bounds), (indices, bounds + 1)):

@@ -1,4 +1,4 @@
-"""A minute of the differential fuzz by fixed seeds, and whether it finds what it is there for."""
+"""The differential fuzz on fixed seeds, and a test that it finds planted faults."""
 
 import sys
 from collections import Counter
@@ -27,7 +27,7 @@ def seeds_of(mutation: str | None) -> list[int]:
 def test_fixed_seeds(mutation):
     outcomes = Counter(fuzz.check(seed).partition(":")[0] for seed in seeds_of(mutation))
     print(outcomes)
-    assert outcomes["compared"] + outcomes["refused"] >= ROUNDS / 2
+    assert outcomes["compared"] + outcomes["unsupported"] >= ROUNDS / 2
 
 
 def plant_activation(monkeypatch):
@@ -43,7 +43,7 @@ def plant_restore(monkeypatch):
     monkeypatch.setattr(fastbert, "restore", lambda model: model)
 
 
-def plant_refusal(monkeypatch):
+def plant_error(monkeypatch):
     def optimize(model, dtype=None):
         raise ValueError("not today")
 
@@ -55,8 +55,8 @@ def plant_refusal(monkeypatch):
     [
         (plant_activation, "output .* error .*allowed"),
         (plant_gradient, "gradient"),
-        (plant_restore, "restored, these are not what they were"),
-        (plant_refusal, "ValueError: not today"),
+        (plant_restore, "these differ after restore"),
+        (plant_error, "ValueError: not today"),
     ],
 )
 def test_planted_faults_are_found(plant, message, monkeypatch):

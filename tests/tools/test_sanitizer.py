@@ -1,6 +1,6 @@
-"""The sanitizer finds planted bugs, and nothing in `fastbert_kernels` whatever ids, bounds and places it is given.
+"""The sanitizer finds planted bugs, and no bugs in `fastbert_kernels` with hostile ids, bounds and places.
 
-The sizes, layouts and dtypes of every launcher are those of the tests of the kernels, which run under it as well.
+Sizes, layouts and dtypes of the launchers are covered by the kernels' own tests, which run under the sanitizer, too.
 """
 
 import re
@@ -24,7 +24,7 @@ import fastbert_kernels
 from fastbert_kernels import take_bad_ids
 
 pytestmark = [
-    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="addresses are seen in Triton's interpreter only"),
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="the sanitizer needs Triton's interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
@@ -34,7 +34,7 @@ def _copy_kernel(
     x_ptr, out_ptr, extra_ptr, shift_x, shift_out, stride_x, stride_out, rows, columns,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = x + extra, right if the shifts are zero and the other numbers are those of the tensors."""
+    """out = x + extra. Correct if the shifts are zero and the other numbers are those of the tensors."""
     offs_r = tl.arange(0, BLOCK_ROWS)[:, None]
     offs_c = tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (offs_r < rows) & (offs_c < columns)
@@ -45,7 +45,7 @@ def _copy_kernel(
 
 
 def copy(x: Tensor, out: Tensor, extra: Tensor | None = None, **wrong: int) -> None:
-    """A launch of the copy of x into out, both [R, C], with some of its numbers wrong."""
+    """Launch a copy of x into out, both [R, C], with some numbers replaced by wrong ones."""
     numbers = {"stride_x": x.stride(0), "stride_out": out.stride(0), "rows": x.shape[0], "columns": x.shape[1]}
     numbers |= {"shift_x": 0, "shift_out": 0}
     _copy_kernel[(1,)](x_ptr=x, out_ptr=out, extra_ptr=extra, **numbers | wrong, BLOCK_ROWS=4, BLOCK_COLUMNS=16)
@@ -53,7 +53,7 @@ def copy(x: Tensor, out: Tensor, extra: Tensor | None = None, **wrong: int) -> N
 
 @triton.jit
 def _pick_kernel(x_ptr, y_ptr, out_ptr, limit, BLOCK: tl.constexpr):
-    """out is x before the limit, y from it on, by one block of pointers to both."""
+    """out is x before the limit and y from it on, loaded by one block of pointers to both."""
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + offs, tl.load(tl.where(offs < limit, x_ptr + offs, y_ptr + offs)))
 
@@ -73,7 +73,7 @@ def _atomic_kernel(total_ptr, lock_ptr, shift_total, shift_lock, BLOCK: tl.const
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "columns", "unaligned", "expanded"])
 def test_a_correct_kernel_passes(layout, dtype):
-    """Lanes that are masked off point anywhere."""
+    """Lanes that are masked off may point anywhere."""
     x, out = LAYOUTS[layout](torch.ones(3, 10).to(dtype)), torch.zeros(3, 10, dtype=dtype)
     with sanitized() as sanitizer:
         copy(x, out)
@@ -85,24 +85,26 @@ def test_a_correct_kernel_passes(layout, dtype):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"shift_x": -1}, "load outside of x_ptr: element -1 of torch.float32 [3, 10] with strides [40, 1]"),
-        ({"shift_x": 1}, "load outside of x_ptr: element 10 of"),
-        ({"shift_x": 2**40}, f"load outside of x_ptr: element {2**40} of"),
-        ({"shift_x": -(2**50)}, f"load outside of x_ptr: element {-(2**50)} of"),
-        ({"columns": 11}, "load outside of x_ptr: element 10 of"),
-        ({"columns": 16}, "load outside of x_ptr: element 10 of"),
-        ({"rows": 4}, "load outside of x_ptr: element 120 of"),
-        ({"stride_x": 39}, "load outside of x_ptr: element 39 of"),
-        ({"extra": torch.ones(0)}, "load outside of extra_ptr: element 0 of torch.float32 [0] with strides [1]"),
-        ({"shift_out": -1}, "store outside of out_ptr: element -1 of torch.float32 [3, 10] with strides [10, 1]"),
-        ({"shift_out": 1}, "store outside of out_ptr: element 30 of"),
-        ({"stride_out": 11}, "store outside of out_ptr: element 30 of"),
+        ({"shift_x": -1}, "load outside x_ptr: element -1 of torch.float32 [3, 10] with strides [40, 1]"),
+        ({"shift_x": 1}, "load outside x_ptr: element 10 of"),
+        ({"shift_x": 2**40}, f"load outside x_ptr: element {2**40} of"),
+        ({"shift_x": -(2**50)}, f"load outside x_ptr: element {-(2**50)} of"),
+        ({"columns": 11}, "load outside x_ptr: element 10 of"),
+        ({"columns": 16}, "load outside x_ptr: element 10 of"),
+        ({"rows": 4}, "load outside x_ptr: element 120 of"),
+        ({"stride_x": 39}, "load outside x_ptr: element 39 of"),
+        ({"extra": torch.ones(0)}, "load outside extra_ptr: element 0 of torch.float32 [0] with strides [1]"),
+        ({"shift_out": -1}, "store outside out_ptr: element -1 of torch.float32 [3, 10] with strides [10, 1]"),
+        ({"shift_out": 1}, "store outside out_ptr: element 30 of"),
+        ({"stride_out": 11}, "store outside out_ptr: element 30 of"),
     ],
     ids=str,
 )
-def test_an_access_outside_of_a_tensor(wrong, message):
-    """Before its start, past its end, in the gap between two rows; by a wrong offset, mask or stride. All of them lie
-    in the buffer that both tensors are parts of, so that nothing else would tell."""
+def test_an_access_outside_a_tensor(wrong, message):
+    """Before its start, past its end or between two rows, by a wrong offset, mask or stride.
+
+    All these addresses are valid memory: both tensors are parts of one buffer.
+    """
     buffer = torch.arange(400.0).view(10, 40)
     x, out, kept = buffer[1:4, :10], buffer[6:8].view(-1)[20:50].view(3, 10), buffer.clone()
     with sanitized(), pytest.raises(InterpreterError) as raised:
@@ -115,9 +117,9 @@ def test_an_access_outside_of_a_tensor(wrong, message):
 
 
 def test_an_access_of_another_argument():
-    """x and out are columns of one buffer: what follows a row of x is one of out."""
+    """x and out are columns of one buffer, so a row of x is followed by a row of out."""
     both = torch.zeros(3, 20)
-    with sanitized(), pytest.raises(InterpreterError, match="load outside of x_ptr: element 10 of"):
+    with sanitized(), pytest.raises(InterpreterError, match="load outside x_ptr: element 10 of"):
         copy(both[:, :10], both[:, 10:], columns=16)
 
 
@@ -126,7 +128,7 @@ def test_a_block_of_pointers_to_two_tensors(limit, outside):
     x, y, out = torch.zeros(8), torch.ones(16), torch.zeros(16)
     with sanitized():
         if outside:
-            with pytest.raises(InterpreterError, match=f"_pick_kernel: load outside of {outside} of"):
+            with pytest.raises(InterpreterError, match=f"_pick_kernel: load outside {outside} of"):
                 _pick_kernel[(1,)](x, y, out, limit, BLOCK=16)
         else:
             _pick_kernel[(1,)](x, y, out, limit, BLOCK=16)
@@ -134,19 +136,19 @@ def test_a_block_of_pointers_to_two_tensors(limit, outside):
 
 
 def test_descriptors():
-    """They mask what lies outside of their own shape, which is the host's word."""
+    """Descriptors mask by their own shape, which the host may set wrongly."""
     x, out = torch.ones(11, 48)[:, :40], torch.zeros(11, 64)
     whole = [TensorDescriptor.from_tensor(tensor, [8, 64]) for tensor in (x, out)]
     with sanitized():
         _descriptor_kernel[(1,)](*whole, 8)
         assert out.sum() == 3 * 40
         for descriptor, message in (
-            (replace(whole[0], shape=[11, 48]), "load outside of x: element 424 of"),
-            (replace(whole[0], shape=[12, 40]), "load outside of x: element 528 of"),
+            (replace(whole[0], shape=[11, 48]), "load outside x: element 424 of"),
+            (replace(whole[0], shape=[12, 40]), "load outside x: element 528 of"),
         ):
             with pytest.raises(InterpreterError, match=f"_descriptor_kernel: {message}"):
                 _descriptor_kernel[(1,)](descriptor, whole[1], 8)
-        with pytest.raises(InterpreterError, match="_descriptor_kernel: store outside of out: element 704 of"):
+        with pytest.raises(InterpreterError, match="_descriptor_kernel: store outside out: element 704 of"):
             _descriptor_kernel[(1,)](whole[0], replace(whole[1], shape=[12, 64]), 8)
 
 
@@ -158,7 +160,7 @@ def test_atomics():
         assert lock.tolist() == [1]
         assert sanitizer.stores == {("_atomic_kernel", "total_ptr"), ("_atomic_kernel", "lock_ptr")}
         for shifts, name, element in (((1, 0), "total_ptr", 3), ((0, -1), "lock_ptr", -1)):
-            with pytest.raises(InterpreterError, match=f"atomic outside of {name}: element {element} of"):
+            with pytest.raises(InterpreterError, match=f"atomic outside {name}: element {element} of"):
                 _atomic_kernel[(1,)](total, lock, *shifts, BLOCK=4)
 
 
@@ -186,14 +188,14 @@ def test_kernels_write_their_outputs_only():
 
 
 def hostile(shape: tuple[int, ...], limit: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Indices below the limit, but a third of them out of range."""
+    """Return indices of which a third is out of range, the others below the limit."""
     wild = [-1, limit, LARGEST, -LARGEST - 1, 2**40, -(2**40), 2**63 - 1, -(2**63)]
     wild = torch.tensor(wild[:4] if dtype == torch.int32 else wild).to(dtype)
     indices = torch.randint(limit, shape).to(dtype)
     return indices.where(torch.rand(shape) < 0.67, wild[torch.randint(len(wild), shape)])
 
 
-drawn = settings(max_examples=30, deadline=None, derandomize=True)
+random_cases = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)
 counts = st.one_of(st.integers(-2, 30), st.sampled_from((LARGEST, -LARGEST - 1)))
 hostile_bounds = st.lists(
@@ -201,7 +203,7 @@ hostile_bounds = st.lists(
 )
 
 
-@drawn
+@random_cases
 @given(
     seed=seeds,
     kinds=st.tuples(st.sampled_from(("int64", "int32", "embeds")), *[st.sampled_from(("int64", "int32", None))] * 2),
@@ -212,7 +214,7 @@ hostile_bounds = st.lists(
     num_tokens=counts,
 )
 def test_hostile_ids(seed, kinds, layout, width, dtype, size, num_tokens):
-    """Tokens are NaN where an id, a type, a position or their place is out of range, there alone."""
+    """Exactly the tokens whose id, type, position or place is out of range are NaN."""
     torch.manual_seed(seed)
     arguments = embed_arguments(*kinds, layout, width, dtype)
     bad = torch.zeros(3, 9, dtype=torch.bool)
@@ -229,7 +231,7 @@ def test_hostile_ids(seed, kinds, layout, width, dtype, size, num_tokens):
     assert bool(take_bad_ids(DEVICE)) == bool(bad.any())
 
 
-@drawn
+@random_cases
 @given(
     seed=seeds,
     cu_seqlens=hostile_bounds,
@@ -238,7 +240,7 @@ def test_hostile_ids(seed, kinds, layout, width, dtype, size, num_tokens):
     max_seqlen=st.integers(9, 300),
 )
 def test_hostile_bounds_of_attention(seed, cu_seqlens, heads, dtype, max_seqlen):
-    """Rows are written where the bounds have any between them."""
+    """Exactly the rows between two bounds are written."""
     torch.manual_seed(seed)
     qkv = LAYOUTS["columns"](normal(9, 3, *heads, dtype=dtype))
     written = torch.zeros(9, dtype=torch.bool)
@@ -250,7 +252,7 @@ def test_hostile_bounds_of_attention(seed, cu_seqlens, heads, dtype, max_seqlen)
     assert torch.equal(out.isfinite(), written[:, None].expand(out.shape))
 
 
-@drawn
+@random_cases
 @given(
     seed=seeds,
     cu_seqlens=hostile_bounds,
@@ -260,7 +262,7 @@ def test_hostile_bounds_of_attention(seed, cu_seqlens, heads, dtype, max_seqlen)
     layout=st.sampled_from(list(LAYOUTS)),
 )
 def test_hostile_bounds_and_places_of_pool(seed, cu_seqlens, width, mode, dtype, layout):
-    """Rows that do not exist are rows of zeros."""
+    """Rows that do not exist count as zeros."""
     torch.manual_seed(seed)
     hidden, indices = LAYOUTS[layout](normal(7, width, dtype=dtype)), hostile((9,), 7)
     existing = indices.where((indices >= 0) & (indices < 7), 7)
@@ -271,7 +273,7 @@ def test_hostile_bounds_and_places_of_pool(seed, cu_seqlens, width, mode, dtype,
         assert torch.equal(out, fastbert_kernels.pool(with_zeros, cu_seqlens, mode, True, existing))
 
 
-@drawn
+@random_cases
 @given(
     seed=seeds,
     size=st.integers(1, 27),
@@ -280,7 +282,7 @@ def test_hostile_bounds_and_places_of_pool(seed, cu_seqlens, width, mode, dtype,
     num_tokens=counts,
 )
 def test_hostile_places_of_unpack(seed, size, trailing, dtype, num_tokens):
-    """Rows go to the places there are, zeros for those past the count."""
+    """Rows go to their places if these exist, rows past the count give zeros."""
     torch.manual_seed(seed)
     hidden, indices = normal(size, *trailing, dtype=dtype), hostile((size,), 27)
     known = (indices >= 0) & (indices < 27)
@@ -294,7 +296,7 @@ def test_hostile_places_of_unpack(seed, size, trailing, dtype, num_tokens):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("attention", "pool", "packing_plan")])
 def test_hostile_counts(op, dtype):
-    """Fewer tokens than none are none, more than the buffer has are all of them."""
+    """A negative count means no tokens, a count above the buffer's size means all of them."""
     launcher, arguments = example(op, dtype)
     with sanitized(), guarded_outputs():
         expected = launcher(**arguments)

@@ -1,4 +1,4 @@
-"""What measures and inspects the kernels: the tuner and the report of what they compile to, apart from the operations.
+"""Tools for kernel developers: the tuner of launch configurations and the report of what the kernels compile to.
 
-``python -m fastbert_kernels.tuning.report`` and ``python -m fastbert_kernels.tuning.tune`` are its commands.
+Commands: ``python -m fastbert_kernels.tuning.report`` and ``python -m fastbert_kernels.tuning.tune``.
 """

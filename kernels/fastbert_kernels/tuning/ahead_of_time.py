@@ -1,8 +1,7 @@
-"""Kernels compiled for a GPU that need not be here, and what the compiler made of them.
+"""Compile kernels for a GPU that is not present, and read registers, spills, shared memory and instructions.
 
-Triton compiles for any target, and its wheel carries NVIDIA's disassembler: registers, spills, shared memory and the
-instructions chosen can be read on any machine. Launchers are called with tensors of the meta device, so that a kernel
-is specialized as in a real launch.
+Triton compiles for any target, and its wheel includes NVIDIA's disassembler. Launchers are called with tensors of the
+meta device, so that a kernel is specialized as in a real launch.
 """
 
 import re
@@ -26,18 +25,20 @@ from fastbert_kernels.launch import forget_launches, launching_by
 
 @dataclass(frozen=True)
 class Chip:
-    """What programs share of a multiprocessor (NVIDIA: CUDA C++ Programming Guide, technical specifications by compute
-    capability; AMD: CDNA 3 instruction set, compute unit). Warps are AMD's wavefronts."""
+    """The resources of a multiprocessor, which its CTAs share. Warps stand for AMD's wavefronts.
+
+    Sources: CUDA C++ Programming Guide (technical specifications by compute capability); AMD CDNA 3 instruction set.
+    """
 
     target: GPUTarget
     matrix_instruction: str  # of 16-bit operands
     matrix_instruction_fp32: str
-    program_shared_bytes: int
+    program_shared_bytes: int  # the most that one CTA may use
     shared_bytes: int
     registers: int  # 32 bits wide, of all threads
     warps: int
     ctas_per_sm: int
-    reserved_shared_bytes: int = 1024  # by the system, for each program
+    reserved_shared_bytes: int = 1024  # by the system, for each CTA
 
 
 CHIPS = {
@@ -48,13 +49,13 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "MFMA", "MFMA", 64 * 1024, 64 * 1024, 4 * 512 * 64, 32, 32, 0),
 }
 TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor of sm_100
-# From the strongest to the weakest: code that mixes them counts as its weakest.
+# From the strongest to the weakest. Code that mixes them counts as the weakest.
 MATRIX_INSTRUCTIONS = {"tcgen05": r"\bUTC\w*MMA\b", "HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "MFMA": r"\bv_mfma_\w+"}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes, a thread (registers, spills) or a program (shared memory)."""
+    """The resources of a compiled kernel: registers and spills per thread, shared and tensor memory per CTA."""
 
     registers: int
     spill_bytes: int  # local memory
@@ -66,12 +67,12 @@ class Resources:
     num_warps: int
 
     def ctas_per_sm(self, chip: Chip) -> int:
-        """How many programs a multiprocessor holds at a time, by registers, shared memory and warps."""
+        """Return the number of CTAs that fit on a multiprocessor, by registers, shared memory, tensor memory, warps."""
         if chip.target.backend == "cuda":
-            # A warp gets registers in units of 256, and of warps 4 at a time.
+            # Registers are allocated to a warp in units of 256, and warps in units of 4.
             warps = chip.registers // (-(-self.registers * 32 // 256) * 256) // 4 * 4
         else:
-            # Each of 4 SIMDs has 512 registers a lane, which a wavefront gets in units of 8, and 8 wavefronts.
+            # Each of 4 SIMDs has 8 wavefronts at most and 512 registers a lane, allocated in units of 8.
             warps = 4 * min(8, 512 // (-(-self.registers // 8) * 8))
         held = min(chip.warps, warps) // self.num_warps
         shared = self.shared_bytes + chip.reserved_shared_bytes
@@ -83,13 +84,13 @@ class Resources:
 
 
 class _CompileOnlyDriver:
-    """Tells Triton which GPU there would be."""
+    """The driver of a GPU that is not present: tells Triton the target."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
 
     def get_current_device(self) -> "_CompileOnlyDriver":
-        return self  # the key of Triton's caches in memory: none is found from before
+        return self  # the key of Triton's in-memory caches, so that no earlier kernel is found
 
     def get_current_stream(self, device) -> int:
         return 0
@@ -102,10 +103,10 @@ class _CompileOnlyDriver:
 
 
 class _Utilities:
-    """What Triton asks a driver before the first launch of a kernel."""
+    """The driver functions that Triton calls before the first launch of a kernel."""
 
     def load_binary(self, name: str, kernel: bytes, shared_bytes: int, device) -> tuple:
-        return name, name, 0, 0, 1024  # module, function, registers, spills, threads at most
+        return name, name, 0, 0, 1024  # module, function, registers, spills, maximum of threads
 
     def get_device_properties(self, device) -> dict:
         return {"max_shared_mem": max(chip.program_shared_bytes for chip in CHIPS.values())}
@@ -113,12 +114,14 @@ class _Utilities:
 
 @contextmanager
 def launching_into(target: GPUTarget, launched: Callable[..., None]) -> Iterator[None]:
-    """Launchers called inside with tensors of the CPU compile for a target, and their launches end in launched(name,
-    grid, arguments) in place of a GPU: what the host does for a launch, all but the driver's part, can be watched and
-    timed. arguments are those of the compiled kernel, in its order; a tensor's address may stand for it."""
+    """Compile launches on CPU tensors for a target, and call launched(name, grid, arguments) instead of the driver.
+
+    So the host's work for a launch can be observed and timed without a GPU. arguments are those of the compiled kernel,
+    in order; a tensor or its address stands for a pointer.
+    """
 
     class Launcher:
-        """Calls its method `launch` in the end, as Triton's does."""
+        """Ends in a call of its method `launch`, as Triton's launcher does."""
 
         def __init__(self, source, metadata):
             pass
@@ -142,10 +145,10 @@ def launching_into(target: GPUTarget, launched: Callable[..., None]) -> Iterator
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """What became of a kernel: resources, or the compiler's error."""
+    """A compiled kernel: its resources, or the compiler's error."""
 
     kernel: str
-    config: dict  # its constants and launch options
+    config: dict  # constants and launch options
     seconds: float
     resources: Resources | None
     error: str | None
@@ -153,12 +156,12 @@ class Compiled:
 
 @contextmanager
 def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
-    """Launchers called inside with tensors of the meta device compile for a target; the list gets an entry a launch.
+    """Compile launches on meta tensors for a target, and append a `Compiled` for each of them to the list.
 
-    Two launches that Triton serves by one kernel give the same entry.
+    Launches for which Triton uses the same kernel append the same object. Raises RuntimeError in the interpreter.
     """
     if knobs.runtime.interpret:
-        raise RuntimeError("nothing compiles in Triton's interpreter: unset TRITON_INTERPRET")
+        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     launches: list[Compiled] = []
     found: dict = {}
 
@@ -173,25 +176,25 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
             if compiled.hash not in found:
                 found[compiled.hash] = Compiled(name, config, seconds, resources(compiled), None)
             launches.append(found[compiled.hash])
-        except Exception as error:  # from any stage of the compiler, or of its tools
+        except Exception as error:  # raised by any stage of the compiler or by its tools
             failed = Compiled(name, config, time.perf_counter() - started, None, f"{type(error).__name__}: {error}")
             launches.append(found.setdefault((name, *config.items()), failed))
 
     always = knobs.compilation.always_compile
     driver.set_active(_CompileOnlyDriver(target))
-    knobs.compilation.always_compile = True  # so that the seconds are those of a compilation
-    forget_launches()  # which are for one architecture
+    knobs.compilation.always_compile = True  # a cached kernel would give a wrong compilation time
+    forget_launches()  # cached launches are for another architecture
     try:
         with launching_by(compile_launch):
             yield launches
     finally:
         knobs.compilation.always_compile = always
-        driver.set_active(None)  # Triton then looks for the machine's own again
+        driver.set_active(None)  # Triton then detects the machine's own driver again
         forget_launches()
 
 
 def resources(compiled: CompiledKernel) -> Resources:
-    """What a compiled kernel takes, read from its machine code."""
+    """Read the resources of a compiled kernel from its machine code."""
     metadata = compiled.metadata
     if metadata.target.backend == "cuda":
         usage, code = _disassembled(compiled.asm["cubin"])
@@ -199,7 +202,7 @@ def resources(compiled: CompiledKernel) -> Resources:
         code_bytes = 16 + max(int(address, 16) for address in re.findall(r"/\*([0-9a-f]{4,})\*/ ", code))
     else:
         code = compiled.asm["amdgcn"]
-        registers = _of_amdgcn(code, r"\.vgpr_count")  # with the accumulation registers
+        registers = _of_amdgcn(code, r"\.vgpr_count")  # includes the accumulation registers
         spill_bytes = _of_amdgcn(code, r"\.private_segment_fixed_size")
         code_bytes = _of_amdgcn(code, "codeLenInByte")
     found = [name for name, pattern in MATRIX_INSTRUCTIONS.items() if re.search(pattern, code)]
@@ -220,7 +223,7 @@ def _of_amdgcn(code: str, name: str) -> int:
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """What cuobjdump says of a cubin's registers, and nvdisasm's listing."""
+    """Return cuobjdump's resource usage of a cubin and nvdisasm's listing."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

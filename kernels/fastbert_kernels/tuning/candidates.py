@@ -1,8 +1,8 @@
-"""Candidate launch configurations, and which of them pass the report: no GPU is needed.
+"""Candidate launch configurations, compiled and filtered by the rules of the report. No GPU is needed.
 
-A candidate is compiled in place of an operation's configuration, with everything that the operation launches in a
-model's layer. It is dropped for what the report would refuse: it does not compile, spills, exceeds shared memory or
-lacks the matrix instruction, which in one operation and dtype is therefore the same for all.
+Every launch of the operation in a model's layer is compiled with the candidate. As in the report, a candidate is
+dropped if it does not compile, spills, exceeds shared memory or lacks the matrix instruction of its dtype. So all that
+are left use the same matrix instruction.
 """
 
 from collections.abc import Iterable
@@ -16,28 +16,28 @@ from fastbert_kernels.tuning.report import DTYPES, FURTHER_MODELS, calls, failur
 from fastbert_kernels.tuning.roofline import MODELS, Model
 
 ALL_MODELS = MODELS | FURTHER_MODELS
-# Which launcher reads an operation's configurations, where it is not called the same.
+# The launcher that reads an operation's configurations, where their names differ.
 LAUNCHERS = {"linear_residual": "linear_residual_layer_norm"}
-# The keys of a GEMM without those of its epilogue.
+# The keys of a GEMM's configuration without those of its epilogue.
 MAIN_LOOP = keys_of("linear_residual_layer_norm")
-# Sizes up to which one choice serves: tokens, but for two operations the width of a row or of a head.
+# Size classes: the largest size of each. Sizes are tokens, except for two operations: the row width and the head size.
 TOKEN_CLASSES = (16, 128, 512, 1024, 4096, None)
 CLASSES = {"linear_residual_layer_norm": (384,), "attention": (32, 64, MAX_HEAD_SIZE)}
 
 
 @dataclass
 class Candidate:
-    """A configuration and what it compiled to; reasons: why it is dropped."""
+    """A configuration and what it compiles to. reasons: why it is dropped; empty if it is not."""
 
     config: dict
     registers: int
     shared_bytes: int
     matrix_instruction: str
-    ctas_per_sm: int  # that a multiprocessor holds at a time
+    ctas_per_sm: int  # the most that fit
     reasons: list[str]
 
     def variants(self) -> list[dict]:
-        """The configuration with each number of programs worth a trial, the most that a multiprocessor holds first."""
+        """Return the configuration with each number of CTAs per SM worth timing, the most that fit first."""
         if "ctas_per_sm" not in self.config:
             return [self.config]
         counts = sorted({self.ctas_per_sm, *(n for n in (1, 2, 4) if n < self.ctas_per_sm)}, reverse=True)
@@ -45,21 +45,21 @@ class Candidate:
 
 
 def width_of(dtype: str) -> str:
-    """The operand width in bits under which a file has a dtype's entries."""
+    """Return the operand width in bits ("16" or "32"), the key of a dtype's entries in a file."""
     return str(8 * DTYPES[dtype].itemsize)
 
 
 def size_of(operation: str, model: Model, tokens: int) -> int:
-    """The size by which an operation's entries are chosen."""
+    """Return the size by which an operation's entry is chosen."""
     if operation == "attention":
         return model.width // model.num_heads
     return model.width if operation == "linear_residual_layer_norm" else tokens
 
 
-def replaced(table: dict, operation: str, width: str, config: dict | None) -> dict:
-    """The table with one configuration of an operation for all sizes; None: no configuration.
+def with_config(table: dict, operation: str, width: str, config: dict | None) -> dict:
+    """Return the table with this configuration of an operation for all sizes, or with no entry for None.
 
-    Nothing else serves in the operation's place: no launch for two, no configuration for short sequences alone.
+    Entries that would be used instead are removed: one launch in place of two, attention of short sequences.
     """
     entries = [] if config is None else [{"up_to": None, "config": config}]
     instead = {"linear_residual": "linear_residual_layer_norm", "attention": "attention_short"}.get(operation)
@@ -67,13 +67,13 @@ def replaced(table: dict, operation: str, width: str, config: dict | None) -> di
 
 
 def grid(operation: str, chip: Chip, itemsize: int) -> list[dict]:
-    """Configurations worth compiling for operands of so many bytes, one program a multiprocessor.
+    """Return the configurations worth compiling for operands of `itemsize` bytes, with one CTA per SM.
 
-    Tiles of 8 to 128 accumulators a thread, 64 to 512 bytes of K, as many stages as shared memory holds; how tiles
-    come in (TMA or not) follows from the chip. Only of large tiles the epilogue takes long enough to try all kinds.
+    Tiles have 8 to 128 accumulators a thread, 64 to 512 bytes of K and as many stages as fit into shared memory. They
+    are loaded by TMA wherever the chip has it. All epilogues are tried for large tiles only, where they take long.
     """
     instruction = chip.matrix_instruction if itemsize == 2 else chip.matrix_instruction_fp32
-    # wgmma and tcgen05 take 64 rows; with fewer, another instruction would sum in another order.
+    # wgmma and tcgen05 need 64 rows. Smaller tiles use another instruction, which sums in another order.
     rows = (64, 128) if instruction in ("HGMMA", "tcgen05") else (16, 32, 64, 128)
     stages = (2, 3, 4, 5, 6) if chip.target.backend == "cuda" else (1, 2, 3)
     if operation == "attention":
@@ -92,9 +92,9 @@ def grid(operation: str, chip: Chip, itemsize: int) -> list[dict]:
 
 
 def _epilogues(operation: str, config: dict) -> list[dict]:
-    """The kinds of epilogue worth compiling for a tile; where tiles come in by TMA they may go out by it.
+    """Return the epilogues worth compiling for a tile. Stores by TMA need loads by TMA.
 
-    With a residual a tile of 128 columns is always halved: whole, it takes the registers of a second program.
+    With a residual, a tile of 128 columns is always halved: as a whole it needs the registers of a second CTA.
     """
     keys = [key for key in keys_of(operation) if key not in config]
     halved = operation == "linear_residual" and config["BLOCK_N"] >= 128
@@ -111,13 +111,13 @@ def _has_tma(chip: Chip) -> bool:
 def examine(
     target: str, dtypes: Iterable[str], operation: str, models: Iterable[str], configs: list[dict]
 ) -> list[Candidate]:
-    """Each configuration, compiled for everything that an operation launches in these models."""
+    """Compile each configuration for everything that the operation launches in these models."""
     chip, found = CHIPS[target], []
     with compiling_for(chip.target) as launches:
         for config in configs:
             compiled = {}
             for dtype, model in product(dtypes, models):
-                with configured_by(replaced({}, operation, width_of(dtype), config)):
+                with configured_by(with_config({}, operation, width_of(dtype), config)):
                     for _, launcher, call in calls(ALL_MODELS[model], 8, 128, DTYPES[dtype]):
                         if launcher == LAUNCHERS.get(operation, operation):
                             launches.clear()

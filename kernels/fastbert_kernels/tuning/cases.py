@@ -1,6 +1,7 @@
-"""The cases in which an operation's configurations are tried: launches in a model's layer, with their inputs, what they
-should give, and one text in several batches. Attention, whose time depends on the texts' lengths, is tried on ragged
-batches as well as on full ones.
+"""The cases in which the tuner checks and times an operation: launches of a BERT layer, their inputs and references.
+
+`sequence_in_batches` puts one sequence into several batches, to test that its results do not depend on the batch.
+Attention, whose time depends on the lengths of the sequences, is timed on full and on ragged batches.
 """
 
 import math
@@ -25,14 +26,14 @@ PLACES = {
     "linear_residual_layer_norm": ("attention_output", "feed_forward_output"),
     "attention": ("attention",),
 }
-# Of these, too, bits are compared: rows of three blocks in one launch of LayerNorm, and wider ones in two.
-BITS_MODELS = ("minilm", "base")
-# Of each launcher, the arguments with a row for each token.
-ROWS = {"linear_residual_layer_norm": (0, 3)}
-# A text of so many tokens, the sixth of nine: it begins at an odd row, and the batch ends past 1024.
-TEXT_LEN, TEXT, TEXTS = 137, 5, 9
-# Lengths of real texts: the middles of 32 equal shares of 6000 docstrings of installed packages, in MiniLM's tokens,
-# cut at 512. The order mixes short and long ones, so that the first few have about the mean of all.
+# Batch invariance is always tested for these models: LayerNorm in one launch (384 columns) and in two (768).
+INVARIANCE_MODELS = ("minilm", "base")
+# The positions of a launcher's arguments that have a row for each token, where it is not the first argument alone.
+TOKEN_ARGUMENTS = {"linear_residual_layer_norm": (0, 3)}
+# The invariance test looks at the sixth of nine sequences: it starts at an odd row, and the batch exceeds 1024 tokens.
+SEQUENCE_LEN, SEQUENCE, NUM_SEQUENCES = 137, 5, 9
+# Lengths of real texts in MiniLM's tokens: 32 evenly spaced quantiles of 6000 docstrings of installed packages, cut at
+# 512. Short and long ones alternate, so that the first few have about the mean of all.
 LENGTHS = (
     32, 9, 82, 15, 48, 12, 200, 21, 26, 6, 61, 13, 39, 10, 115, 17,
     36, 10, 94, 16, 53, 13, 373, 24, 29, 8, 70, 14, 43, 11, 148, 19,
@@ -41,8 +42,7 @@ LENGTHS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One launch in a model's layer, on a full batch [B, S], or on a ragged one, of which only the last text is sure to
-    have S tokens."""
+    """One launch in a model's layer, on a full batch [B, S] or on a ragged one, whose last sequence has S tokens."""
 
     place: str
     model: str
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each text."""
+        """The number of tokens of each sequence."""
         if not self.ragged:
             return [self.seq_len] * self.batch_size
         real = islice(cycle(LENGTHS), self.batch_size - 1)
@@ -70,14 +70,14 @@ class Case:
     @property
     def work(self) -> Work:
         model, itemsize = ALL_MODELS[self.model], DTYPES[self.dtype].itemsize
-        if self.ragged:  # attention, which has no weights: its work is that of each text by itself
-            texts = [work(self.place, model, 1, length, itemsize) for length in self.lengths]
-            return Work(sum(text.flops for text in texts), sum(text.bytes for text in texts))
+        if self.ragged:  # attention only: it has no weights, so the work of its sequences adds up
+            parts = [work(self.place, model, 1, length, itemsize) for length in self.lengths]
+            return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts))
         return work(self.place, model, self.batch_size, self.seq_len, itemsize)
 
 
 def cases_of(operation: str, models: Iterable[str], dtypes: Iterable[str]) -> dict[int | None, list[Case]]:
-    """The cases of each class of sizes that has any, by its `up_to`, in the order of their batches' sizes."""
+    """Return the cases of each size class by its `up_to`, smallest batch first. Classes without cases are left out."""
     found, below = {}, 0
     shapes, kinds = sorted(SHAPES, key=math.prod), (False, True) if operation == "attention" else (False,)
     every = [
@@ -94,13 +94,16 @@ def cases_of(operation: str, models: Iterable[str], dtypes: Iterable[str]) -> di
     return {up_to: cases for up_to, cases in found.items() if cases}
 
 
-def bits_cases(operation: str, cases: dict[int | None, list[Case]]) -> list[Case]:
-    """The cases whose bits are compared: of each place, every dtype of these cases' operand width, their models and
-    BITS_MODELS where a class of theirs is among these, for one entry serves all of them."""
+def invariance_cases(operation: str, cases: dict[int | None, list[Case]]) -> list[Case]:
+    """Return the cases in which batch invariance is tested, one for each place, model and dtype.
+
+    One entry of a file is used by all dtypes of its operand width and by all models in its class. So these are all
+    dtypes of the width of the given cases, and their models and INVARIANCE_MODELS in the given classes.
+    """
     every = [case for of_class in cases.values() for case in of_class]
     dtypes = [dtype for dtype in DTYPES if width_of(dtype) == width_of(every[0].dtype)]
-    served = cases_of(operation, dict.fromkeys([*(case.model for case in every), *BITS_MODELS]), dtypes)
-    found = chain.from_iterable(served.get(up_to, []) for up_to in cases)
+    users = cases_of(operation, dict.fromkeys([*(case.model for case in every), *INVARIANCE_MODELS]), dtypes)
+    found = chain.from_iterable(users.get(up_to, []) for up_to in cases)
     return list({(case.place, case.model, case.dtype): case for case in found}.values())
 
 
@@ -114,12 +117,12 @@ def _qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num
 
 
 def _attention(qkv, cu_seqlens, max_seqlen, scale):
-    texts = (text[None].permute(2, 0, 3, 1, 4) for text in qkv.split(cu_seqlens.diff().tolist()))
-    contexts = [F.scaled_dot_product_attention(*text, scale=scale) for text in texts]
+    sequences = (part[None].permute(2, 0, 3, 1, 4) for part in qkv.split(cu_seqlens.diff().tolist()))
+    contexts = [F.scaled_dot_product_attention(*sequence, scale=scale) for sequence in sequences]
     return torch.cat(contexts, dim=2)[0].transpose(0, 1).flatten(1)
 
 
-# In plain PyTorch.
+# The reference of each launcher in plain PyTorch.
 FORMULAS = {
     "qkv_projection": _qkv_projection,
     "linear_activation": lambda x, weight, bias, activation, _: F.gelu(F.linear(x, weight, bias)),
@@ -128,8 +131,8 @@ FORMULAS = {
 }
 
 
-def drawn(case: Case, device: torch.device, seed: int) -> partial:
-    """The launcher's call of a case with random values, products of which are of the order of 1."""
+def random_call(case: Case, device: torch.device, seed: int) -> partial:
+    """Return the launcher's call of a case, with random values scaled so that a linear's results are of order 1."""
     generator = torch.Generator(device).manual_seed(seed)
     bounds = torch.tensor([0, *accumulate(case.lengths)], dtype=torch.int32, device=device)
 
@@ -147,16 +150,16 @@ def drawn(case: Case, device: torch.device, seed: int) -> partial:
     return partial(call.func, *map(fill, call.args))
 
 
-def around_a_text(case: Case, device: torch.device) -> Iterator[tuple[partial, slice]]:
-    """Calls of the case's place on batches around one text, and where its rows are: alone first."""
-    whole = drawn(Case(case.place, case.model, TEXTS, TEXT_LEN, case.dtype), device, 0)
-    rows = ROWS.get(whole.func.__name__, (0,))
-    for first, last in ((TEXT, TEXT + 1), (TEXT - 2, TEXT + 2), (0, TEXTS)):
-        part = drawn(Case(case.place, case.model, last - first, TEXT_LEN, case.dtype), device, 0)
+def sequence_in_batches(case: Case, device: torch.device) -> Iterator[tuple[partial, slice]]:
+    """Yield calls on batches that hold one sequence, and the slice of its rows: alone, among four, among all."""
+    whole = random_call(Case(case.place, case.model, NUM_SEQUENCES, SEQUENCE_LEN, case.dtype), device, 0)
+    rows = TOKEN_ARGUMENTS.get(whole.func.__name__, (0,))
+    for first, last in ((SEQUENCE, SEQUENCE + 1), (SEQUENCE - 2, SEQUENCE + 2), (0, NUM_SEQUENCES)):
+        part = random_call(Case(case.place, case.model, last - first, SEQUENCE_LEN, case.dtype), device, 0)
         arguments = [
-            x[first * TEXT_LEN : last * TEXT_LEN] if index in rows
+            x[first * SEQUENCE_LEN : last * SEQUENCE_LEN] if index in rows
             else x if isinstance(x, Tensor) and x.is_floating_point() else part.args[index]
             for index, x in enumerate(whole.args)
         ]  # fmt: skip
-        start = (TEXT - first) * TEXT_LEN
-        yield partial(whole.func, *arguments), slice(start, start + TEXT_LEN)
+        start = (SEQUENCE - first) * SEQUENCE_LEN
+        yield partial(whole.func, *arguments), slice(start, start + SEQUENCE_LEN)

@@ -1,9 +1,9 @@
 """What every kernel compiles to, on any machine: ``python -m fastbert_kernels.tuning.report``.
 
-Every kernel x shipped configuration x architecture x dtype is compiled ahead of time at the sizes of BERT models, and
-its machine code read: registers, spills, shared memory, matrix instructions, how many programs a multiprocessor holds;
-beside it the floor of each call that it serves. Exit status 1 where a kernel does not compile, spills on NVIDIA,
-exceeds the chip's shared memory or lacks the matrix instruction of its dtype; the reason is in its row.
+Every kernel x shipped configuration x architecture x dtype is compiled ahead of time at the sizes of BERT models. Its
+registers, spills, shared memory, matrix instruction and CTAs per SM are read from the machine code. The roofline time
+of each call that uses it is listed beside them. The exit status is 1 if a kernel does not compile, spills on NVIDIA,
+exceeds the chip's shared memory or lacks the matrix instruction of its dtype. Its row has the reason.
 """
 
 import argparse
@@ -46,7 +46,7 @@ OPS = (
     "pool",
 )
 SHAPES = ((1, 16), (1, 128), (4, 128), (8, 128), (32, 128), (32, 512), (256, 128))  # batch size, padded length
-# What those models do not reach: rows that TMA cannot address, other head sizes, the widest rows.
+# Sizes that those models do not have: rows that TMA cannot address, other head sizes, the widest rows.
 FURTHER_MODELS = {
     "E300": Model(12, 300, 12, 1200),
     "D16": Model(12, 384, 24, 1536),
@@ -54,12 +54,12 @@ FURTHER_MODELS = {
     "D128": Model(24, 1024, 8, 4096),
     "widest": Model(1, MAX_ROW, 128, 4 * MAX_ROW),
 }
-# Launches that are not the whole of their op.
+# Kernels that are one of several launches of their op, and their place in `work`.
 PARTS = {"_row_lengths_kernel": "row_lengths", "_layer_norm_kernel": "layer_norm"}
 
 
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
-    """The launchers' calls of a forward pass with its mask on the device: place in the model, op, call."""
+    """Yield the launchers' calls of a forward pass with its mask on the device: place in the model, op, call."""
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -86,15 +86,15 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
 
 
 def tables_of(target: str) -> list[dict]:
-    """The launch configurations that devices of a target may have: its architecture's, and those of single devices."""
+    """Return the launch configurations used on a target: those of the architecture and of each device with its own."""
     documents = map(configs.read, sorted(configs.FOLDER.glob("*.json")))
     of_devices = [document for document in documents if document.get("architecture") == target]
     return [configs.table_for(target), *map(configs.operations, of_devices)]
 
 
 def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
-    """A row for each kernel that the models compile for a target; kernels/README.md lists the keys."""
-    rows, refusals = {}, {}
+    """Return a row for each kernel that the models compile for a target. kernels/README.md lists the keys."""
+    rows, failed_calls = {}, {}
     models, tables = (MODELS | FURTHER_MODELS).items(), tables_of(target)
     with compiling_for(CHIPS[target].target) as launches:
         for table, (name, model), (batch_size, seq_len) in product(tables, models, SHAPES):
@@ -105,17 +105,17 @@ def rows_of(target: str, dtype: str, ops: list[str]) -> list[dict]:
                 try:
                     with configs.configured_by(table):
                         call()
-                except Exception as error:  # the launcher's own, before there is a kernel
-                    refused = Compiled(op, {}, 0.0, None, f"{type(error).__name__}: {error}")
-                    launches.append(refusals.setdefault((op, refused.error), refused))
+                except Exception as error:  # raised by the launcher, before a kernel is compiled
+                    failed = Compiled(op, {}, 0.0, None, f"{type(error).__name__}: {error}")
+                    launches.append(failed_calls.setdefault((op, failed.error), failed))
                 for compiled in launches:
                     row = rows.setdefault(compiled, _row(op, target, dtype, compiled))
                     part = PARTS.get(compiled.kernel, place)
                     needed = work(part, model, batch_size, seq_len, DTYPES[dtype].itemsize)
                     shape = {"model": name, "batch_size": batch_size, "seq_len": seq_len, "place": part}
                     shape |= {"flops": needed.flops, "bytes": needed.bytes}
-                    shape |= {"floor_us": round(needed.seconds(dtype) * 1e6, 3)}
-                    if shape not in row["shapes"]:  # neither for a second table nor a second LayerNorm
+                    shape |= {"roofline_us": round(needed.seconds(dtype) * 1e6, 3)}
+                    if shape not in row["shapes"]:  # another table or a layer's second LayerNorm repeats it
                         row["shapes"].append(shape)
     return list(rows.values())
 
@@ -140,7 +140,7 @@ def _row(op: str, target: str, dtype: str, compiled: Compiled) -> dict:
 
 
 def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
-    """Why a kernel may not be shipped as it is compiled; empty where it may."""
+    """Return the reasons why a kernel may not ship as it is compiled; empty if it may."""
     found, reasons = compiled.resources, []
     if found is None:
         return [f"does not compile: {compiled.error}"]
@@ -152,7 +152,7 @@ def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
         reasons.append(f"{found.tensor_memory_columns} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}")
     if not reasons and not found.ctas_per_sm(chip):
         reasons.append(
-            f"{found.num_warps} warps of {found.registers} registers: a multiprocessor holds no such program"
+            f"{found.num_warps} warps of {found.registers} registers each thread do not fit on a multiprocessor"
         )
     needed = chip.matrix_instruction_fp32 if dtype == "fp32" else chip.matrix_instruction
     strongest_first = (*MATRIX_INSTRUCTIONS, "none")
@@ -163,12 +163,12 @@ def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
-    """A table."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ("---",) * len(header), *rows))
 
 
 def resource_line(row: dict) -> tuple:
-    """What the table shows of a row: nothing that differs from run to run."""
+    """Return the cells of a row that do not change from run to run."""
     config = " ".join(f"{key}={value}" for key, value in row["config"].items())
     models = dict.fromkeys(shape["model"] for shape in row["shapes"])
     tokens = [shape["batch_size"] * shape["seq_len"] for shape in row["shapes"]]
@@ -180,42 +180,42 @@ def resource_line(row: dict) -> tuple:
     )  # fmt: skip
 
 
-def floor_line(name: str, batch_size: int, seq_len: int, dtype: str) -> tuple:
-    """Microseconds of each launch of a layer, and of the whole model, at H200's roofs."""
+def roofline_line(name: str, batch_size: int, seq_len: int, dtype: str) -> tuple:
+    """Return the roofline times of each launch of a layer and of the whole model on an H200, in microseconds."""
     model = MODELS[name]
 
-    def floor(place: str) -> float:
+    def roofline_us(place: str) -> float:
         return work(place, model, batch_size, seq_len, DTYPES[dtype].itemsize).seconds(dtype, H200) * 1e6
 
-    once = sum(map(floor, ("row_lengths", "packing_plan", "embed_layer_norm", "unpack", "pooler")))
-    layer = [floor(place) for place in LAYER]
+    once = sum(map(roofline_us, ("row_lengths", "packing_plan", "embed_layer_norm", "unpack", "pooler")))
+    layer = [roofline_us(place) for place in LAYER]
     total = once + model.num_layers * sum(layer)
     return name, f"{batch_size}x{seq_len}", dtype, *(f"{microseconds:.2f}" for microseconds in (*layer, total))
 
 
 def page(rows: list[dict]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     parts = [
-        "# What the kernels compile to\n\nWritten by `python -m fastbert_kernels.tuning.report`, which "
-        f"compiles and runs nothing; Triton {triton.__version__}. Registers and spills (local memory) are a thread's, "
-        "shared memory is a program's; `CTAs per SM` is how many of them a multiprocessor holds at a time, `occupancy` "
-        "its warps in use. sm_89 stands for the architectures that take default.json."
+        "# What the kernels compile to\n\nWritten by `python -m fastbert_kernels.tuning.report`, which compiles the "
+        f"kernels and runs none; Triton {triton.__version__}. Registers and spills (bytes of local memory) "
+        "are per thread, shared memory is per CTA. `CTAs per SM` is the number of CTAs that fit on an SM at a time, "
+        "`occupancy` the share of its warps that they use. sm_89 stands for the architectures that use default.json."
     ]
-    header = ("op", "kernel", "dtype", "configuration", "serves", "registers", "spill bytes", "shared bytes")
+    header = ("op", "kernel", "dtype", "configuration", "used for", "registers", "spill bytes", "shared bytes")
     header += ("instruction", "TMA", "code bytes", "CTAs per SM", "occupancy", "fails because")
     for target in dict.fromkeys(row["target"] for row in rows):
         lines = [resource_line(row) for row in rows if row["target"] == target]
         parts.append(f"## {target}\n\n{markdown(header, lines)}")
-    floors = [
-        floor_line(name, *shape, dtype) for dtype in ("bf16", "fp32") for name in ("minilm", "base", "large")
-        for shape in SHAPES
-    ]  # fmt: skip
+    times = [
+        roofline_line(name, *shape, dtype)
+        for dtype, name, shape in product(("bf16", "fp32"), ("minilm", "base", "large"), SHAPES)
+    ]
     parts.append(
-        "## Floors\n\nMicroseconds of the launches of one layer and of a whole forward pass with pooler, on full "
-        "batches, at the rates measured on an NVIDIA H200: "
+        "## Roofline times\n\nMicroseconds of each launch of one layer and of a whole forward pass with pooler, on "
+        "full batches, at the rates measured on an NVIDIA H200: "
         f"{H200.flops_per_s['bf16'] / 1e12:.0f} TFLOP/s in bf16, {H200.bytes_per_s / 1e12:.1f} TB/s. fp32 takes three "
         "TF32 products at half that rate: derived, not measured. `linear_residual_layer_norm` counts as one launch."
-        "\n\n" + markdown(("model", "B x S", "dtype", *LAYER, "model"), floors)
+        "\n\n" + markdown(("model", "B x S", "dtype", *LAYER, "model"), times)
     )
     return "\n\n".join(parts)
 
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     options = parser.parse_args(argv)
     if knobs.runtime.interpret:
-        parser.error("nothing compiles in Triton's interpreter: unset TRITON_INTERPRET")
+        parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     targets, dtypes, ops = options.target or list(CHIPS), options.dtype or list(DTYPES), options.op or list(OPS)
     jobs = [(target, dtype, ops) for target in targets for dtype in dtypes]
     rows = []

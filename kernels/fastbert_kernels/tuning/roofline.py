@@ -1,7 +1,6 @@
-"""What a launch has to do at least: floating-point operations and bytes, and the time they take at a GPU's roofs.
+"""The roofline time of a launch (Williams et al. 2009): its floating-point operations and bytes at a GPU's peak rates.
 
-Each operand is read from memory once and each result written once (Williams et al. 2009); nothing is said of launches
-or caches. These are the denominators of measurements.
+Each operand is read from memory once and each result is written once. Launch overhead and caches are not modelled.
 """
 
 from typing import NamedTuple
@@ -23,19 +22,19 @@ MODELS = {
     "base": Model(12, 768, 12, 3072),
     "large": Model(24, 1024, 16, 4096),
 }
-# What one layer launches, by its place in the layer.
+# The launches of one layer, by their place in it.
 LAYER = ("qkv_projection", "attention", "attention_output", "linear_activation", "feed_forward_output")
 
 
 class Roofs(NamedTuple):
-    """The rates a GPU reaches: a large product of random data, a large copy (bytes read and written)."""
+    """The rates that a GPU reaches in a large product of random data and in a large copy (bytes read and written)."""
 
     flops_per_s: dict[str, float]
     bytes_per_s: float
 
 
-# Measured on an NVIDIA H200: bf16, 8192^3, and a device copy. fp16 runs on the same units. fp32 is derived and not
-# measured: TF32 runs at half of bf16's rate, and a product takes three.
+# Measured on an NVIDIA H200: a bf16 product of 8192^3 and a device copy. fp16 runs on the same units. fp32 is derived,
+# not measured: TF32 runs at half the rate of bf16, and a float32 product takes three.
 H200 = Roofs({"bf16": 788e12, "fp16": 788e12, "fp32": 788e12 / 6}, 4.3e12)
 
 
@@ -44,13 +43,16 @@ class Work(NamedTuple):
     bytes: float
 
     def seconds(self, dtype: str, roofs: Roofs = H200) -> float:
-        """The floor: operations and bytes move at the same time, so the slower of the two counts."""
+        """Return the roofline time: computation and transfers overlap, so the slower of the two counts."""
         return max(self.flops / roofs.flops_per_s[dtype], self.bytes / roofs.bytes_per_s)
 
 
 def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int) -> Work:
-    """The work of one launch on a full batch [B, S]; place: one of LAYER, "row_lengths" and "packing_plan" (its two
-    launches), "embed_layer_norm", "layer_norm" (alone), "unpack", "pool" or "pooler". Ids and indices are int64."""
+    """Return the work of one launch on a full batch [B, S]. Ids and indices are int64.
+
+    place: one of LAYER, "row_lengths" or "packing_plan" (the two launches of the packing plan), "embed_layer_norm",
+    "layer_norm" (alone), "unpack", "pool" or "pooler". Raises ValueError for another.
+    """
     tokens, (_, width, _, inner) = batch_size * seq_len, model
     rows, ids = tokens * width * itemsize, 8 * tokens
 
@@ -75,7 +77,7 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
             return Work(0.0, float(ids))
         case "packing_plan":
             return Work(0.0, 2.0 * ids)
-        case "embed_layer_norm":  # ids, types and indices; a row of words, and every position once
+        case "embed_layer_norm":  # reads ids, types, indices, a word row per token and each position row once
             return Work(0.0, 2.0 * rows + seq_len * width * itemsize + 3.0 * ids)
         case "layer_norm":
             return Work(0.0, 2.0 * rows)
@@ -83,4 +85,4 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
             return Work(0.0, 2.0 * rows + ids)
         case "pool":
             return Work(0.0, float(rows + batch_size * width * itemsize))
-    raise ValueError(f"no launch is called {place!r}")
+    raise ValueError(f"unknown place of a launch: {place!r}")

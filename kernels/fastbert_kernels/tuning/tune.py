@@ -1,9 +1,9 @@
-"""Launch configurations measured on the present device: ``python -m fastbert_kernels.tuning.tune``.
+"""Tune the launch configurations for the present device: ``python -m fastbert_kernels.tuning.tune``.
 
-Candidates of every operation are compiled and cut as the report would cut them (`candidates`), then checked and timed
-beside the present configuration at the shapes of BERT models (`trial`). What wins is written to the user's own file
-(FASTBERT_CONFIGS), or to `configs/<device>.json` of this package, after each operation: a run that is killed keeps what
-it has found. Models are, if none is named, base and MiniLM, whose layer rerankers share.
+The candidates of every operation are compiled and filtered by the rules of the report (`candidates`), then checked and
+timed beside the present configuration at the shapes of BERT models (`trial`). After each operation the winners are
+written to --out, else to the file that FASTBERT_CONFIGS names, else to `configs/<device>.json` of this package, so a
+killed run keeps them. The default models are base and MiniLM, whose layer its rerankers share.
 """
 
 import argparse
@@ -30,24 +30,24 @@ from fastbert_kernels import configs
 from fastbert_kernels.target import architecture
 from fastbert_kernels.tuning.ahead_of_time import CHIPS
 from fastbert_kernels.tuning.candidates import ALL_MODELS, CLASSES, TOKEN_CLASSES, Candidate, examine, grid, width_of
-from fastbert_kernels.tuning.cases import bits_cases, cases_of
+from fastbert_kernels.tuning.cases import cases_of, invariance_cases
 from fastbert_kernels.tuning.report import DTYPES, markdown
 from fastbert_kernels.tuning.roofline import MODELS
 from fastbert_kernels.tuning.trial import Timing, Trial
 
-# One launch is decided after the GEMM of the two that it would replace.
+# The one-launch LayerNorm comes after `linear_residual`, the GEMM of the two launches that it competes with.
 OPERATIONS = ("qkv_projection", "attention", "linear_residual", "linear_residual_layer_norm", "linear_activation")
 MEASURED = "measured by python -m fastbert_kernels.tuning.tune where an entry has measured_us; elsewhere: "
 
 
 class Compilers:
-    """Processes that compile candidates for a target, while this one times others."""
+    """Processes that compile candidates for a target while this process times others."""
 
     def __init__(self, pool: ProcessPoolExecutor, workers: int, target: str):
         self.pool, self.workers, self.target = pool, workers, target
 
-    def cut(self, operation: str, dtypes: list[str], models: list[str]) -> Callable[[], list[Candidate]]:
-        """Begin to compile an operation's grid; what is returned waits for the candidates."""
+    def compile_candidates(self, operation: str, dtypes: list[str], models: list[str]) -> Callable[[], list[Candidate]]:
+        """Start to compile an operation's grid. Return a function that waits for the candidates."""
         every = grid(operation, CHIPS[self.target], DTYPES[dtypes[0]].itemsize)
         begun = [
             self.pool.submit(examine, self.target, dtypes, operation, models, every[first :: self.workers])
@@ -55,11 +55,11 @@ class Compilers:
         ]
         return lambda: [candidate for part in begun for candidate in part.result()]
 
-    def refuse(self, operation: str, width: str, config: dict, up_to: int | None) -> list[str]:
-        """What the report would have against a configuration for its class, in any model and dtype."""
+    def report_failures(self, operation: str, width: str, config: dict, up_to: int | None) -> list[str]:
+        """Return the reasons why the report rejects a configuration for any model and dtype of a class."""
         dtypes = [dtype for dtype in DTYPES if width_of(dtype) == width]
         models = sorted({case.model for case in cases_of(operation, ALL_MODELS, dtypes)[up_to]})
-        # A process compiles once what several models share.
+        # One process for each dtype, so that launches that several models share are compiled once.
         begun = [self.pool.submit(examine, self.target, [dtype], operation, models, [config]) for dtype in dtypes]
         return list(dict.fromkeys(chain.from_iterable(part.result()[0].reasons for part in begun)))
 
@@ -80,25 +80,25 @@ def say(line: str) -> None:
 
 def merged(
     operation: str, before: list[dict], chosen: dict[int | None, Timing],
-    alike: Callable[[dict | None, dict | None], bool],
+    same_family: Callable[[dict | None, dict | None], bool],
 ) -> list[dict]:  # fmt: skip
-    """The entries of an operation and width with these choices for their classes.
+    """Return the entries of an operation and width after these choices for their classes.
 
-    Sizes outside of these classes keep what they had, with its source, and so do those of a class for which the present
-    configuration of its largest size is chosen, which alone has been measured, as long as both are alike. Neighbours of
-    one configuration and source are one entry.
+    Sizes outside the chosen classes keep their configuration and source. In a class that keeps the configuration of
+    its largest size, which alone is measured, smaller sizes keep theirs if `same_family` holds. Adjacent entries with
+    the same configuration and source become one.
     """
     classes = CLASSES.get(operation, TOKEN_CLASSES)
     measured = {case for timing in chosen.values() for case in timing.measured_us}
     entries = []
-    for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configs.reach):
-        of_class = next((limit for limit in classes if configs.reach(up_to) <= configs.reach(limit)), None)
-        entry, present = configs.serving(before, up_to), configs.serving(before, of_class)
+    for up_to in sorted({*classes, *(entry["up_to"] for entry in before)}, key=configs.limit_of):
+        of_class = next((limit for limit in classes if configs.limit_of(up_to) <= configs.limit_of(limit)), None)
+        entry, present = configs.entry_for(before, up_to), configs.entry_for(before, of_class)
         entry = entry or {"config": None}
         config, source = entry["config"], {key: entry[key] for key in ("source",) if key in entry}
         measured_us = {case: time for case, time in entry.get("measured_us", {}).items() if case not in measured}
         timing = chosen.get(of_class)
-        kept = timing and present and timing.config == present["config"] and alike(config, timing.config)
+        kept = timing and present and timing.config == present["config"] and same_family(config, timing.config)
         if timing and (not kept or up_to == of_class):
             config, source, measured_us = timing.config, {}, timing.measured_us
         if config is None:
@@ -112,10 +112,10 @@ def merged(
 
 
 def commit() -> str | None:
-    """HEAD's short name, with "-dirty" if the work tree differs; None outside of a git checkout."""
+    """Return HEAD's short hash, with "-dirty" if the work tree differs; None outside a git checkout."""
     git = partial(subprocess.run, cwd=configs.FOLDER, check=True, capture_output=True, text=True)
     try:
-        if not git(["git", "ls-files", "."]).stdout:  # an installed package inside of somebody else's checkout
+        if not git(["git", "ls-files", "."]).stdout:  # an installed package inside another project's checkout
             return None
         head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
         changes = git(["git", "--no-optional-locks", "status", "--porcelain", "--", "..", ":!."]).stdout
@@ -125,7 +125,10 @@ def commit() -> str | None:
 
 
 def provenance(device: torch.device, source: str) -> dict:
-    """Where, with what, of which commit and when (UTC); bits are compared of all configurations that are chosen."""
+    """Return the header of a tuned file: source, device, versions, commit and date (UTC).
+
+    "bits": "measured" states that all chosen configurations gave bitwise equal rows.
+    """
     found = {
         "source": source if source.startswith(MEASURED) else MEASURED + source,
         "device": torch.cuda.get_device_name(device),
@@ -143,24 +146,24 @@ def tune(
     path: Path, document: dict, operations: list[str], dtypes: list[str], models: list[str], seconds: float,
     compilers: Compilers, device: torch.device,
 ) -> None:  # fmt: skip
-    """Time candidates of these operations and write the document with the choices, after each of them.
+    """Time the candidates of these operations, and write the document with the choices after each operation.
 
-    seconds: how long candidates are checked and timed, compilation apart.
+    seconds: the time for checks and timings, without compilation.
     """
     units = []
     for operation, width in product(operations, dict.fromkeys(map(width_of, dtypes))):
         of_width = [dtype for dtype in dtypes if width_of(dtype) == width]
         if cases := cases_of(operation, models, of_width):
-            compared = bits_cases(operation, cases)
-            served = (sorted({getattr(case, of) for case in compared}) for of in ("dtype", "model"))
-            units.append((operation, width, cases, compilers.cut(operation, *served)))
+            compared = invariance_cases(operation, cases)
+            users = (sorted({getattr(case, of) for case in compared}) for of in ("dtype", "model"))
+            units.append((operation, width, cases, compilers.compile_candidates(operation, *users)))
     for number, (operation, width, cases, candidates) in enumerate(units):
         found = [candidate for candidate in candidates() if not candidate.reasons]
         say(f"{operation}, {width} bits: {len(found)} candidates")
         started = time.perf_counter()
         trial = Trial(operation, cases, configs.operations(document), device, say)
-        refuse = partial(compilers.refuse, operation, width)
-        chosen = trial.run(found, refuse, seconds / (len(units) - number))
+        report_failures = partial(compilers.report_failures, operation, width)
+        chosen = trial.run(found, report_failures, seconds / (len(units) - number))
         seconds -= time.perf_counter() - started
         for up_to, timing in chosen.items():
             kept = (
@@ -170,26 +173,26 @@ def tune(
             )
             say(f"  up_to {up_to}: {timing.config}, {kept}")
         if not chosen:
-            say("  nothing chosen: no family was timed in every class and nowhere slower than at present")
+            say("  nothing chosen: in every family some class was not timed or is slower than at present")
             continue
-        entries = merged(operation, document[operation][width], chosen, trial.alike)
+        entries = merged(operation, document[operation][width], chosen, trial.same_family)
         document = document | {operation: document[operation] | {width: entries}}
-        # What serves short sequences is not searched: it goes with the configuration that it was made for.
-        if not configs.keeps_bits(document["attention"][width], document["attention_short"][width]):
-            say("  attention_short has no configuration any more: its bits would differ")
+        # attention_short is not tuned. It is removed if it no longer sums in the order of attention.
+        if not configs.same_summation_order(document["attention"][width], document["attention_short"][width]):
+            say("  removed the configuration of attention_short: its results would differ from attention's")
             document = document | {"attention_short": document["attention_short"] | {width: []}}
         document = provenance(device, document["source"]) | configs.operations(document)
         configs.write(document, path)
-        del trial  # and with it the inputs
+        del trial  # frees its inputs
 
 
 def list_candidates(operations: list[str], dtypes: list[str], models: list[str], target: str) -> None:
-    """Print what survives the cut, an operation and dtype at a time, below the floors of the cases it would serve."""
+    """Print the candidates that pass the report and the roofline times of their cases, by operation and dtype."""
     header = ("configuration", "registers", "shared bytes", "instruction", "CTAs per SM")
     with compilers(target) as workers:
         for operation, dtype in product(operations, dtypes):
             cases = cases_of(operation, models, [dtype])
-            found = workers.cut(operation, [dtype], models)() if cases else []
+            found = workers.compile_candidates(operation, [dtype], models)() if cases else []
             rows = [
                 (" ".join(f"{key}={value}" for key, value in candidate.config.items() if key != "ctas_per_sm"),
                  candidate.registers, candidate.shared_bytes, candidate.matrix_instruction, candidate.ctas_per_sm)
@@ -197,7 +200,7 @@ def list_candidates(operations: list[str], dtypes: list[str], models: list[str],
             ]  # fmt: skip
             say(f"## {operation}, {dtype}, {target}: {len(rows)} of {len(found)} candidates\n")
             for case in chain.from_iterable(cases.values()):
-                say(f"- {case}: floor {case.work.seconds(dtype) * 1e6:.2f} us")
+                say(f"- {case}: roofline time {case.work.seconds(dtype) * 1e6:.2f} us")
             dropped = Counter(candidate.reasons[0].split(":")[0] for candidate in found if candidate.reasons)
             for reason, count in dropped.items():
                 say(f"- {count} dropped: {reason}")
@@ -213,13 +216,13 @@ def main(argv: list[str] | None = None) -> int:
     ):  # fmt: skip
         text = f"may be repeated (default: {default})"
         parser.add_argument(f"--{name}", action="append", choices=list(choices), help=text)
-    parser.add_argument("--out", type=Path, help="the file to write, and to begin from where it exists")
-    parser.add_argument("--seconds", type=float, default=900, help="for checks and timings (default: %(default)s)")
-    parser.add_argument("--candidates", action="store_true", help="only list what would be timed: needs no GPU")
+    parser.add_argument("--out", type=Path, help="the file to write; tuning starts from it if it exists")
+    parser.add_argument("--seconds", type=float, default=900, help="time for checks and timings (default: %(default)s)")
+    parser.add_argument("--candidates", action="store_true", help="only list what would be timed; needs no GPU")
     parser.add_argument("--target", choices=list(CHIPS), help="the architecture for --candidates (default: sm_90)")
     options = parser.parse_args(argv)
     if knobs.runtime.interpret:
-        parser.error("nothing compiles in Triton's interpreter: unset TRITON_INTERPRET")
+        parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     operations = [operation for operation in OPERATIONS if operation in (options.op or OPERATIONS)]
     dtypes, models = options.dtype or ["bf16"], options.model or ["base", "minilm"]
     if options.candidates:
@@ -228,19 +231,19 @@ def main(argv: list[str] | None = None) -> int:
     if not options.seconds > 0:
         parser.error(f"--seconds is {options.seconds:g}, it has to be positive")
     if options.target:
-        parser.error("--target goes with --candidates: what is timed is compiled for the device that is here")
+        parser.error("--target needs --candidates: timings are for the present device only")
     if not torch.cuda.is_available():
-        parser.error("no GPU to time candidates on; --candidates lists them without one")
+        parser.error("no GPU to time the candidates on; --candidates lists them without one")
     device = torch.device("cuda", torch.cuda.current_device())
     target = architecture(device)
     if target not in CHIPS:
-        parser.error(f"what a multiprocessor of {target} holds is not known here, only of {', '.join(CHIPS)}")
+        parser.error(f"{target} cannot be tuned: its limits are not in CHIPS, which has {', '.join(CHIPS)}")
     own = os.environ.get("FASTBERT_CONFIGS")
     path = options.out or (Path(own) if own else configs.path_of(torch.cuda.get_device_name(device)))
     begin = path if path.exists() else configs.shipped(configs.name_for(device))
     document = configs.check(configs.read(begin), begin)
     if "bits" in document and document["device"] != torch.cuda.get_device_name(device):
-        parser.error(f"{begin} holds bits that were measured on another device, {document['device']}")
+        parser.error(f"{begin} was measured on another device, {document['device']}: choose another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"cannot write {path}: {error}")
     if document.get("architecture", target) != target:
         parser.error(f"{begin} was measured on {document['architecture']}, this device is {target}")
-    say(f"{torch.cuda.get_device_name(device)}: beginning from {begin}, writing {path}")
+    say(f"{torch.cuda.get_device_name(device)}: starting from {begin}, writing {path}")
     with torch.inference_mode(), compilers(target) as workers:
         tune(path, document, operations, dtypes, models, options.seconds, workers, device)
     return 0
