@@ -43,7 +43,7 @@ from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidd
 from fastbert.ops import backend
 from fastbert.ops.backend import is_tracing
 from fastbert.ops.eager import padded_attention, varlen_attention
-from fastbert.tokens import TokenLayout, layout_from_scores
+from fastbert.tokens import TokenLayout, layout_from_score_mask
 
 
 class BertSelfAttention(hf.BertSelfAttention):
@@ -223,7 +223,7 @@ class BertEncoder(hf.BertEncoder):
         refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
         layout = attention_mask
         if not isinstance(layout, TokenLayout):
-            layout = layout_from_scores(attention_mask, hidden_states, head_counts(self, self.config))
+            layout = layout_from_score_mask(attention_mask, hidden_states, head_counts(self, self.config))
             keep, implementation = getattr(attention_mask, "keep", None), attention_implementation(self.config)
             layout = replace(layout, keep=keep, implementation=implementation)
         last_hidden_state, states, attentions = self.run(hidden_states, layout, kwargs, why_no_block())
