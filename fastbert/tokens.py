@@ -12,7 +12,6 @@ kernel can read the number on the device. Then hidden states stay [B, S, E] and 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +19,7 @@ from torch import Tensor
 from fastbert import ops
 from fastbert.ops import backend
 from fastbert.ops.backend import is_tracing
-from fastbert.ops.eager import clear_past, finite, sequence_of
-
-OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
+from fastbert.ops.eager import OptionalTensor, clear_past, finite, sequence_of
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
@@ -163,10 +160,10 @@ def layout_from_mask(
 ) -> TokenLayout:
     """The layout of a padded batch.
 
-    attention_mask: None keeps every token. A padding mask [B or 1, S] holds 0 and 1 in any bool, integer or float dtype,
-    zeros anywhere. A score mask [B or 1, S or 1, S] or [B or 1, H or 1, S or 1, S] is bool or 0/1
-    integers (1 means attend), or additive floats. heads: the values of H that are valid (layers may differ).
-    Raises ValueError or TypeError for anything else.
+    attention_mask: None keeps every token. A padding mask [B or 1, S] holds 0 and 1 in any real dtype, zeros anywhere.
+    A score mask [B or 1, S or 1, S] or [B or 1, H or 1, S or 1, S] is bool or 0/1 integers (1 means attend), or
+    additive floats. heads: the valid values of H, since layers may differ. Raises ValueError or TypeError for any
+    other mask.
     """
     if attention_mask is not None:
         check_mask(attention_mask, batch_size, seq_len, heads)

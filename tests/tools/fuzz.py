@@ -41,7 +41,7 @@ from fastbert.testing import closeness, limit
 # Beside transformers' largest error in a case, not its error in the same output: of few numbers one may hit by luck.
 # A gradient jumps where an activation has a kink.
 FACTORS = {"output": 10.0, "gradient": 30.0}
-CANNOT_SERVE = "RuntimeError: backend 'triton' cannot serve"
+CANNOT_RUN = "RuntimeError: backend 'triton' cannot run"
 
 
 class Fault(AssertionError):
@@ -291,7 +291,7 @@ def expected_refusal(case: Case, error: Exception) -> str:
     """The words of an error that a mutation or the back end of the case explains; raises Fault for any other."""
     message = f"{type(error).__name__}: {error}"
     allowed = [MUTATIONS[name].refused for name, _ in case.mutations]
-    allowed += [CANNOT_SERVE] if case.backend == "triton" else []
+    allowed += [CANNOT_RUN] if case.backend == "triton" else []
     if any(pattern and re.search(pattern, message) for pattern in allowed):
         return f"refused: {message}"
     raise Fault(f"{message}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}") from error

@@ -440,7 +440,7 @@ def test_a_folder_of_sentence_transformers(saved, tmp_path):
 
 
 def test_bench_is_refused_before_anything_is_said(saved, no_interpreter):
-    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot serve"):
+    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
         Benchmark(saved(), CPU, "float32")
 
 
