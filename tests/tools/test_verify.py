@@ -398,7 +398,7 @@ def test_a_model_that_is_no_bert_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a model of type 'roberta', and fastbert serves 'bert' alone"):
         Checkpoint(str(tmp_path))
     transformers.BertModel(tiny_config(is_decoder=True)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config.is_decoder=True is not served"):
+    with pytest.raises(ValueError, match="config.is_decoder=True is not supported"):
         Checkpoint(str(tmp_path)).pair("BertModel")
 
 
