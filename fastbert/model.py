@@ -155,7 +155,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         else:
             needs_padding = given.get("output_attentions") or self._packs_in_pytorch(layout)
             encoder_layout = layout.as_padded() if needs_padding else layout
-            # `run` instead of the module's call, which nothing observes here.
+            # `run` instead of the module's call: no hook or patch would see it.
             sequence_output, hidden_states, attentions = encoder.run(
                 self._embed(encoder_layout, batch, unfused_reason), encoder_layout, given, unfused_reason
             )
@@ -173,8 +173,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _encode_as_transformers(
         self, layout: TokenLayout, batch: Batch, attention_mask: Tensor | None, given: dict, own_masks: bool
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...] | None]:
-        """Call an encoder that is observed by hooks or replaced, as transformers does, with hidden states [B, S, E] and
-        a mask. Returns its last hidden state, hidden states and attentions, with zeros at padding.
+        """Call an encoder that has hooks or was replaced as transformers does, with hidden states [B, S, E] and a mask.
+        Returns its last hidden state, hidden states and attentions, with zeros at padding.
 
         own_masks: the model makes its masks, which may let tokens attend to padding, so padding is embedded as it is.
         """
@@ -264,7 +264,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         first = layout.first_tokens(sequence_output)
         parts, _ = (None, None) if unfused_reason else fused_parts(pooler, fusable=True)
         if parts is not None and not is_compiled(pooler) and BertPooler.forward is _OWN_FORWARDS[2]:
-            return linear_of_any_rank(first, parts.dense, "tanh")  # without the module's call, which nothing observes
+            return linear_of_any_rank(first, parts.dense, "tanh")  # no hook or patch would see the module's call
         first = first[:, None]
         if parts is None and must_see_padding(pooler) and len(first) == layout.batch_size:
             first = torch.cat((first, sequence_output[:, 1:]), 1)
@@ -275,7 +275,7 @@ replays(BertModel)
 
 
 def bypassed_forwards() -> tuple[Callable, ...]:
-    """The forwards of our own classes that the model bypasses if nothing observes their calls."""
+    """The forwards of our own classes that the model bypasses if no hook or patch would see their calls."""
     return BertLayer.forward, BertEncoder.forward, BertPooler.forward
 
 
