@@ -43,7 +43,7 @@ def option(name: str, kwargs: Mapping[str, Any], config: BertConfig, default: bo
     return getattr(config, name, default) if value is None else value
 
 
-def refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache) -> None:
+def reject_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache) -> None:
     given = {
         "encoder_hidden_states": encoder_hidden_states is not None,
         "encoder_attention_mask": encoder_attention_mask is not None,
@@ -59,7 +59,7 @@ def _has_effect(value: object) -> bool:
     return bool(value) if isinstance(value, int | float) else value is not None
 
 
-def refuse_unknown_arguments(forward: Callable, kwargs: Mapping[str, object]) -> None:
+def reject_unknown_arguments(forward: Callable, kwargs: Mapping[str, object]) -> None:
     """Raise TypeError for an unknown keyword. None, False and 0 pass, because heads written for older releases pass on
     arguments at their defaults, as head_mask=None."""
     unknown = {name for name, value in kwargs.items() if _has_effect(value)} - set(KEYWORDS)

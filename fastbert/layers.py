@@ -40,7 +40,7 @@ from fastbert.fusion import (
     must_see_padding,
     why_no_block_is_fused,
 )
-from fastbert.inputs import head_counts, refuse_decoder_arguments, selected_hidden_states
+from fastbert.inputs import head_counts, reject_decoder_arguments, selected_hidden_states
 from fastbert.ops import backend
 from fastbert.ops.backend import is_tracing
 from fastbert.ops.eager import padded_attention, varlen_attention
@@ -163,7 +163,7 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
                 return self._forward_fused(hidden_states, layout, fused)
         if attentions is None and not isinstance(attention_mask, TokenLayout):
             given = (encoder_hidden_states, encoder_attention_mask, past_key_values)
-            refuse_decoder_arguments(*given, use_cache=None)
+            reject_decoder_arguments(*given, use_cache=None)
             return super().forward(hidden_states, attention_mask, *given, **kwargs)
         hidden_states, weights = self.attention(hidden_states, attention_mask, past_key_values=None, **kwargs)
         if attentions is not None:
@@ -226,7 +226,7 @@ class BertEncoder(hf.BertEncoder):
         attention_mask: a layout, or what transformers' encoder takes, a score mask or None. output_hidden_states and
         output_attentions work as in the model. Layers that run transformers' own code get all keywords.
         """
-        refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
+        reject_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
         layout = attention_mask
         if not isinstance(layout, TokenLayout):
             layout = layout_from_score_mask(layout, hidden_states, head_counts(self, self.config))

@@ -38,8 +38,8 @@ from fastbert.inputs import (
     option,
     raise_out_of_range,
     read_batch,
-    refuse_decoder_arguments,
-    refuse_unknown_arguments,
+    reject_decoder_arguments,
+    reject_unknown_arguments,
     without_padding,
 )
 from fastbert.layers import BertEncoder, BertLayer, BertSelfAttention, mask_for, runs_packed
@@ -127,8 +127,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         is_decoder = self.config.is_decoder
         if use_cache is None and is_decoder:
             use_cache = self.config.use_cache
-        refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
-        refuse_unknown_arguments(type(self).forward, kwargs)
+        reject_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
+        reject_unknown_arguments(type(self).forward, kwargs)
         backend.current_backend()  # raises for an unknown name, before any work
         batch = read_batch(
             self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
