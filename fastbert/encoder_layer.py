@@ -1,4 +1,4 @@
-"""A layer of the encoder in the ops: which back end serves it is decided once, and it is one node of autograd.
+"""A layer of the encoder in the fused ops: one dispatch and one autograd node for the whole layer.
 
 Letters as in `fastbert.tokens`.
 """
@@ -39,7 +39,7 @@ class LayerWeights(NamedTuple):
 
 
 class LayerNumbers(NamedTuple):
-    """What a layer computes with beside its weights; eps: of attention's LayerNorm and of the output's."""
+    """The numbers of a layer; eps: of the LayerNorms after attention and after the feed-forward part."""
 
     num_heads: int
     head_size: int
@@ -52,13 +52,12 @@ def encoder_layer(
     x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int,
     mask: Tensor | None, implementation: str, num_tokens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """x [T, E] -> [T, E], as `ops` says of each of its ops. mask, implementation: of `ops.attention`."""
+    """x [T, E] -> [T, E]. cu_seqlens, max_seqlen, mask, implementation: see `ops.attention`; num_tokens: see `ops`."""
 
     def compute(x: Tensor, mask: Tensor | None, w: LayerWeights) -> Tensor:
         if mask is None and backend.launches_directly(x, numbers.head_size):
             # Already imported by launches_directly.
-            whole = sys.modules["fastbert_kernels"].encoder_layer
-            return whole(
+            return sys.modules["fastbert_kernels"].encoder_layer(
                 x, w, cu_seqlens, max_seqlen, numbers.num_heads, numbers.scale, numbers.activation, numbers.eps,
                 num_tokens,
             )  # fmt: skip
@@ -66,7 +65,7 @@ def encoder_layer(
             x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, numbers.num_heads, num_tokens
         )  # [T, 3, H, D]
         context = ops.attention(qkv, cu_seqlens, max_seqlen, numbers.scale, mask, implementation, num_tokens)
-        del qkv  # before the feed-forward part, which takes more
+        del qkv  # frees its memory before the feed-forward part, which needs more
         attended = ops.linear_residual_layer_norm(
             context, w.attention_weight, w.attention_bias, x, w.attention_norm_weight, w.attention_norm_bias,
             numbers.eps[0], num_tokens,
@@ -80,11 +79,11 @@ def encoder_layer(
 
     if not torch.is_grad_enabled():
         return compute(x, mask, weights)
-    return in_one_node(lambda x, mask, *weights: compute(x, mask, LayerWeights(*weights)), x, mask, *weights)
+    return one_autograd_node(lambda x, mask, *weights: compute(x, mask, LayerWeights(*weights)), x, mask, *weights)
 
 
 class _Recomputed(torch.autograd.Function):
-    """A computation of many ops as one node: forward in the kernels, backward through the references, recomputed."""
+    """Several ops as one autograd node: forward in kernels; backward recomputes them in their references."""
 
     @staticmethod
     def forward(ctx, compute, *tensors):
@@ -97,21 +96,20 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         enabled, dtype = ctx.autocast
-        tensors = ctx.saved_tensors  # outside of the block: gradient checkpointing runs the forward again to find them
+        tensors = ctx.saved_tensors  # before the block: under gradient checkpointing this runs the forward again
         with backend.backend("eager"), torch.autocast(grad.device.type, dtype, enabled):
             found = torch_library.gradients(ctx.compute, tensors, ctx.needs_input_grad[1:], grad)
         return None, *found
 
 
-def in_one_node(compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """compute(*tensors), where kernels serve it and a gradient may be asked for as one node of autograd.
+def one_autograd_node(compute: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """compute(x, *others), as one autograd node if gradients are enabled and kernels run it.
 
-    A node an op costs 43 to 61 microseconds each; and only the tensors given here are kept for the backward. None but
-    them gets a gradient.
+    One node per op would cost 43 to 61 microseconds each. Only the tensors passed here are saved for the backward and
+    get gradients.
     """
-    x = tensors[0]
     if not torch.is_grad_enabled() or backend.is_tracing() or backend.is_transforming():
-        return compute(*tensors)
+        return compute(x, *others)
     if backend.why_eager("qkv_projection", x.device, x.dtype) is not None:
-        return compute(*tensors)
-    return _Recomputed.apply(compute, *tensors)
+        return compute(x, *others)
+    return _Recomputed.apply(compute, x, *others)

@@ -1,26 +1,26 @@
-"""When a block of the model runs in the fused ops.
+"""Decides whether a block of the model (the embeddings, a layer, the pooler) runs in the fused ops.
 
-A block (the embeddings, a layer, the pooler) is fused if every one of its modules is exactly of the class that belongs
-there, with plain parameters, no hooks, no patched forward and no active dropout, and the ops know what it computes.
-An adapter of PEFT's that is merged into the weights counts as the module that it wraps.
-Otherwise all of it runs through its modules, so that every hook fires and every adapter counts.
+A block is fused if each of its modules has exactly the expected class, plain parameters, no hooks, no patched forward
+and no active dropout, and if the ops support what it computes. A PEFT adapter that is merged into the weights counts as
+the module it wraps. Otherwise the whole block runs through its modules, so that all hooks and adapters take effect.
 """
 
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
+from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops, patches
 from fastbert._compat import has_global_module_hooks, hooks_of, own_modules, own_parameters, unexpected_modules
 from fastbert.ops import backend
 from fastbert.ops.backend import is_tracing
 
-# The class of an activation -> the name `ops.linear_activation` has for the same function.
+# Activation class -> its name in `ops.linear_activation`.
 FUSED_ACTIVATIONS = {
     activations.GELUActivation: "gelu",
     activations.NewGELUActivation: "gelu_tanh",
@@ -30,12 +30,12 @@ FUSED_ACTIVATIONS = {
     nn.Tanh: "tanh",
     activations.LinearActivation: "none",
 }
-# The classes of transformers' activations, each of which looks at every number by itself.
+# All activation classes of transformers. Each is elementwise.
 ACTIVATIONS = {made[0] if isinstance(made, tuple) else made for made in activations.ACT2CLS.values()}
-# The attribute of a module that remembers what it was before `optimize`.
+# The attribute in which a module remembers its state before `optimize`.
 ORIGINAL = "_fastbert_original"
-# How many parameters a module has by its class.
-PARAMETERS = {nn.Linear: 2, nn.LayerNorm: 2, nn.Embedding: 1}
+# Module class -> its number of parameters.
+NUM_PARAMETERS: dict[type | None, int] = {nn.Linear: 2, nn.LayerNorm: 2, nn.Embedding: 1}
 
 
 class EmbeddingsParts(NamedTuple):
@@ -53,8 +53,8 @@ class LayerParts(NamedTuple):
     """The modules of a `BertLayer`, flat."""
 
     layer: nn.Module
-    attention: nn.Module
-    self_attention: nn.Module
+    attention: hf.BertAttention
+    self_attention: hf.BertSelfAttention
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
@@ -80,40 +80,52 @@ class PoolerParts(NamedTuple):
     activation: nn.Module
 
 
-Parts = EmbeddingsParts | LayerParts | PoolerParts
+Parts = TypeVar("Parts", EmbeddingsParts, LayerParts, PoolerParts)
 
 
-class FusableBlock:
-    """A block of the model that the ops can serve.
+class FusableBlock(nn.Module, Generic[Parts]):
+    """A block of the model that can run in the fused ops.
 
-    `parts` lists every module that takes part in the block's forward, the block first; `made_of` has the class of each
-    but the block, None for an activation. `refusal` is what else the ops do not know of the parts that they would
-    serve, and whether only transformers' own code does, which needs its shapes, [B, S, E].
+    ops_used: the names of these ops. part_classes: the expected class of each part but the first, None for any class.
+    expected: (class, parameter types) of each part, derived from part_classes.
     """
 
     ops_used: tuple[str, ...] = ()
-    made_of: tuple[type | None, ...]
+    part_classes: tuple[type | None, ...]
+    expected: tuple[tuple[type | None, list[type]], ...]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "made_of" in vars(cls):
-            cls.expected = tuple((kind, [nn.Parameter] * PARAMETERS.get(kind, 0)) for kind in (cls, *cls.made_of))
+        if "part_classes" in vars(cls):
+            cls.expected = tuple(
+                (kind, [nn.Parameter] * NUM_PARAMETERS.get(kind, 0)) for kind in (cls, *cls.part_classes)
+            )
 
     def parts(self) -> Parts:
+        """Every module that takes part in the block's forward, the block first. Raises KeyError if one is missing."""
         raise NotImplementedError
 
-    def refusal(self, parts: Parts) -> tuple[str | None, bool]:
+    def unsupported_reason(self, parts: Parts) -> tuple[str | None, bool]:
+        """Why the ops do not support what these parts compute (None if they do), and whether only transformers' own
+        code computes it, which needs hidden states [B, S, E]."""
         return None, False
+
+    def head_size(self) -> int:
+        """The head size D of a layer, 0 for other blocks."""
+        return 0
 
 
 def parameters_of(module: nn.Linear | nn.LayerNorm) -> tuple[nn.Parameter, nn.Parameter]:
-    """weight and bias."""
+    """The weight and bias of a fused module."""
     own = own_parameters(module)
-    return own["weight"], own["bias"]
+    weight, bias = own["weight"], own["bias"]
+    assert weight is not None
+    assert bias is not None
+    return weight, bias
 
 
 def fused_activation(activation: nn.Module) -> str | None:
-    """The name that `ops.linear_activation` has for what a module computes; None for a function it has not."""
+    """The name in `ops.linear_activation` of the function a module computes; None if it has no such function."""
     act = activation.__dict__.get("act")
     if isinstance(act, MethodType):
         own = act.__self__ is activation and act.__func__ in vars(type(activation)).values()
@@ -125,32 +137,36 @@ def fused_activation(activation: nn.Module) -> str | None:
     return FUSED_ACTIVATIONS.get(type(activation)) if own else None
 
 
-def is_number(value: object) -> bool:
-    """Whether a number can be read without waiting for a device, and has no gradient."""
+def is_plain_number(value: object) -> bool:
+    """True for a number that the host can read without waiting for a device, and that has no gradient."""
     if isinstance(value, Tensor):
         plain = type(value) is Tensor and value.device.type == "cpu" and not value.requires_grad
         return plain and value.numel() == 1 and not is_tracing()
     return isinstance(value, int | float)
 
 
-def why_no_block() -> str | None:
-    """Why no block of any model is fused; None if blocks may be."""
+def why_no_block_is_fused() -> str | None:
+    """Why no block of any model can be fused now; None if nothing prevents it globally."""
     return "a global module hook is registered" if has_global_module_hooks() else patches.replaced()
 
 
-def fused_parts(block: nn.Module, asked: bool = False) -> tuple[Parts | None, str | None]:
-    """The parts of a block that the ops serve, and None; or None, and why it runs through its modules.
+@overload
+def fused_parts(block: FusableBlock[Parts], fusable: bool = False) -> tuple[Parts | None, str | None]: ...
+@overload
+def fused_parts(block: nn.Module, fusable: bool = False) -> tuple[Any | None, str | None]: ...
+def fused_parts(block: nn.Module, fusable: bool = False) -> tuple[Any | None, str | None]:
+    """(parts, None) if the block can run in the ops, otherwise (None, the reason why it runs through its modules).
 
-    asked: the caller knows that `why_no_block` has no reason. This runs for every block of every call.
+    fusable: the caller knows that `why_no_block_is_fused` returned None. This runs for every block of every call.
     """
     if not isinstance(block, FusableBlock):
         return None, f"it is a {class_name(block)}"
-    if not asked and (reason := why_no_block()):
+    if not fusable and (reason := why_no_block_is_fused()):
         return None, reason
     try:
         parts = block.parts()
     except KeyError as error:
-        return None, f"it has no module {error} where one was built: a part of it was replaced or wrapped"
+        return None, f"it has no module {error}: a part of it was replaced or wrapped"
     for index in unexpected_modules(parts, block.expected):
         module, (expected, parameter_types) = parts[index], block.expected[index]
         base = _merged_base(module)
@@ -159,22 +175,21 @@ def fused_parts(block: nn.Module, asked: bool = False) -> tuple[Parts | None, st
             return None, f"{_name(block, base or module)} {reason}"
         if base is not None:
             parts = parts._make([*parts[:index], base, *parts[index + 1 :]])
-    reason, _ = block.refusal(parts)
+    reason, _ = block.unsupported_reason(parts)
     return (None, reason) if reason else (parts, None)
 
 
-def _merged_base(module: nn.Module) -> nn.Module | None:
-    """The module that one of PEFT's wraps, where its forward is no more than the call of it: its adapters are merged
-    into the weights there."""
+def _merged_base(module: Any) -> nn.Module | None:
+    """The module that a PEFT module wraps, if its adapters are merged, so that its forward only calls that module."""
     if not type(module).__module__.startswith("peft.") or has_hooks(module) or has_patched_forward(module):
         return None
-    # A disabled adapter is taken out of the weights in its next forward.
+    # PEFT unmerges a disabled adapter in the next forward.
     merged = getattr(module, "merged", False) and not module.disable_adapters
     return module.base_layer if merged else None
 
 
-def _chosen_copy(module: nn.Module) -> nn.Module:
-    """The module that PEFT's wrapper of a module and its trained copies calls; any other module as it is."""
+def _active_copy(module: Any) -> nn.Module:
+    """The module that PEFT's wrapper of a module and its trained copies calls; any other module itself."""
     copies = own_modules(module).get("modules_to_save")
     if copies is None or not type(module).__module__.startswith("peft."):
         return module
@@ -186,7 +201,8 @@ def _chosen_copy(module: nn.Module) -> nn.Module:
 
 
 def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int) -> str | None:
-    """What keeps a module from being what belongs there; None for one that is merely in training mode."""
+    """Why a module is not a plain instance of the expected class; None if it is. Training mode without dropout is
+    plain."""
     if type(module) is not expected and expected is not None:
         return f"is a {class_name(module)}, not a {expected.__qualname__}"
     if has_hooks(module):
@@ -201,7 +217,7 @@ def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int
             return f"has no {name}"
         if type(parameter) is not nn.Parameter:
             return f"has a {type(parameter).__name__} in place of a plain Parameter"
-    # Attention has no call of its dropout module: it drops while it is itself in training mode.
+    # Attention applies dropout itself, by its own training flag, and never calls its dropout module.
     dropout = module.dropout if getattr(expected, "applies_dropout", False) else module
     if module.training and type(dropout) is nn.Dropout and dropout.p > 0:
         return f"applies dropout (p={dropout.p})"
@@ -209,36 +225,37 @@ def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int
 
 
 def fused_linear(module: nn.Module) -> tuple[nn.Linear | None, str | None]:
-    """The linear layer for which `ops.linear_activation` stands where a module that is no part of a block is called,
-    and None; or None, and why there is none."""
-    if reason := why_no_block():
+    """For a module outside of the blocks: (the linear layer that `ops.linear_activation` can compute, None), or
+    (None, the reason)."""
+    if reason := why_no_block_is_fused():
         return None, reason
-    module = _chosen_copy(module)
+    module = _active_copy(module)
     linear = _merged_base(module) or module
-    reason = _why_not_plain(linear, nn.Linear, PARAMETERS[nn.Linear])
-    return (None, f"it {reason}") if reason else (linear, None)
+    reason = _why_not_plain(linear, nn.Linear, NUM_PARAMETERS[nn.Linear])
+    if reason or not isinstance(linear, nn.Linear):
+        return None, f"it {reason}"
+    return linear, None
 
 
 def linear_of_any_rank(x: Tensor, linear: nn.Linear, activation: str) -> Tensor:
-    """`ops.linear_activation` of x [..., K] -> [..., F]."""
+    """`ops.linear_activation` for any leading dimensions: x [..., K] -> [..., F]."""
     y = ops.linear_activation(x.reshape(-1, x.shape[-1]), *parameters_of(linear), activation)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
-    """Whether a block that is not fused may hold code that expects transformers' shapes, [B, S, E].
+def must_see_padding(block: nn.Module, fusable: bool = False) -> bool:
+    """True if a block that is not fused may hold code that expects transformers' shape [B, S, E].
 
-    Hooks, patched forwards, modules and weights of a foreign class may look along the sequence or at the batch. The
-    block's own modules do not, nor do PEFT's adapters, which change a layer feature by feature. asked: as for
-    `fused_parts`.
+    Hooks, patched forwards, modules of other classes and weights of other classes may use the batch or sequence
+    dimension. The block's own modules and PEFT adapters do not. fusable: as in `fused_parts`.
     """
-    if not isinstance(block, FusableBlock) or (not asked and why_no_block()):
+    if not isinstance(block, FusableBlock) or (not fusable and why_no_block_is_fused()):
         return True
     plain = {nn.Parameter, Tensor, type(None)}
     for module in block.modules():
         if has_hooks(module) or has_patched_forward(module):
             return True
-        # In a trace every weight is of another class.
+        # While tracing, all weights have another class.
         own = own_parameters(module).values()
         if own and not is_tracing() and not plain.issuperset(map(type, own)):
             return True
@@ -249,35 +266,36 @@ def must_see_padding(block: nn.Module, asked: bool = False) -> bool:
     for module, (expected, _) in zip(parts, block.expected, strict=True):
         if type(module) is not expected and expected is not None and not type(module).__module__.startswith("peft."):
             return True
-    _, by_transformers = block.refusal(parts)
-    return by_transformers
+    _, needs_padding = block.unsupported_reason(parts)
+    return needs_padding
 
 
 def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
-    """Why the eager twin serves an op of a block with such weights; None if a kernel does."""
-    head_size = block.attention.self.attention_head_size if op == "attention" else 0
-    return backend.why_eager(op, weight.device, weight.dtype, head_size)
+    """Why the reference runs an op of a fused block with such weights; None if a kernel does."""
+    return backend.why_eager(op, weight.device, weight.dtype, block.head_size() if op == "attention" else 0)
 
 
 def runs_in_kernels(block: nn.Module) -> bool:
-    """Whether a block runs in the ops, and each of them in its kernel."""
-    parts, _ = fused_parts(block)
-    return parts is not None and not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
+    """True if a block is fused and each of its ops runs in a kernel."""
+    if not isinstance(block, FusableBlock) or fused_parts(block)[0] is None:
+        return False
+    return not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook of this very module would fire."""
+    """True if the module itself has a hook. Hooks of its submodules do not count."""
     return any(hooks_of(module))
 
 
 def has_patched_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is not that of its class."""
+    """True if the instance has a forward other than that of its class."""
     return "forward" in module.__dict__ and not is_own_forward(module, module.__dict__["forward"])
 
 
 def is_own_forward(module: nn.Module, forward: Callable | None) -> bool:
-    """Whether a forward is that of the module's class, which accelerate leaves in a module where it removes a hook."""
-    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    """True for the module's own forward as a bound method. accelerate leaves it on the instance when it removes a
+    hook."""
+    return getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
 
 
 def class_name(module: object) -> str:

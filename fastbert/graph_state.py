@@ -21,7 +21,7 @@ from fastbert._compat import (
 from fastbert.fusion import FusableBlock, fused_parts, has_hooks, why_eager
 from fastbert.inputs import changed_defaults, num_positions
 from fastbert.layers import BertEncoder, BertLayer
-from fastbert.model import BertEmbeddings, BertPooler, replaceable_forwards, why_replaced
+from fastbert.model import BertEmbeddings, BertPooler, bypassed_forwards, why_not_bypassed
 
 # What a head may be made of: these look at a token by itself, and so not at a bucket's padding.
 TOKENWISE = (
@@ -95,7 +95,7 @@ class State:
             list(map(_act, self._activations)),
             list(map(self._config.get, self._configured)),
             patches.replaced() or patches.replaced_for_masks(self._base()),
-            (self._theirs.forward, self._kind.forward, *replaceable_forwards()),
+            (self._theirs.forward, self._kind.forward, *bypassed_forwards()),
             torch.backends.cuda.matmul.fp32_precision,
         )
 
@@ -147,7 +147,7 @@ def _refusal(model: nn.Module, others: list[nn.Module], device_type: str) -> str
         return "the configuration asks for hidden states or attention weights"
     if model.config.is_decoder or patches.replaced_for_masks(model.base_model):
         return "transformers makes its masks"
-    if reason := patches.replaced_forward(_theirs(model)) or why_replaced():
+    if reason := patches.replaced_forward(_theirs(model)) or why_not_bypassed():
         return reason
     if foreign := _foreign(model):
         return f"a {foreign.__module__}.{foreign.__qualname__} may look at a bucket's padding"

@@ -1,7 +1,7 @@
 """The BertFor* classes: transformers' heads and losses on this package's encoder.
 
-Each class derives from transformers' of the same name and takes its modules from there, and where nothing else is
-written its forward and its loss, too. What makes the logits are plain `nn.Linear`s, for whoever goes by that type.
+Each class derives from the class of the same name in transformers and inherits its modules, and its forward and loss
+unless they are overridden here. Logits come from plain `nn.Linear`s, because other libraries select modules by type.
 """
 
 import torch
@@ -29,17 +29,17 @@ from fastbert.tokens import copied_to
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """What a head's linear layer makes of x [..., E], in the op of the encoder's, so that logits do not depend on the
-    batch either.
+    """A head's linear layer of x [..., E], computed by the encoder's op, so that logits do not depend on the batch.
 
-    With gradients the module itself is called, whose backward has nothing to compute again; but a trace must not depend
-    on whether they are recorded.
+    With gradients the module itself is called, because its backward recomputes nothing. A jit trace always uses the op,
+    because it must not depend on grad mode.
     """
     if torch.is_grad_enabled() and not is_jit_tracing():
         return linear(x)
-    fused, refused = fused_linear(linear)
+    fused, reason = fused_linear(linear)
     if fused is None:
-        backend.fall_back("a head's linear layer", refused, x.device)
+        assert reason is not None
+        backend.fall_back("a head's linear layer", reason, x.device)
         return linear(x)
     return linear_of_any_rank(x, fused, "none")
 
@@ -76,18 +76,17 @@ class BertPreTrainingHeads(hf.BertPreTrainingHeads):
         return self.predictions(sequence_output), project(self.seq_relationship, pooled_output)
 
 
-# transformers' class of a part of a head -> ours.
-PARTS = {
+# transformers' class of a head's part -> ours.
+PARTS: dict[type, type] = {
     hf.BertPredictionHeadTransform: BertPredictionHeadTransform,
     hf.BertLMPredictionHead: BertLMPredictionHead,
     hf.BertOnlyNSPHead: BertOnlyNSPHead,
     hf.BertPreTrainingHeads: BertPreTrainingHeads,
 }
 
-
-# transformers' heads that compute what ours of their name compute.
+# transformers' heads that compute the same as ours of the same name.
 ALIKE = (hf.BertForSequenceClassification, hf.BertForTokenClassification)
-# transformers' class -> its linear layers that ours calls by `project`.
+# transformers' class -> the linear layers that our class calls through `project`.
 PROJECTIONS = {
     hf.BertPredictionHeadTransform: ("dense",),
     hf.BertLMPredictionHead: ("decoder",),
@@ -101,7 +100,9 @@ PROJECTIONS = {
 
 
 class Head(BertPreTrainedModel):
-    """What the heads have in common."""
+    """The common part of the heads."""
+
+    bert: hf.BertModel
 
     def post_init(self):
         become_ours(self, {**OURS, **PARTS})
@@ -111,12 +112,12 @@ class Head(BertPreTrainedModel):
         self, kind: type, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
         position_ids: Tensor | None, inputs_embeds: Tensor | None, **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:  # fmt: skip
-        """What the encoder makes of a batch, called as transformers' head of this kind calls it.
+        """The outputs of the encoder.
 
-        Raises ValueError where transformers' forward, in whose place ours stands, was patched for every model.
+        Raises ValueError if the forward of kind, transformers' class that ours replaces, is patched for every model.
         """
         if replaced := patches.replaced_forward(kind):
-            raise ValueError(f"{replaced}, and fastbert has its own: take that back, or use transformers' class")
+            raise ValueError(f"{replaced}, which fastbert does not run: undo that, or use transformers' class")
         return self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
             inputs_embeds=inputs_embeds, return_dict=True, **kwargs,
@@ -128,23 +129,27 @@ class BertForPreTraining(Head, hf.BertForPreTraining):
 
 
 class BertForMaskedLM(Head, hf.BertForMaskedLM):
-    """A logit for every token of the vocabulary at every place: [B, S, V]."""
+    """Masked language modeling: logits [B, S, V]."""
 
 
 class BertForNextSentencePrediction(Head, hf.BertForNextSentencePrediction):
-    """Whether the second sentence follows the first: logits [B, 2]."""
+    """Next sentence prediction: logits [B, 2]."""
 
 
-def _loss_of_texts(model: hf.BertForSequenceClassification, logits: Tensor, labels: Tensor) -> Tensor | None:
-    """transformers' loss of the logits [B, num_labels], by config.problem_type or what the labels say it is.
+def _sequence_loss(model: "BertForSequenceClassification", logits: Tensor, labels: Tensor) -> Tensor | None:
+    """transformers' loss of logits [B, num_labels], by config.problem_type, which is inferred from the labels if None.
 
-    The losses are those of transformers' module, where people put their own.
+    The loss classes are looked up in transformers' module, because users replace them there.
     """
     kind, num_labels = model.config.problem_type, model.num_labels
     if kind is None:
-        classes = labels.dtype in (torch.long, torch.int)
-        several = "single_label_classification" if classes else "multi_label_classification"
-        kind = model.config.problem_type = "regression" if num_labels == 1 else several
+        if num_labels == 1:
+            kind = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            kind = "single_label_classification"
+        else:
+            kind = "multi_label_classification"
+        model.config.problem_type = kind
     if kind == "regression":
         both = (logits.squeeze(), labels.squeeze()) if num_labels == 1 else (logits, labels)
         return hf.MSELoss()(*both)
@@ -154,7 +159,9 @@ def _loss_of_texts(model: hf.BertForSequenceClassification, logits: Tensor, labe
 
 
 class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
-    """Classification or regression of texts: logits [B, num_labels]."""
+    """Classification or regression of sequences: logits [B, num_labels]."""
+
+    num_labels: int
 
     @can_return_tuple
     def forward(
@@ -167,14 +174,14 @@ class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
         labels: Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """labels: classes as integers [B], or floats, [B] to regress to or [B, num_labels] of 0 and 1; which of them
-        is config.problem_type, set by the first labels where it is None."""
+        """labels: classes as integers [B], regression targets as floats [B], or 0/1 floats [B, num_labels].
+        config.problem_type says which of them; if None, the first labels set it."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self._encode(hf.BertForSequenceClassification, *inputs, **kwargs)
         logits = project(self.classifier, self.dropout(outputs[1]))
         return output_of(
             SequenceClassifierOutput,
-            loss=None if labels is None else _loss_of_texts(self, logits, labels),
+            loss=None if labels is None else _sequence_loss(self, logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -183,6 +190,8 @@ class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
 
 class BertForTokenClassification(Head, hf.BertForTokenClassification):
     """Classification of tokens: logits [B, S, num_labels]."""
+
+    num_labels: int
 
     @can_return_tuple
     def forward(
@@ -195,7 +204,7 @@ class BertForTokenClassification(Head, hf.BertForTokenClassification):
         labels: Tensor | None = None,
         **kwargs,
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
-        """labels: classes as integers [B, S]; -100 counts in no loss."""
+        """labels: classes as integers [B, S]; -100 is ignored."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self._encode(hf.BertForTokenClassification, *inputs, **kwargs)
         logits = project(self.classifier, self.dropout(outputs[0]))
@@ -209,7 +218,7 @@ class BertForTokenClassification(Head, hf.BertForTokenClassification):
 
 
 class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
-    """A choice between texts: logits [B, choices]."""
+    """A choice between sequences: logits [B, choices]."""
 
     @can_return_tuple
     def forward(
@@ -222,9 +231,9 @@ class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
         labels: Tensor | None = None,
         **kwargs,
     ) -> MultipleChoiceModelOutput | tuple[Tensor, ...]:
-        """Every input has transformers' shape [B, choices, S]; logits are [B, choices], labels integers [B].
+        """All inputs are [B, choices, S], labels integers [B]; logits are [B, choices].
 
-        Unlike transformers' this also takes tensors that are not contiguous and batches without a text or a token.
+        Unlike transformers, this supports non-contiguous inputs and empty batches.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or given.ndim < 3:
@@ -244,7 +253,7 @@ class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
 
 
 def _position_loss(logits: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
-    """Cross entropy of logits [B, S] at positions [B], over those that lie on a token."""
+    """Cross entropy of logits [B, S] at positions [B]. Positions at padding or past the sequence are ignored."""
     past_the_end = logits.shape[1]
     positions = positions.clamp(0, past_the_end)
     if padding is not None:
@@ -268,13 +277,13 @@ class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
         end_positions: Tensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
-        """start_logits and end_logits [B, S] are the dtype's minimum at padding, so that no answer lies there.
+        """start_logits and end_logits [B, S] are the dtype's minimum at padding, so that argmax never picks padding.
 
-        start_positions, end_positions: integers [B]; past the sequence or at padding they count in no loss.
+        start_positions, end_positions: integers [B]; those past the sequence or at padding are ignored.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self._encode(hf.BertForQuestionAnswering, *inputs, **kwargs)
-        logits = project(self.qa_outputs, outputs.last_hidden_state)
+        logits = project(self.qa_outputs, outputs[0])
         padding = None
         if attention_mask is not None and attention_mask.ndim == 2:
             padding = (copied_to(logits.device, attention_mask) == 0).expand(logits.shape[:2])

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from fastbert import heads, model, patches
 from fastbert._compat import CALLS_PROCESSOR, INFERENCE, RESOLVES_DEVICE, inference_device, is_compiled
-from fastbert.fusion import class_name, fused_parts, has_hooks, why_no_block
+from fastbert.fusion import class_name, fused_parts, has_hooks, why_no_block_is_fused
 from fastbert.graphs import GraphedForward
 from fastbert.layers import runs_packed
 from fastbert.ops import backend
@@ -130,7 +130,7 @@ def why_padded(bert: nn.Module) -> str | None:
         return "its model is compiled"
     if base is not bert and (has_hooks(base) or "forward" in vars(base)):
         return "its encoder has hooks or a patched forward"
-    reason = why_no_block() or patches.replaced_in_models() or patches.replaced_for_masks(base)
+    reason = why_no_block_is_fused() or patches.replaced_in_models() or patches.replaced_for_masks(base)
     if reason:
         return reason
     if base.config.output_hidden_states or base.config.output_attentions:
@@ -141,7 +141,7 @@ def why_padded(bert: nn.Module) -> str | None:
         return "its embeddings are of several dtypes"
     blocks = [base.embeddings, *base.encoder.layer]
     blocks += [] if base.pooler is None else [base.pooler]
-    return next(filter(None, (fused_parts(block, asked=True)[1] for block in blocks)), None)
+    return next(filter(None, (fused_parts(block, fusable=True)[1] for block in blocks)), None)
 
 
 def _why_not_on(device: torch.device) -> str | None:

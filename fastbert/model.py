@@ -1,21 +1,22 @@
-"""BERT's encoder (Devlin et al. 2019), whole: embeddings -> layers -> pooler.
+"""The whole BERT model (Devlin et al. 2019): embeddings -> layers -> pooler.
 
-Each class derives from transformers' of its name, which builds it; the work is done by the ops of `fastbert.ops` on
-packed tokens. What the ops do not serve runs through the modules, by transformers' own code in its own shapes. Letters
-of the shapes as in `fastbert.tokens`.
+Each class derives from the class of the same name in transformers, which builds the modules. The computation runs in
+`fastbert.ops` on packed tokens. What the ops do not support runs through the modules, or in transformers' own code on
+[B, S, E]. Letters of the shapes as in `fastbert.tokens`.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 from transformers.processing_utils import Unpack
 
 from fastbert import ops, patches
-from fastbert._compat import MAKES_MASKS, attn_implementation, is_compiled, own_modules, own_parameters
+from fastbert._compat import MAKES_MASKS, attn_implementation, is_compiled, own_modules, weights_of
 from fastbert.configuration import ATTENTION_IMPLEMENTATIONS, attention_implementation
 from fastbert.fusion import (
     EmbeddingsParts,
@@ -27,7 +28,7 @@ from fastbert.fusion import (
     must_see_padding,
     parameters_of,
     runs_in_kernels,
-    why_no_block,
+    why_no_block_is_fused,
 )
 from fastbert.inputs import (
     Batch,
@@ -37,8 +38,8 @@ from fastbert.inputs import (
     option,
     raise_out_of_range,
     read_batch,
-    refuse_decoder_arguments,
-    refuse_unknown_arguments,
+    reject_decoder_arguments,
+    reject_unknown_arguments,
     without_padding,
 )
 from fastbert.layers import BertEncoder, BertLayer, BertSelfAttention, mask_for, runs_packed
@@ -50,11 +51,11 @@ from fastbert.replaying import replays
 from fastbert.tokens import TokenLayout
 
 
-class BertEmbeddings(hf.BertEmbeddings, FusableBlock):
+class BertEmbeddings(hf.BertEmbeddings, FusableBlock[EmbeddingsParts]):
     """Word + token type + position embeddings, LayerNorm, dropout: ids [B, S] -> [B, S, E]."""
 
     ops_used = ("embed_layer_norm",)
-    made_of = (nn.Embedding, nn.Embedding, nn.Embedding, nn.LayerNorm, nn.Dropout)
+    part_classes = (nn.Embedding, nn.Embedding, nn.Embedding, nn.LayerNorm, nn.Dropout)
 
     def parts(self) -> EmbeddingsParts:
         own = own_modules(self)
@@ -63,7 +64,7 @@ class BertEmbeddings(hf.BertEmbeddings, FusableBlock):
             own["LayerNorm"], own["dropout"],
         )  # fmt: skip
 
-    def refusal(self, parts: EmbeddingsParts):
+    def unsupported_reason(self, parts: EmbeddingsParts) -> tuple[str | None, bool]:
         if any(map(looks_up_with_options, (parts.words, parts.positions, parts.types))):
             return "an embedding has max_norm, sparse or scale_grad_by_freq set", False
         if parts.positions.padding_idx is not None or parts.types.padding_idx is not None:
@@ -71,26 +72,31 @@ class BertEmbeddings(hf.BertEmbeddings, FusableBlock):
         return None, False
 
 
-class BertPooler(hf.BertPooler, FusableBlock):
-    """tanh of a linear of the first token: [B, S, E] -> [B, E]."""
+class BertPooler(hf.BertPooler, FusableBlock[PoolerParts]):
+    """tanh(linear(first token)): [B, S, E] -> [B, E]."""
 
     ops_used = ("linear_activation",)
-    made_of = (nn.Linear, nn.Tanh)
+    part_classes = (nn.Linear, nn.Tanh)
 
     def parts(self) -> PoolerParts:
         own = own_modules(self)
         return PoolerParts(self, own["dense"], own["activation"])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        parts, refused = fused_parts(self)
+        parts, reason = fused_parts(self)
         if parts is not None:
             return linear_of_any_rank(hidden_states[:, 0], parts.dense, "tanh")
-        backend.fall_back("the pooler", refused, hidden_states.device)
+        assert reason is not None
+        backend.fall_back("the pooler", reason, hidden_states.device)
         return super().forward(hidden_states)
 
 
 class BertModel(BertPreTrainedModel, hf.BertModel):
-    """BERT's encoder with transformers' interface: `from_pretrained`, parameters, outputs."""
+    """BERT with the interface of transformers' BertModel: `from_pretrained`, parameters, outputs."""
+
+    embeddings: BertEmbeddings
+    encoder: BertEncoder
+    pooler: BertPooler | None
 
     def post_init(self):
         become_ours(self)
@@ -109,21 +115,21 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[BertForwardKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Tensor, ...]:
-        """Encode a batch of texts.
+        """Encode a batch of sequences.
 
-        input_ids, token_type_ids, position_ids: integers [B, S]; inputs_embeds [B, S, E] in place of input_ids.
+        input_ids, token_type_ids, position_ids: integers [B, S]; inputs_embeds [B, S, E] replaces input_ids.
         attention_mask: see `fastbert.tokens.layout_from_mask`. Returns last_hidden_state [B, S, E] (zeros at padding),
-        pooler_output [B, E] (of each text's first kept token), and hidden_states and attentions where asked for.
+        pooler_output [B, E] (from the first kept token of each sequence), and hidden_states and attentions on request.
         Raises IndexError for an id, token type or position out of range, ValueError or TypeError for other bad input.
         """
         if replaced := patches.replaced_in_models():
-            raise ValueError(f"{replaced}, and fastbert has its own: take that back, or use transformers' class")
+            raise ValueError(f"{replaced}, which fastbert does not run: undo that, or use transformers' class")
         is_decoder = self.config.is_decoder
         if use_cache is None and is_decoder:
             use_cache = self.config.use_cache
-        refuse_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
-        refuse_unknown_arguments(type(self).forward, kwargs)
-        backend.current_backend()  # raises for a name of no back end, before any work
+        reject_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
+        reject_unknown_arguments(type(self).forward, kwargs)
+        backend.current_backend()  # raises for an unknown name, before any work
         batch = read_batch(
             self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q"),
@@ -134,77 +140,78 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if implementation != layout.implementation:
             layout = replace(layout, implementation=implementation)
         return_dict = option("return_dict", kwargs, self.config, True)
-        # What transformers' encoder hands on to its layers, and what the configuration asks for.
-        given = {name: value for name, value in kwargs.items() if name != "return_dict"}
+        # The keywords of transformers' encoder, including what the configuration requests.
+        given: dict[str, Any] = {name: value for name, value in kwargs.items() if name != "return_dict"}
         given["position_ids"] = position_ids if position_ids is None else batch.position_ids
         for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name) is None and (asked := getattr(self.config, name, False)):
-                given[name] = asked
-        refused, masks_of_its_own = why_no_block(), is_decoder or patches.replaced_for_masks(self)
+            if kwargs.get(name) is None and (requested := getattr(self.config, name, False)):
+                given[name] = requested
+        unfused_reason, own_masks = why_no_block_is_fused(), is_decoder or patches.replaced_for_masks(self)
         encoder, pooler = self.encoder, self.pooler
-        if masks_of_its_own or not runs_packed(encoder):
-            encoded = self._encode_as_transformers(layout, batch, attention_mask, given, masks_of_its_own)
-            sequence_output = encoded.last_hidden_state
-            hidden_states, attentions = encoded.hidden_states, encoded.attentions
+        if own_masks or not runs_packed(encoder):
+            sequence_output, hidden_states, attentions = self._encode_as_transformers(
+                layout, batch, attention_mask, given, bool(own_masks)
+            )
         else:
-            whole = given.get("output_attentions") or self._packs_in_pytorch(layout)
-            encoder_layout = layout.as_padded() if whole else layout
-            # Not through the module: nobody sees it.
+            needs_padding = given.get("output_attentions") or self._packs_in_pytorch(layout)
+            encoder_layout = layout.as_padded() if needs_padding else layout
+            # `run` instead of the module's call: no hook or patch would see it.
             sequence_output, hidden_states, attentions = encoder.run(
-                self._embed(encoder_layout, batch, refused), encoder_layout, given, refused
+                self._embed(encoder_layout, batch, unfused_reason), encoder_layout, given, unfused_reason
             )
         if hidden_states and hidden_states[-1] is not None:
-            hidden_states = (*hidden_states[:-1], sequence_output)  # which a hook of the encoder may have changed
+            hidden_states = (*hidden_states[:-1], sequence_output)  # a hook of the encoder may have changed it
         output = output_of(
             BaseModelOutputWithPoolingAndCrossAttentions,
             last_hidden_state=sequence_output,
-            pooler_output=None if pooler is None else self._pool(layout, sequence_output, refused),
+            pooler_output=None if pooler is None else self._pool(pooler, layout, sequence_output, unfused_reason),
             hidden_states=hidden_states,
             attentions=attentions,
         )
         return output if return_dict else output.to_tuple()
 
     def _encode_as_transformers(
-        self, layout: TokenLayout, batch: Batch, attention_mask: Tensor | None, given: dict, masks_of_its_own: bool
-    ) -> BaseModelOutput:
-        """What the encoder, which hooks see or somebody replaced, makes of hidden states [B, S, E] and a mask; cleared.
+        self, layout: TokenLayout, batch: Batch, attention_mask: Tensor | None, given: dict, own_masks: bool
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...] | None]:
+        """Call an encoder that has hooks or was replaced as transformers does, with hidden states [B, S, E] and a mask.
+        Returns its last hidden state, hidden states and attentions, with zeros at padding.
 
-        Masks of the model's own may let tokens attend to padding, so that what stands there counts.
+        own_masks: the model makes its masks, which may let tokens attend to padding, so padding is embedded as it is.
         """
         layout = layout.as_padded()
-        embedded = replace(layout, keep=None) if masks_of_its_own else layout
-        hidden_states = self._embed(embedded, batch, why_no_block())
-        if masks_of_its_own:
-            mask = self._mask_of_its_own(layout, attention_mask, hidden_states)
+        embedded = replace(layout, keep=None) if own_masks else layout
+        hidden_states = self._embed(embedded, batch, why_no_block_is_fused())
+        if own_masks:
+            mask = self._own_mask(layout, attention_mask, hidden_states)
         else:
             mask = mask_for(layers_of(self.encoder), layout, hidden_states)
             if mask is not None and not is_tracing():
-                # By which our own encoder clears the states it returns, and goes on from them.
-                mask.keep = layout.keep
-        nothing = dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask", "past_key_values"))
-        encoded = self.encoder(hidden_states, attention_mask=mask, **nothing, use_cache=False, **given)
+                # With it our own encoder zeroes the padding of the states that it returns and continues from.
+                mask.keep = layout.keep  # type: ignore[attr-defined]
+        unused = dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask", "past_key_values"))
+        encoded = self.encoder(hidden_states, attention_mask=mask, **unused, use_cache=False, **given)
         states, attentions = getattr(encoded, "hidden_states", None), getattr(encoded, "attentions", None)
         for name, found in ("output_hidden_states", states), ("output_attentions", attentions):
             if given.get(name) and found is None:
-                raise ValueError(f"{name} is not served for a {class_name(self.encoder)}, which returns none")
+                raise ValueError(f"{name} is not supported by a {class_name(self.encoder)}, which returns none")
         if states and getattr(mask, "keep", None) is None:
             states = tuple(map(layout.clear, states))
-        return BaseModelOutput(
-            last_hidden_state=layout.clear(encoded.last_hidden_state),
-            hidden_states=states,
-            attentions=attentions,
-        )
+        return layout.clear(encoded.last_hidden_state), states, attentions
 
-    def _mask_of_its_own(
-        self, layout: TokenLayout, attention_mask: Tensor | None, hidden_states: Tensor
-    ) -> Tensor | None:
-        """The mask that the model's own `_create_attention_masks` makes for a layout that drops nothing."""
+    def _own_mask(self, layout: TokenLayout, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+        """The mask that the model's own `_create_attention_masks` makes for a padded layout."""
         named = attn_implementation(self.config)
         if named not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(f"{named} is not served with masks of one's own: model.set_attn_implementation('sdpa')")
+            raise ValueError(
+                f"{named} is not supported for a decoder or a patched _create_attention_masks: call "
+                "model.set_attn_implementation('sdpa')"
+            )
         if attention_mask is None and layout.mask is not None:
-            raise ValueError("texts packed by cu_seq_lens_q have the mask that keeps them apart, and no other")
-        # As transformers takes it: [B, S], or the layout's own of four dimensions.
+            raise ValueError(
+                "cu_seq_lens_q is not supported for a decoder or a patched _create_attention_masks: pass one sequence "
+                "per row, with an attention_mask"
+            )
+        # transformers takes [B, S] or a mask of four dimensions.
         padding = attention_mask is not None and attention_mask.ndim == 2
         given = layout.expand(attention_mask) if padding else layout.mask
         others = dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states", "past_key_values"))
@@ -212,23 +219,23 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         return mask
 
     def _packs_in_pytorch(self, layout: TokenLayout) -> bool:
-        """Whether a traced graph would hold packing in plain PyTorch, beside a block that no kernels serve: its gathers
-        and scatters have gradients that are better not left to a compiler."""
+        """True if a traced graph would pack in plain PyTorch because some block does not run in kernels. The graph then
+        stays padded: compilers must not differentiate the gathers and scatters of packing."""
         if not is_tracing() or layout.indices is None or backend.current_backend() == "triton":
             return False
         return not all(map(runs_in_kernels, (self.embeddings, *self.encoder.layer)))
 
-    def _embed(self, layout: TokenLayout, batch: Batch, refused: str | None) -> Tensor:
-        """The embeddings of the kept tokens, in the encoder's layout. refused: why no block is fused."""
+    def _embed(self, layout: TokenLayout, batch: Batch, unfused_reason: str | None) -> Tensor:
+        """The embeddings [T, E] of the kept tokens, or [B, S, E] if padded. unfused_reason: as in `BertEncoder.run`."""
         embeddings, inputs = self.embeddings, batch.embedded()
-        parts, refused = (None, refused) if refused else fused_parts(embeddings, asked=True)
+        parts, reason = (None, unfused_reason) if unfused_reason else fused_parts(embeddings, fusable=True)
         if parts is not None:
-            words, positions, types = (own_parameters(x)["weight"] for x in (parts.words, parts.positions, parts.types))
+            words, positions, types = weights_of((parts.words, parts.positions, parts.types))
             weight, bias = parameters_of(parts.norm)
             first = words if batch.inputs_embeds is None else batch.inputs_embeds
             summed = torch.promote_types(torch.promote_types(first.dtype, positions.dtype), types.dtype)
             if summed != weight.dtype:
-                parts, refused = None, f"its sums are {summed} and its LayerNorm {weight.dtype}"
+                parts, reason = None, f"its sums are {summed} and its LayerNorm {weight.dtype}"
         try:
             if parts is not None:
                 inputs = {name: layout.clear(layout.expand(values)) for name, values in inputs.items()}
@@ -239,7 +246,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 )  # fmt: skip
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
                 return hidden_states.view(shape) if layout.padded else hidden_states
-            backend.fall_back("the embeddings", refused, layout.cu_seqlens.device)
+            assert reason is not None
+            backend.fall_back("the embeddings", reason, layout.cu_seqlens.device)
             inputs = without_padding(inputs, layout.as_padded(), embeddings)
             return layout.pack(embeddings(**inputs, past_key_values_length=0))
         except (IndexError, RuntimeError):
@@ -247,15 +255,16 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 raise_out_of_range(self.config, embeddings, layout, batch)
             raise
 
-    def _pool(self, layout: TokenLayout, sequence_output: Tensor, refused: str | None) -> Tensor:
-        """What the pooler makes of last_hidden_state [B, S, E]: its own class needs no more than the first tokens."""
-        pooler = self.pooler
+    def _pool(
+        self, pooler: nn.Module, layout: TokenLayout, sequence_output: Tensor, unfused_reason: str | None
+    ) -> Tensor:
+        """The pooler of last_hidden_state [B, S, E]. Our own class needs the first tokens only."""
         if not isinstance(pooler, BertPooler):
             return pooler(sequence_output)
         first = layout.first_tokens(sequence_output)
-        parts, refused = (None, refused) if refused else fused_parts(pooler, asked=True)
+        parts, _ = (None, None) if unfused_reason else fused_parts(pooler, fusable=True)
         if parts is not None and not is_compiled(pooler) and BertPooler.forward is _OWN_FORWARDS[2]:
-            return linear_of_any_rank(first, parts.dense, "tanh")  # not through the module: nobody sees it
+            return linear_of_any_rank(first, parts.dense, "tanh")  # no hook or patch would see the module's call
         first = first[:, None]
         if parts is None and must_see_padding(pooler) and len(first) == layout.batch_size:
             first = torch.cat((first, sequence_output[:, 1:]), 1)
@@ -265,24 +274,25 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 replays(BertModel)
 
 
-def replaceable_forwards() -> tuple[Callable, ...]:
-    """The forwards of our own parts around which a call goes that nobody sees."""
+def bypassed_forwards() -> tuple[Callable, ...]:
+    """The forwards of our own classes that the model bypasses if no hook or patch would see their calls."""
     return BertLayer.forward, BertEncoder.forward, BertPooler.forward
 
 
-_OWN_FORWARDS = replaceable_forwards()
+_OWN_FORWARDS = bypassed_forwards()
 
 
-def why_replaced() -> str | None:
-    """Which of them somebody patched for every model; None if they are as they were."""
-    for kind, own in zip((BertLayer, BertEncoder, BertPooler), _OWN_FORWARDS, strict=True):
+def why_not_bypassed() -> str | None:
+    """Why one of `bypassed_forwards` has to be called: it is patched for every model. None if none is."""
+    bypassed: tuple[type[nn.Module], ...] = (BertLayer, BertEncoder, BertPooler)
+    for kind, own in zip(bypassed, _OWN_FORWARDS, strict=True):
         if kind.forward is not own:
             return f"{kind.__module__}.{kind.__qualname__}.forward is patched for every model"
     return None
 
 
-# transformers' class -> ours, which has the same parts, parameters and attributes.
-OURS = {
+# transformers' class -> ours, which has the same submodules, parameters and attributes.
+OURS: dict[type, type] = {
     hf.BertModel: BertModel,
     hf.BertEmbeddings: BertEmbeddings,
     hf.BertEncoder: BertEncoder,
@@ -293,6 +303,6 @@ OURS = {
 
 
 def become_ours(root: nn.Module, ours: dict[type, type] = OURS) -> None:
-    """Give transformers' modules, as they are built, our classes."""
+    """Replace the classes of transformers' modules by ours, in place."""
     for module in root.modules():
         module.__class__ = ours.get(type(module), type(module))

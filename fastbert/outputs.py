@@ -1,4 +1,4 @@
-"""transformers' output objects, made without what their constructors ask of each field, which takes 14 microseconds."""
+"""Makes transformers' output objects without their constructors, whose checks take 14 microseconds."""
 
 import functools
 from collections import OrderedDict
@@ -17,7 +17,7 @@ def _without_values(kind: type[ModelOutput]) -> dict:
 
 
 def output_of(kind: type[Output], **values) -> Output:
-    """kind(**values); a field that is None is an attribute alone, as there."""
+    """kind(**values). As there, a field that is None is an attribute but not an item."""
     if is_tracing():
         return kind(**values)
     output, given = kind.__new__(kind), {name: value for name, value in values.items() if value is not None}

@@ -1,7 +1,7 @@
-"""Code of torch and transformers that the fused ops stand for, and whether somebody replaced it for every model.
+"""Detects process-wide patches of the code of torch and transformers that fastbert replaces.
 
-A method patched on a class, a class replaced in its module and an attention function registered anew change every model
-of the process. No module shows it, and the ops would go on computing what the code did before.
+A method patched on a class, a class replaced in its module and a newly registered attention function change every model
+of the process. They leave no trace on module instances, and the fused ops would ignore them.
 """
 
 import inspect
@@ -23,7 +23,7 @@ BERT_CLASSES = (
     "BertOutput", "BertPooler",
 )  # fmt: skip
 _ACTIVATIONS = ("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "LinearActivation")
-# Class, method, and the name that the class has where nobody replaced it.
+# Class, method, and the original name of the class.
 _FORWARDS = (
     *(
         (kind, "forward", kind.__name__)
@@ -33,13 +33,13 @@ _FORWARDS = (
     *((getattr(hf, name), "forward", name) for name in BERT_CLASSES),
 )
 _FEED_FORWARD = hf.BertLayer, "feed_forward_chunk", "BertLayer"
-# What no block stands for, but the model and its encoder.
+# Replaced by our model and encoder, not by blocks.
 _MODEL_METHODS = (hf.BertModel, "forward", "BertModel"), (hf.BertEncoder, "forward", "BertEncoder")
 _MAKES_MASKS = hf.BertModel, MAKES_MASKS, "BertModel"
 
 
 def _is_original(kind: type, method: str, name: str) -> bool:
-    """Whether a class has its own name, and whether its method and the wrappers around it are its library's."""
+    """True if the class has its original name and the method, with its wrappers, comes from the class's library."""
     function = getattr(kind, method)
     plain = inspect.unwrap(function)
     homes = [getattr(x, "__globals__", {}).get("__name__", "") for x in (plain, function)]
@@ -54,7 +54,7 @@ def _is_original(kind: type, method: str, name: str) -> bool:
 
 
 def _original(kind: type, method: str, name: str) -> Callable | None:
-    """A method as it is when this module is imported, None where it is no longer original."""
+    """The method when this module is imported; None if it is not original."""
     return getattr(kind, method) if _is_original(kind, method, name) else None
 
 
@@ -76,8 +76,8 @@ def _first_replaced(methods: tuple, originals: list) -> str | None:
 
 @constant_in_graphs
 def replaced() -> str | None:
-    """What was replaced of the code that the ops stand for; None if nothing was."""
-    # Every call asks: lists are compared by identities first.
+    """What was patched of the code that the fused ops replace, as a reason; None if nothing was."""
+    # This runs in every call. Comparing lists is quick, because it compares identities first.
     if [*map(_forward_of, _KINDS)] != _ORIGINALS and (reason := _first_replaced(_FORWARDS, _ORIGINALS)):
         return reason
     if hf.BertLayer.feed_forward_chunk is not _ORIGINAL_FEED_FORWARD and not _is_original(*_FEED_FORWARD):
@@ -93,7 +93,7 @@ def replaced() -> str | None:
 
 @constant_in_graphs
 def replaced_in_models() -> str | None:
-    """What was replaced of the code that our model and encoder stand for; None if nothing was."""
+    """What was patched of the code that our model and encoder replace, as a reason; None if nothing was."""
     if [*map(_forward_of, _MODEL_KINDS)] == _ORIGINAL_MODELS:
         return None
     return _first_replaced(_MODEL_METHODS, _ORIGINAL_MODELS)
@@ -101,14 +101,14 @@ def replaced_in_models() -> str | None:
 
 @constant_in_graphs
 def replaced_forward(kind: type) -> str | None:
-    """Whether the forward of a class of transformers' was replaced, as a reason; None if it was not."""
+    """The reason that the forward of a class of transformers is patched; None if it is original."""
     name = kind.__name__
     return None if _is_original(kind, "forward", name) else f"{name}.forward is patched for every model"
 
 
 @constant_in_graphs
 def replaced_for_masks(model: hf.BertModel) -> str | None:
-    """What was replaced of the code by which transformers makes a model's masks; None if nothing was."""
+    """What was patched of the code with which transformers makes a model's masks, as a reason; None if nothing was."""
     if getattr(getattr(model, MAKES_MASKS), "__func__", None) is not _ORIGINAL_MASKS:
         return "its _create_attention_masks is patched"
     functions = registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa"), registered(ALL_MASK_ATTENTION_FUNCTIONS, "eager")

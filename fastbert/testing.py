@@ -1,15 +1,15 @@
 """The one tolerance rule of the project.
 
-An implementation may be at most `factor` times as far from the truth as transformers' model in the same dtype is, plus
-a rounding floor, in the maximum and in the root mean square. The truth is transformers' model in a wider dtype.
+The error of an implementation may be at most `factor` times the error of transformers' model in the same dtype, plus a
+rounding allowance, for both the maximum and the root mean square. The truth is transformers' model in a wider dtype.
 
-The floor is one rounding of the result in its dtype and four of float32, in which every dtype is computed. A float32
-product made of three TF32 products is off by up to four: leaving out the product of the low parts takes up to two,
-cutting the low parts to TF32 one each. Among many terms that is lost in what any order of their sum takes, and
-transformers' error allows for it; of one term or a few transformers may have the exact result. Plain TF32, off by
-thousands of roundings, is ten times the limit and more; to the floor of 16 bits the four add a two-thousandth at most.
+The rounding allowance is one rounding of the result in its dtype and four of float32, in which every dtype is computed.
+A float32 product of three TF32 products is off by up to four: omitting the product of the low parts costs up to two,
+and truncating each low part to TF32 costs one. In sums of many terms transformers' own error covers that, but a sum of
+a few terms may be exact in transformers. Plain TF32, off by thousands of roundings, exceeds the limit at least tenfold.
+To the allowance of 16-bit dtypes the four roundings add at most a two-thousandth.
 
-Where transformers itself gives no number, as where float16 overflows, there is nothing to hold an implementation to.
+Where transformers gives NaN or infinity, for example where float16 overflows, the rule demands nothing.
 """
 
 import math
@@ -24,7 +24,7 @@ FLOAT32_ROUNDINGS = 4
 
 @dataclass(frozen=True)
 class Closeness:
-    """An error in one measure, "max" or "rms", beside transformers' own and the limit that follows from it."""
+    """An error in one measure, "max" or "rms", transformers' error and the resulting limit."""
 
     measure: str
     error: float
@@ -33,7 +33,7 @@ class Closeness:
 
     @property
     def share(self) -> float:
-        """The error as a share of the limit; infinite where the error or the limit is no number."""
+        """The error as a share of the limit; infinite if the error or the limit is NaN."""
         if self.error == 0:
             return 0.0
         return self.error / self.limit if math.isfinite(self.error) and self.limit > 0 else math.inf
@@ -55,17 +55,17 @@ MEASURES = {"max": _largest, "rms": _root_mean_square}
 
 
 def limit(their_error: float, size: float, dtype: torch.dtype, factor: float = MODEL_FACTOR) -> float:
-    """The largest error that the rule allows in `dtype`, where the truth is of this size in the same measure."""
-    floor = torch.finfo(dtype).eps + FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps
-    return factor * their_error + floor * size
+    """The largest error that the rule allows in `dtype`. size: the truth in the same measure."""
+    allowance = torch.finfo(dtype).eps + FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps
+    return factor * their_error + allowance * size
 
 
 def closeness(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL_FACTOR) -> list[Closeness]:
-    """How close ours comes to the truth beside theirs, in each measure, over what is finite in theirs; an empty list if
-    nothing is. Where theirs is NaN or infinite ours may be the same or finite; anything else there has a NaN for error.
+    """The errors of ours and theirs in each measure, over the elements that are finite in theirs; an empty list if none
+    is. Where theirs is NaN or infinite, ours must be the same or finite, otherwise all errors are NaN.
 
-    ours and theirs are of one shape and dtype, truth of the same shape and a wider dtype; ValueError otherwise. The
-    floor is relative to the largest value (for the root mean square: to the root mean square).
+    ours and theirs have the same shape and dtype, truth the same shape and a wider dtype; otherwise ValueError. The
+    rounding allowance is relative to the maximum of the truth (for "rms": to its root mean square).
     """
     if not ours.shape == theirs.shape == truth.shape:
         raise ValueError(f"shapes differ: {list(ours.shape)}, {list(theirs.shape)}, {list(truth.shape)}")
@@ -86,9 +86,9 @@ def closeness(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL
 
 
 def check_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL_FACTOR) -> None:
-    """Print both errors; raise AssertionError if ours breaks the rule or theirs is no number somewhere, and ValueError
-    as `closeness` does."""
-    assert theirs.isfinite().all(), f"{name}: transformers gives no number"
+    """Print both errors. Raises AssertionError if ours breaks the rule or theirs is not finite, and ValueError as
+    `closeness` does."""
+    assert theirs.isfinite().all(), f"{name}: transformers gives NaN or infinity"
     for found in closeness(ours, theirs, truth, factor):
         errors = f"{found.error:.2e}, transformers {found.their_error:.2e}, limit {found.limit:.2e}"
         print(f"{name}: {found.measure} error {errors}")

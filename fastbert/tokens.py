@@ -1,12 +1,12 @@
-"""The token layout: where the tokens of a padded batch [B, S] lie in the packed one [T].
+"""The token layout maps a padded batch [B, S] to packed tokens [T] and back.
 
 Letters used in every shape of this project: B batch, S padded length, T packed tokens, H heads, D head size, E hidden
-size, F feed-forward size, V vocabulary.
+size, F feed-forward size, V vocabulary. N is the number of sequences, which is B unless sequences share a row.
 
-Padding is removed once, before the embeddings, and put back once, after the last layer, as zeros. The number of tokens
-is known to the host where the mask is on the CPU, and otherwise stays on the device, in buffers of B * S rows. Where no
-kernel could read it there and shapes may not depend on data (a graph is traced, the tensors are not on the CPU), or
-where a mask is not per token, nothing is dropped: the hidden states stay [B, S, E] and attention gets a mask.
+Padding is removed once, before the embeddings, and restored once, after the last layer, as zeros. The host knows the
+number of tokens if the mask is on the CPU. Otherwise the number stays on the device and buffers have B * S rows.
+Nothing is packed if a mask is not per token, or if shapes may not depend on data (tracing, tensors on a device) and no
+kernel can read the number on the device. Then hidden states stay [B, S, E] and attention gets a mask.
 """
 
 from collections.abc import Collection
@@ -19,37 +19,39 @@ from torch import Tensor
 from fastbert import ops
 from fastbert.ops import backend
 from fastbert.ops.backend import is_tracing
-from fastbert.ops.eager import clear_past, finite, sequence_of
+from fastbert.ops.eager import OptionalTensor, clear_past, finite, sequence_of
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
-    """Whether the host may read this tensor's values for free and size other tensors by them."""
+    """True if the host can read the tensor's values without waiting, and may choose the shapes of others by them."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not is_tracing()
 
 
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on a device, without waiting for what the device has still to do.
+    """Copy a tensor to a device, without waiting for the device if that is safe.
 
-    A copy from ordinary host memory may go ahead: the driver has read it before the call returns. From pinned memory,
-    or to the host, the values might change or not have arrived.
+    It is safe from pageable host memory, because the driver reads it before the call returns. Pinned memory could be
+    overwritten before it is read; a copy to the host could be read before it arrives.
     """
-    # accelerate names devices by strings and numbers.
-    free = tensor.device.type == "cpu" and torch.device(device).type == "cuda" and not tensor.is_pinned()
-    return tensor.to(device, non_blocking=free)
+    # torch.device(): accelerate passes strings and numbers.
+    safe = tensor.device.type == "cpu" and torch.device(device).type == "cuda" and not tensor.is_pinned()
+    return tensor.to(device, non_blocking=safe)
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How one batch is laid out inside the encoder.
+    """The layout of one batch inside the encoder.
 
-    cu_seqlens int32 [N + 1] bounds the N sequences among the tokens; no sequence is longer than max_seqlen.
-    indices int64 [T] is the padded place of each packed token, None where every place is kept.
-    padded says that hidden states are [B, S, E] and not [T, E]; then keep (bool [B, S]) marks the tokens that are not
-    padding, and mask ([B or 1, H or 1, S or 1, S], bool with True for "attend", or additive) goes to attention.
-    implementation ("sdpa" or "eager") is the eager path's attention; backend is what the forward's caller chose, in
-    which a layer is computed again, too.
-    num_tokens int32 [1], where only the device knows it, is how many of the T = B * S packed rows are tokens; indices,
-    if there is one, is then a permutation of all places, the kept ones first.
+    cu_seqlens: int32 [N + 1], the offsets of the N sequences among the tokens.
+    max_seqlen: upper bound of the sequence lengths.
+    indices: int64 [T], the position of each packed token in the flattened batch; None if every token is kept.
+    padded: True if hidden states are [B, S, E] instead of [T, E].
+    keep: if padded, bool [B, S], False for padding, or None without padding.
+    mask: if padded, attention's mask [B or 1, H or 1, S or 1, S] or None: bool (True means attend) or additive.
+    implementation: "sdpa" or "eager", the attention of the eager path.
+    num_tokens: int32 [1], the number of tokens among the T = B * S rows if only the device knows it, otherwise None.
+        indices is then a permutation of all positions, kept ones first.
+    backend: the back end chosen by the caller of forward. Gradient checkpointing must recompute a layer with it.
     """
 
     batch_size: int
@@ -65,14 +67,14 @@ class TokenLayout:
     backend: str = field(default_factory=backend.current_backend)
 
     def pack(self, hidden_states: Tensor) -> Tensor:
-        """[B, S, E] -> the encoder's own layout: [T, E], or [B, S, E] where nothing is dropped."""
+        """[B, S, E] -> [T, E], or unchanged if padded."""
         if self.padded:
             return hidden_states
         hidden_states, indices = hidden_states.flatten(0, 1), self.to(hidden_states.device).indices
         return hidden_states if indices is None else hidden_states[indices]
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
-        """The encoder's own layout -> [B, S, E] with zeros at padding."""
+        """[T, E], or [B, S, E] if padded, -> [B, S, E] with zeros at padding."""
         layout = self.to(hidden_states.device)
         if layout.padded:
             return layout.clear(hidden_states)
@@ -81,7 +83,7 @@ class TokenLayout:
         return ops.unpack(hidden_states, layout.indices, layout.batch_size, layout.seq_len, layout.num_tokens)
 
     def first_tokens(self, sequence_output: Tensor) -> Tensor:
-        """[B, S, E] -> [N, E]: each sequence's first kept token, zeros for a sequence without one."""
+        """[B, S, E] -> [N, E]: the first kept token of each sequence, zeros for an empty sequence."""
         layout = self.to(sequence_output.device)
         if layout.keep is not None:
             first = layout.keep.int().argmax(1)
@@ -92,27 +94,29 @@ class TokenLayout:
         return ops.pool(sequence_output.flatten(0, 1), layout.cu_seqlens, "first", indices=layout.indices)
 
     def pack_cleared(self, values: Tensor) -> Tensor:
-        """[B, S, ...] -> [T, ...] with zeros in the rows that are no tokens: an index at padding may be anything."""
+        """[B, S, ...] -> [T, ...] with zeros in rows past the last token, because ids at padding may be invalid."""
         return self.clear_past_tokens(self.pack(values))
 
     def clear_past_tokens(self, hidden_states: Tensor) -> Tensor:
-        """[T, E] with zeros in the rows that are no tokens, for modules that take every row for one."""
+        """Zero the rows of [T, E] past the last token, for modules that treat every row as a token."""
         return clear_past(hidden_states, self.to(hidden_states.device).num_tokens)
 
-    def expand(self, values: Tensor | None) -> Tensor | None:
-        """[B or 1, S] -> [B, S]; [B, S, E] as it is."""
-        return values if values is None or values.ndim > 2 else values.expand(self.batch_size, -1)
+    def expand(self, values: OptionalTensor) -> OptionalTensor:
+        """[B or 1, S] -> [B, S]; [B, S, E] and None are returned unchanged."""
+        if values is None or values.ndim > 2:
+            return values
+        return values.expand(self.batch_size, -1)
 
-    def clear(self, values: Tensor | None) -> Tensor | None:
-        """[B, S, ...] or [1, S] with zeros at padding where nothing is dropped: what stands there must not matter."""
+    def clear(self, values: OptionalTensor) -> OptionalTensor:
+        """Zero the padding of [B, S, ...] or [1, S] if the layout is padded, so that its values have no effect."""
         if values is None or self.keep is None:
             return values
         keep = self.keep if values.shape[0] == self.keep.shape[0] else self.keep.any(0, keepdim=True)
         return values.masked_fill(~(keep if values.ndim == 2 else keep[..., None]), 0)
 
     def attention_mask(self, hidden_states: Tensor) -> Tensor | None:
-        """The mask of a layout that drops nothing as transformers' modules take it: [B or 1, H or 1, S, S] or None,
-        boolean for "sdpa" and otherwise added to the scores of these hidden states."""
+        """The mask of a padded layout in the form of transformers' modules: [B or 1, H or 1, S, S] or None, bool for
+        "sdpa", additive in the dtype of the hidden states for "eager"."""
         mask = self.to(hidden_states.device).mask
         if mask is None:
             return None
@@ -121,12 +125,12 @@ class TokenLayout:
         return finite(mask, hidden_states.dtype).expand(-1, -1, self.seq_len, self.seq_len)
 
     def restarting_positions(self) -> Tensor:
-        """int64 [1, T]: each token's place in its own sequence, for texts packed end to end."""
+        """int64 [1, T]: the position of each token in its own sequence, for sequences packed into one row."""
         starts = self.cu_seqlens[sequence_of(self.cu_seqlens, self.seq_len)]
         return (torch.arange(self.seq_len, device=starts.device) - starts)[None]
 
     def as_padded(self) -> "TokenLayout":
-        """The same batch with nothing dropped, for modules that must see Hugging Face's [B, S, E]."""
+        """The padded layout of the same batch, for modules that need transformers' shape [B, S, E]."""
         if self.padded:
             return self
         keep, mask = None, None
@@ -143,7 +147,7 @@ class TokenLayout:
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "TokenLayout":
-        """The layout on a layer's device: `device_map` can spread the layers over several."""
+        """The layout on another device: `device_map` can place layers on different devices."""
         if self.cu_seqlens.device == device:
             return self
         moved = {name: getattr(self, name) for name in ("cu_seqlens", "indices", "keep", "mask", "num_tokens")}
@@ -154,21 +158,21 @@ class TokenLayout:
 def layout_from_mask(
     attention_mask: Tensor | None, batch_size: int, seq_len: int, device: torch.device, heads: Collection[int] = ()
 ) -> TokenLayout:
-    """The layout of a padded batch, for layers of these numbers of heads.
+    """The layout of a padded batch.
 
-    attention_mask: None keeps every token. 0/1 [B or 1, S] of any integer, bool or float dtype may have padding and
-    holes anywhere. A mask of scores, [B or 1, S or 1, S] or [B or 1, H or 1, S or 1, S], is bool or 0/1 integers with 1
-    for "attend", or floats that are added. Raises ValueError or TypeError for anything else.
+    attention_mask: None keeps every token. A padding mask [B or 1, S] holds 0 and 1 in any real dtype, zeros anywhere.
+    A score mask [B or 1, S or 1, S] or [B or 1, H or 1, S or 1, S] is bool or 0/1 integers (1 means attend), or
+    additive floats. heads: the valid values of H, since layers may differ. Raises ValueError or TypeError for any
+    other mask.
     """
     if attention_mask is not None:
         check_mask(attention_mask, batch_size, seq_len, heads)
-    packs = attention_mask is not None and attention_mask.ndim == 2 and batch_size and seq_len
-    if packs and not shapes_may_depend_on_data(attention_mask) and backend.packs_on_device(device):
-        mask = attention_mask if attention_mask.device == device else copied_to(device, attention_mask != 0)
-        return _planned_on_device(mask.expand(batch_size, seq_len))
-    every_token = TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)
     if attention_mask is None or batch_size == 0 or seq_len == 0:
-        return every_token
+        return TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)
+    if attention_mask.ndim == 2 and not shapes_may_depend_on_data(attention_mask) and backend.packs_on_device(device):
+        mask = attention_mask if attention_mask.device == device else copied_to(device, attention_mask != 0)
+        return _layout_on_device(mask.expand(batch_size, seq_len))
+    every_token = TokenLayout(batch_size, seq_len, _uniform_cu_seqlens(batch_size, seq_len, device), seq_len)
     if attention_mask.ndim > 2:
         return replace(every_token, padded=True, mask=_score_mask(copied_to(device, attention_mask)))
     keep = (attention_mask != 0).expand(batch_size, seq_len)
@@ -185,19 +189,19 @@ def layout_from_mask(
     return packed.to(device)
 
 
-def _planned_on_device(mask: Tensor) -> TokenLayout:
-    """The packed layout of a mask [B, S] on a device whose values the host does not know."""
+def _layout_on_device(mask: Tensor) -> TokenLayout:
+    """The packed layout of a padding mask [B, S] whose values only the device knows."""
     indices, cu_seqlens = ops.packing_plan(mask)
     batch_size, seq_len = mask.shape
     if is_tracing() or type(mask) is not Tensor or not torch.is_grad_enabled():
         return TokenLayout(batch_size, seq_len, cu_seqlens, seq_len, indices, num_tokens=cu_seqlens[-1:])
-    # One read of the count: what is recorded for a backward has its size, and the backward no rows that are no tokens.
+    # With gradients the host reads the number of tokens, so that the tensors saved for backward hold tokens only.
     return TokenLayout(batch_size, seq_len, cu_seqlens, seq_len, indices[: int(cu_seqlens[-1])])
 
 
-def layout_from_scores(mask: Tensor | None, hidden_states: Tensor, heads: Collection[int]) -> TokenLayout:
-    """The layout, in which nothing is dropped, for somebody who calls the encoder with hidden states [B, S, E] and a
-    mask of scores (or None), as in transformers."""
+def layout_from_score_mask(mask: Tensor | None, hidden_states: Tensor, heads: Collection[int]) -> TokenLayout:
+    """The padded layout for a direct call of the encoder with hidden states [B, S, E] and a score mask or None, as in
+    transformers."""
     batch_size, seq_len, _ = hidden_states.shape
     if isinstance(mask, Tensor) and mask.ndim < 3:
         mask = mask[(None,) * (4 - mask.ndim)]
@@ -207,14 +211,14 @@ def layout_from_scores(mask: Tensor | None, hidden_states: Tensor, heads: Collec
 def layout_from_cu_seqlens(
     cu_seqlens: Tensor, max_seqlen: int | None, batch_size: int, seq_len: int, device: torch.device
 ) -> TokenLayout:
-    """The layout of texts that are already packed end to end into one row, as `DataCollatorWithFlattening` sends them.
+    """The layout of sequences that are already packed into one row, as by `DataCollatorWithFlattening`.
 
-    cu_seqlens: integers [N + 1] from 0 to S, never falling; batch_size must be 1. Raises ValueError otherwise, but for
-    bounds that the host does not know: what they leave out at the end is zeros then.
+    cu_seqlens: integers [N + 1] from 0 to S, not decreasing; batch_size must be 1. Raises ValueError otherwise. Offsets
+    on a device are not checked: outputs are zeros from the last offset on.
     """
     if batch_size != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
-            f"cu_seq_lens_q needs one row of packed tokens and the bounds of its texts, [1, S] and [N + 1]; "
+            f"cu_seq_lens_q needs one row [1, S] of packed tokens and holds the offsets [N + 1] of its sequences; "
             f"got {batch_size} rows and cu_seq_lens_q of shape {list(cu_seqlens.shape)}"
         )
     if shapes_may_depend_on_data(cu_seqlens):
@@ -223,14 +227,14 @@ def layout_from_cu_seqlens(
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {seq_len} tokens of the row, got {bounds}")
         max_seqlen = max(after - before for before, after in pairwise(bounds))
         return TokenLayout(batch_size, seq_len, cu_seqlens.to(torch.int32), max_seqlen).to(device)
-    # Without the host's knowledge of the lengths, a sequence can be as long as the row, and the last end before it.
+    # The host does not know the lengths: one sequence may fill the row, or the last one may end before the row does.
     cu_seqlens = copied_to(device, cu_seqlens).to(torch.int32)
     longest = seq_len if max_seqlen is None else max_seqlen
     return TokenLayout(batch_size, seq_len, cu_seqlens, longest, num_tokens=cu_seqlens[-1:])
 
 
 def check_mask(mask: Tensor, batch_size: int, seq_len: int, heads: Collection[int]) -> None:
-    """Raise TypeError for a mask that is no tensor of numbers, ValueError for one of the wrong shape or values."""
+    """Raise TypeError unless the mask is a tensor of real numbers or bools, ValueError for a bad shape or value."""
     if not isinstance(mask, Tensor) or mask.dtype.is_complex:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"attention_mask must be a tensor of bool, integers or floats, got {kind}")
@@ -263,14 +267,14 @@ def _uniform_cu_seqlens(batch_size: int, seq_len: int, device: torch.device) -> 
 
 
 def _key_mask(keep: Tensor) -> Tensor:
-    """[B, S] -> [B, 1, 1, S]. A text without any token attends to everything: its softmax over nothing would be NaN,
-    in the gradients even though its outputs are zeroed."""
+    """[B, S] -> [B, 1, 1, S]. An empty sequence attends to every key: a softmax over no key is NaN, and although its
+    outputs are zeroed, its gradients would be NaN."""
     return (keep | ~keep.any(1, keepdim=True))[:, None, None]
 
 
 def _score_mask(mask: Tensor) -> Tensor:
-    """[B, S, S] or 4-D -> 4-D, bool or additive; a row that masks every key attends to all of them, as under
-    transformers' additive minimum."""
+    """[B, S, S] or 4-D -> 4-D, bool or additive. A row that masks every key attends to all of them, as with
+    transformers' additive mask of the dtype's minimum."""
     mask = mask[:, None] if mask.ndim == 3 else mask
     if mask.is_floating_point():
         return mask

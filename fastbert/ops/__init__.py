@@ -1,10 +1,10 @@
-"""The fused ops of BERT, one function each, which runs in a Triton kernel or in plain PyTorch.
+"""The fused ops of BERT, one function each. An op runs in a Triton kernel or in plain PyTorch.
 
-`backend` decides which; `eager` has the references, `torch_library` the ops of traced graphs and their gradients.
+`backend` decides which, `eager` has the references, `torch_library` the ops of traced graphs and their gradients.
 Letters as in `fastbert.tokens`.
 
-num_tokens, an int32 [1] on the device, is how many of the T rows count where the host does not know it: kernels neither
-read nor write the rows from there on, the references take and return zeros there.
+num_tokens is an int32 [1] on the device: how many of the T rows are tokens, if only the device knows it. Kernels
+neither read nor write the rows from num_tokens on; the references read and return zeros there.
 """
 
 import os
@@ -16,12 +16,12 @@ from torch import Tensor
 from fastbert.ops import backend, eager, torch_library
 
 OPS = tuple(torch_library.FAKES)
-# Whether an index out of range raises in the call that met it, which waits for the device.
+# If True, an index out of range raises in the same call, which waits for the device.
 CHECK_IDS = os.environ.get("FASTBERT_CHECK") == "1"
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as it casts the arguments of `torch.nn.functional.linear`."""
+    """Cast to autocast's dtype if it is enabled, as autocast does for `torch.nn.functional.linear`."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -30,10 +30,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the tokens of a padded batch lie in the packed one: mask [B, S], zero for padding -> indices, cu_seqlens.
+    """Plan the packing of a padded batch: mask [B, S], zero for padding -> indices, cu_seqlens.
 
-    indices int64 [B * S] is a permutation of the flattened batch, the kept places first and in their order;
-    cu_seqlens int32 [B + 1] bounds each text's tokens among them. Zhai et al. 2022 (ByteTransformer), section III.
+    indices int64 [B * S] is a permutation of the flattened batch: the kept positions first, in their order.
+    cu_seqlens int32 [B + 1] holds the offsets of the sequences in it. Zhai et al. 2022 (ByteTransformer), section III.
     """
     if not backend.packs_on_device(mask.device):
         return eager.packing_plan(mask)
@@ -47,22 +47,25 @@ def embed_layer_norm(
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
     weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sum of the word, token type and position embeddings of the kept tokens, layer-normalized -> [T, E].
+    """LayerNorm of the sum of word, token type and position embeddings of the kept tokens -> [T, E].
 
-    input_ids, token_type_ids, position_ids: integers [B, S]; None means inputs_embeds [B, S, E] in place of word rows,
-    token type 0, the column as position. indices int64 [T]: the kept places of the flattened batch; None keeps all.
-    The tables are [V, E], [max positions, E], [types, E]; weight and bias [E]. The word row of padding_idx gets no
-    gradient. An index out of range raises IndexError in eager on the CPU; in a kernel see `raise_bad_ids`.
+    input_ids, token_type_ids, position_ids: integers [B, S]. Without input_ids, inputs_embeds [B, S, E] replaces the
+    word embeddings; without token_type_ids all types are 0; without position_ids the column is the position.
+    indices int64 [T]: the kept positions of the flattened batch; None keeps all. Tables: [V, E], [max positions, E],
+    [types, E]; weight and bias [E]. The word embedding of padding_idx gets no gradient. An index out of range raises
+    IndexError in eager on the CPU; for kernels see `raise_bad_ids`.
     Devlin et al. 2019, section 3; LayerNorm: Ba et al. 2016.
     """
     if input_ids is None:
-        word_table = word_table.detach()  # nothing is looked up in it: no gradient, rather than zeros
-    inputs = input_ids, token_type_ids, position_ids, inputs_embeds, indices
-    tables = word_table, position_table, token_type_table, weight, bias, eps
+        word_table = word_table.detach()  # unused: its gradient is None instead of zeros
+    arguments = (
+        input_ids, token_type_ids, position_ids, inputs_embeds, indices, word_table, position_table, token_type_table,
+        weight, bias, eps, padding_idx, num_tokens,
+    )  # fmt: skip
     kernel = backend.kernel("embed_layer_norm", word_table)
     if kernel is None:
-        return eager.embed_layer_norm(*inputs, *tables, padding_idx, num_tokens)
-    hidden = kernel(*inputs, *tables, padding_idx, num_tokens)
+        return eager.embed_layer_norm(*arguments)
+    hidden = kernel(*arguments)
     if CHECK_IDS:
         backend.raise_bad_ids(hidden.device, wait=True)
     return hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
@@ -86,11 +89,11 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """softmax(scale * Q K^T) V of each head within each sequence: qkv [T, 3, H, D], cu_seqlens int32 [N + 1] -> [T, E].
 
-    mask (bool or additive, broadcasting to [N, H, S, S]) needs sequences of one length and is served by eager only.
-    implementation, "sdpa" or "eager", chooses the eager path's attention. Vaswani et al. 2017, section 3.2.
+    mask (bool or additive, broadcasting to [N, H, S, S]) needs sequences of equal length and runs in eager only.
+    implementation, "sdpa" or "eager", is the attention of the eager path. Vaswani et al. 2017, section 3.2.
     """
-    refused = "a mask of attention scores cannot be packed" if mask is not None else None
-    kernel = backend.kernel("attention", qkv, refused, size=qkv.shape[-1])
+    unsupported_reason = "a mask of attention scores cannot be packed" if mask is not None else None
+    kernel = backend.kernel("attention", qkv, unsupported_reason, size=qkv.shape[-1])
     if kernel is None:
         return eager.attention(qkv, cu_seqlens, max_seqlen, scale, mask, implementation, num_tokens)
     return kernel(qkv, cu_seqlens, max_seqlen, scale)
@@ -115,7 +118,7 @@ def linear_residual_layer_norm(
 ) -> Tensor:  # fmt: skip
     """LayerNorm(x W^T + b + residual): x [T, F], weight [E, F], bias [E], residual [T, E] -> [T, E].
 
-    Under autocast the product is in its dtype, and the sum and LayerNorm are float32, as autocast runs LayerNorm.
+    Under autocast the product is computed in autocast's dtype, the sum and LayerNorm in float32.
     """
     norm = norm_weight, norm_bias, eps
     kernel = backend.kernel("linear_residual_layer_norm", x)
@@ -129,9 +132,10 @@ def linear_residual_layer_norm(
 def unpack(
     hidden: Tensor, indices: Tensor | None, batch_size: int, seq_len: int, num_tokens: Tensor | None = None
 ) -> Tensor:
-    """hidden [T, ...] to its places in [B, S, ...], zeros elsewhere.
+    """Scatter hidden [T, ...] into [B, S, ...], with zeros elsewhere.
 
-    indices int64 [T], no two alike: the place of each row; None if nothing was dropped, then the result is a view.
+    indices int64 [T], all different: the position of each row in the flattened batch; None if every token was kept,
+    then the result is a view.
     """
     if indices is None:
         return hidden.view(batch_size, seq_len, *hidden.shape[1:])
@@ -144,10 +148,10 @@ def unpack(
 def pool(
     hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, indices: Tensor | None = None
 ) -> Tensor:
-    """One vector a sequence: hidden [T, E], cu_seqlens int32 [N + 1] -> [N, E].
+    """One vector per sequence: hidden [T, E], cu_seqlens int32 [N + 1] -> [N, E].
 
-    mode "first" takes the first token, "mean" the mean in float32; normalize divides by the L2 norm. A sequence without
-    tokens gives zeros. indices int64 [T]: the rows of hidden [P, E] where the tokens lie, None where hidden is packed.
+    mode "first" takes the first token, "mean" the mean in float32; normalize divides by the L2 norm. An empty sequence
+    gives zeros. indices int64 [T]: the row of each token in hidden [P, E]; None if hidden is packed.
     Raises ValueError for another mode.
     """
     kernel = backend.kernel("pool", hidden, size=hidden.shape[-1])

@@ -1,8 +1,8 @@
-"""Which code runs an op, and why.
+"""The dispatch: which code runs an op, and why.
 
-An op runs in the kernel of its name in `fastbert_kernels` where its tensors, its options and this machine allow it, and
-in its reference, `fastbert.ops.eager`, otherwise. `backend` (or FASTBERT_BACKEND, read when this module is first
-imported, with the first model) overrides the choice.
+An op runs in its kernel in `fastbert_kernels` if its tensors, its options and the machine allow it, otherwise in its
+reference in `fastbert.ops.eager`. `backend` overrides the choice, and so does FASTBERT_BACKEND, which is read once,
+when this module is imported.
 """
 
 import functools
@@ -36,7 +36,7 @@ logger = logging.getLogger("fastbert")
 
 
 class _Choice(threading.local):
-    """The back end of the current thread; a `threading.local` because torch.compile can trace its attributes."""
+    """The back end chosen on this thread: a `threading.local`, whose attributes torch.compile can trace."""
 
     name = os.environ.get("FASTBERT_BACKEND", "auto")
 
@@ -45,19 +45,19 @@ _choice = _Choice()
 
 
 def may_overwrite() -> bool:
-    """Whether results may be written over tensors made here: nobody records, traces, transforms or autocasts them.
+    """True if in-place ops are safe: no autograd, tracing, functorch or autocast is active.
 
-    Fresh memory costs page faults: at 1024 x 1536 floats, GELU in place takes two thirds of the time.
+    They avoid the page faults of fresh memory: GELU of 1024 x 1536 floats takes two thirds of the time in place.
     """
     return not (torch.is_grad_enabled() or is_tracing() or is_any_autocast_enabled() or is_transforming())
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose what serves the ops inside the block, on this thread.
+    """Choose the back end of the ops inside the block, on this thread.
 
-    "auto" uses Triton where it can and says each reason why not once; "triton" raises RuntimeError with the reason
-    where it cannot; "eager" uses plain PyTorch. Raises ValueError for another name.
+    "auto" runs the Triton kernels and falls back to PyTorch where they cannot run, logging each reason once; "triton"
+    raises RuntimeError with the reason instead; "eager" runs plain PyTorch. Raises ValueError for another name.
     """
     _check_name(name, "fastbert.backend")
     previous, _choice.name = _choice.name, name
@@ -73,7 +73,7 @@ def _check_name(name: str, source: str) -> None:
 
 
 def current_backend() -> str:
-    """The back end chosen for this thread; raises ValueError where FASTBERT_BACKEND holds no back end's name."""
+    """The back end chosen for this thread. Raises ValueError if FASTBERT_BACKEND holds an unknown name."""
     name = _choice.name
     if name != "auto" and name not in BACKENDS:
         _check_name(name, "FASTBERT_BACKEND")
@@ -86,12 +86,12 @@ def warn_once(level: int, reason: str) -> None:
 
 
 def fall_back(what: str, reason: str, device: torch.device) -> None:
-    """Say once that `what` does not run in kernels, or raise RuntimeError where Triton was asked for.
+    """Log once that `what` runs in eager PyTorch; raise RuntimeError if the back end "triton" was chosen.
 
-    It is a warning of the logger "fastbert", and only information on a CPU, where no kernel was to be had anyway.
+    The logger is "fastbert", the level WARNING, or INFO on the CPU, where a fallback is expected.
     """
     if _choice.name == "triton":
-        raise RuntimeError(f"backend 'triton' cannot serve {what}: {reason}; 'auto' falls back to eager PyTorch")
+        raise RuntimeError(f"backend 'triton' cannot run {what}: {reason}; 'auto' falls back to eager PyTorch")
     if not is_tracing() or is_jit_tracing():
         level = logging.INFO if device.type == "cpu" else logging.WARNING
         warn_once(level, f"{what} runs in eager PyTorch: {reason}")
@@ -99,7 +99,7 @@ def fall_back(what: str, reason: str, device: torch.device) -> None:
 
 @constant_in_graphs
 def why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no kernel serves this op for such tensors on this machine; None if one does."""
+    """Why this machine has no kernel of this op for such tensors; None if it has one."""
     return _why_not_triton(op, device.type, device.index, dtype)
 
 
@@ -123,7 +123,7 @@ def _why_not_triton(op: str, device_type: str, device_index: int | None, dtype: 
 
 
 def launch_configurations(device: torch.device) -> Path | None:
-    """The file by which kernels are launched on a device, None where none can be. Raises ValueError for a bad file."""
+    """The file of a device's launch configurations; None if no kernel runs there. Raises ValueError for a bad file."""
     if why_not_triton("attention", device, torch.float32) is not None:
         return None
     configs = import_module("fastbert_kernels.configs")
@@ -133,9 +133,9 @@ def launch_configurations(device: torch.device) -> Path | None:
 
 
 def why_not_size(op: str, size: int) -> str | None:
-    """Why the kernel of an op takes no head (`attention`) or row (`pool`) of this size; None if it does.
+    """Why the kernel of an op does not support this head size (`attention`) or row size (`pool`); None if it does.
 
-    The limits are the kernels' own: ask only if `why_not_triton` has no reason, for this imports them.
+    Call it only if `why_not_triton` returns None: it imports the kernels for their limits.
     """
     if op == "attention" and size > (limit := _limit_of_kernels("MAX_HEAD_SIZE")):
         return f"heads of {size} are larger than {limit}"
@@ -144,7 +144,7 @@ def why_not_size(op: str, size: int) -> str | None:
     return None
 
 
-_why_not_size = functools.cache(why_not_size)  # where nobody traces
+_why_not_size = functools.cache(why_not_size)  # not for tracing
 
 
 @constant_in_graphs
@@ -158,20 +158,20 @@ def _cached_limit(name: str) -> int:
 
 
 def _wants_kernels(device: torch.device) -> bool:
-    """Whether the chosen back end asks kernels first for tensors on this device."""
+    """True if the chosen back end tries kernels for tensors on this device."""
     if _choice.name == "auto":
         return device.type != "cpu"
     return current_backend() == "triton"
 
 
 def _why_not_exported() -> str | None:
-    """Why what is traced right now holds none of our kernels; None if it may."""
-    leaves = is_jit_tracing() or torch.onnx.is_in_onnx_export()
-    return "what torch.jit.trace and torch.onnx record runs without fastbert" if leaves else None
+    """Why the graph that is being traced may hold no kernels; None if it may."""
+    portable = is_jit_tracing() or torch.onnx.is_in_onnx_export()
+    return "graphs of torch.jit.trace and torch.onnx must run without fastbert" if portable else None
 
 
 def why_eager(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str | None:
-    """Why the reference runs a call of `op` on such tensors; None if a kernel does. size: see `why_not_size`."""
+    """Why the reference runs `op` on such tensors; None if a kernel does. size: see `why_not_size`."""
     if _wants_kernels(device):
         exported = _why_not_exported() if is_tracing() else None
         return exported or why_not_triton(op, device, dtype) or why_not_size(op, size)
@@ -180,13 +180,13 @@ def why_eager(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) 
 
 
 def packs_on_device(device: torch.device) -> bool:
-    """Whether a mask on this device is packed there, without the host ever knowing how many tokens are kept."""
+    """True if masks on this device are packed there, so that the host never learns the number of tokens."""
     return why_eager("packing_plan", device, torch.float32) is None
 
 
 def launches_directly(tensor: Tensor, head_size: int) -> bool:
-    """Whether every op of an encoder layer, on tensors like this one in their own dtype, is a launch of its kernel:
-    nobody records gradients, traces, transforms or watches."""
+    """True if every op of an encoder layer launches its kernel directly for tensors like this one: kernels support
+    them, and no autograd, autocast, tracing, function transform or dispatch mode is active."""
     return (
         _wants_kernels(tensor.device)
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type))
@@ -196,18 +196,20 @@ def launches_directly(tensor: Tensor, head_size: int) -> bool:
     )
 
 
-def kernel(op: str, tensor: Tensor, refused: str | None = None, size: int = 0) -> Callable | None:
-    """What runs a call of `op` on tensors like this one: the kernel's launcher, the op of `torch_library` where
-    somebody traces or records it, None for the reference. refused: why only the reference can, if so; size: see
-    `why_not_size`."""
+def kernel(op: str, tensor: Tensor, unsupported_reason: str | None = None, size: int = 0) -> Callable | None:
+    """The function that runs `op` on tensors like this one: the launcher of its kernel, the op of `torch_library` under
+    tracing, autograd or a dispatch mode, or None for the reference.
+
+    unsupported_reason: why kernels do not support this call, if the caller knows; size: see `why_not_size`.
+    """
     if not _wants_kernels(tensor.device):
         return None
     tracing = is_tracing()
     if tracing:
-        refused = _why_not_exported() or refused
+        unsupported_reason = _why_not_exported() or unsupported_reason
     elif is_transforming():
-        refused = "a function transform or a forward-mode derivative is active"
-    reason = refused or why_not_triton(op, tensor.device, tensor.dtype) or why_not_size(op, size)
+        unsupported_reason = "a function transform or a forward-mode derivative is active"
+    reason = unsupported_reason or why_not_triton(op, tensor.device, tensor.dtype) or why_not_size(op, size)
     if reason is not None:
         fall_back(op, reason, tensor.device)
         return None
@@ -218,15 +220,15 @@ def kernel(op: str, tensor: Tensor, refused: str | None = None, size: int = 0) -
 
 
 def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
-    """Raise IndexError if kernels on this device have met an index out of range since the last call of this function.
+    """Raise IndexError if kernels on this device have read an index out of range since the last call of this function.
 
-    The outputs of such a text are NaN. Without `wait` kernels that still run are not waited for, so that the error
-    comes with a later call. A traced graph and a mode that sees every op have no place for it: there the next call
-    without them raises.
+    The outputs of that sequence are NaN. Without `wait` this does not wait for kernels that still run, so a later call
+    may raise instead. It does nothing under tracing, a function transform or a dispatch mode: the next call outside of
+    them raises.
     """
     if is_tracing() or is_transforming() or is_watched():
         return
-    # Not there before the first kernel, nor while another thread still imports it.
+    # None before the first kernel, and while another thread imports the module.
     take_bad_ids = getattr(sys.modules.get("fastbert_kernels"), "take_bad_ids", None)
     if take_bad_ids is None:
         return
@@ -236,6 +238,6 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     if found:
         values = ", ".join(f"{name} held {value}, allowed are 0 to {limit - 1}" for name, value, limit in found)
         raise IndexError(
-            f"{values}: the outputs of that text, in this call or an earlier one, are NaN; FASTBERT_CHECK=1 in the "
-            "environment raises in the call itself"
+            f"{values}: the outputs of that sequence, in this call or an earlier one, are NaN; FASTBERT_CHECK=1 in "
+            "the environment raises in the call itself"
         )

@@ -1,7 +1,10 @@
-"""Every fused op in plain PyTorch: what the CPU runs, and the reference the kernels are held to.
+"""Every fused op in plain PyTorch: the reference that kernels are tested against, and what runs where no kernel can.
 
-Same names and signatures as `fastbert.ops`, which documents them; letters as in `fastbert.tokens`.
+Names and signatures are those of `fastbert.ops`, which documents them; letters as in `fastbert.tokens`.
 """
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,22 +12,23 @@ from torch import Tensor
 
 from fastbert.ops.backend import is_tracing, may_overwrite
 
-# The same functions as transformers' activations of these names; "none" is the identity.
-ACTIVATIONS = {
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
+
+# By the names of `ops.linear_activation`; "none" is the identity. torch's stub of gelu lacks `out`.
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "none": lambda x, out=None: x,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x, out=None: F.gelu(x, approximate="tanh", out=out),
+    "gelu_tanh": lambda x, out=None: F.gelu(x, approximate="tanh", out=out),  # type: ignore[call-arg]
     "relu": lambda x, out=None: F.relu(x, inplace=out is not None),
     "tanh": torch.tanh,
 }
 
-
-# E * S^2 below which attention over a sequence of S tokens takes less than the call (measured on two cores).
+# Below this E * S^2 the call overhead exceeds the attention of one sequence of S tokens (measured on two cores).
 SHORT_ATTENTION = 2**17
 
 
 def clear_past(hidden: Tensor, num_tokens: Tensor | None) -> Tensor:
-    """hidden [T, ...] with zeros from row num_tokens on, where it is given: what stands there must not matter."""
+    """Zero the rows of hidden [T, ...] from num_tokens on, if given, so that their values have no effect."""
     if num_tokens is None:
         return hidden
     past = torch.arange(hidden.shape[0], device=hidden.device) >= num_tokens
@@ -32,9 +36,9 @@ def clear_past(hidden: Tensor, num_tokens: Tensor | None) -> Tensor:
 
 
 def sequence_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """int64 [T]: the sequence that each token belongs to, N past the last one's end; cu_seqlens [N + 1].
+    """cu_seqlens [N + 1] -> int64 [T], the sequence of each token, N past the end of the last sequence.
 
-    All bounds are searched, not those from the second on: inductor of torch 2.11 ignores where a slice begins.
+    All offsets are searched instead of cu_seqlens[1:], because inductor in torch 2.11 ignores the start of the slice.
     """
     tokens = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
@@ -51,15 +55,15 @@ def embed_layer_norm(
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
     weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    seq_len = (inputs_embeds if input_ids is None else input_ids).shape[1]
-
     def kept(tensor: Tensor) -> Tensor:  # [B, S, ...] -> [T, ...]
         tensor = tensor.flatten(0, 1)
         return clear_past(tensor if indices is None else tensor[indices], num_tokens)
 
-    hidden = (
-        F.embedding(kept(input_ids), word_table, padding_idx) if input_ids is not None else kept(inputs_embeds)
-    )  # [T, E]
+    if input_ids is not None:
+        hidden, seq_len = F.embedding(kept(input_ids), word_table, padding_idx), input_ids.shape[1]  # [T, E]
+    else:
+        assert inputs_embeds is not None
+        hidden, seq_len = kept(inputs_embeds), inputs_embeds.shape[1]
     if token_type_ids is None:
         hidden = hidden + token_type_table[0]
     else:
@@ -82,9 +86,10 @@ def qkv_projection(
     if may_overwrite():
         qkv = x.new_empty(x.shape[0], 3, hidden_size)
         q, k, v = qkv.unbind(1)
-        F.linear(x, q_weight, q_bias, out=q)
-        F.linear(x, k_weight, k_bias, out=k)
-        F.linear(x, v_weight, v_bias, out=v)
+        linear: Callable[..., Tensor] = F.linear  # torch's stub lacks `out`
+        linear(x, q_weight, q_bias, out=q)
+        linear(x, k_weight, k_bias, out=k)
+        linear(x, v_weight, v_bias, out=v)
     else:
         q, k, v = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
         qkv = torch.stack((q, k, v), 1)
@@ -127,7 +132,7 @@ def unpack(
     if indices is not None:
         hidden = clear_past(hidden, num_tokens)
         hidden = hidden.new_zeros(batch_size * seq_len, *hidden.shape[1:]).index_copy_(0, indices, hidden)
-    # Not `unflatten`: a trace holds it with the sizes of the example.
+    # Not `unflatten`: a trace would record the sizes of its example as constants.
     return hidden.view(batch_size, seq_len, *hidden.shape[1:])
 
 
@@ -137,7 +142,7 @@ def pool(
     if mode not in ("first", "mean"):
         raise ValueError(f"pool mode {mode!r} is unknown; choose 'first' or 'mean'")
     if mode == "first" and indices is not None:
-        # The rows of the first tokens alone: a gather of all of them would copy the hidden states.
+        # Gather the first tokens only: gathering all of them would copy the hidden states.
         starts = indices[cu_seqlens[:-1].long().clamp(max=indices.shape[0] - 1)] if len(indices) else cu_seqlens[:-1]
     else:
         hidden = hidden if indices is None else hidden[indices]
@@ -149,11 +154,11 @@ def pool(
         pooled = hidden[starts.clamp(max=hidden.shape[0] - 1)].masked_fill(lengths == 0, 0)
     else:
         sequence = sequence_of(cu_seqlens, hidden.shape[0])
-        # Rows past the last sequence are added to one more, which is dropped.
+        # Rows past the last sequence are added to one extra sum, which is dropped.
         pooled = torch.zeros(len(starts) + 1, hidden.shape[1], dtype=wide, device=hidden.device)
         pooled = pooled.index_add_(0, sequence, hidden.to(wide))[:-1] / lengths.clamp(min=1)
     if normalize:
-        # In float32: the guard against a division by zero is 1e-12, which is zero in float16.
+        # In float32, because the eps of the division, 1e-12, is zero in float16.
         pooled = F.normalize(pooled.to(wide), dim=-1)
     return pooled.to(hidden.dtype)
 
@@ -161,8 +166,8 @@ def pool(
 def padded_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float, implementation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of sequences of one length: q, k, v [N, S, H, D] -> context [N, S, E], and the weights [N, H, S, S]
-    of implementation "eager"."""
+    """Attention of sequences of equal length: q, k, v [N, S, H, D] -> context [N, S, E], and the weights [N, H, S, S]
+    if implementation is "eager", otherwise None."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     context, weights = _attend(q, k, v, mask, scale, dropout, implementation)
     return context.transpose(1, 2).flatten(2), weights
@@ -174,39 +179,40 @@ def varlen_attention(
 ) -> Tensor:  # fmt: skip
     """Attention within each sequence of q, k, v [T, H, D] -> context [T, E]; rows from num_tokens on are unspecified.
 
-    On the CPU every sequence takes a call of its own, unless they are so short that the calls cost more than padding
-    them for one masked call. Elsewhere they are padded, for the host does not know the lengths.
+    On the CPU each sequence takes one call, unless the sequences are so short that padding them for a single masked
+    call is cheaper. On other devices they are always padded, because the host does not know the lengths.
     """
     size, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
     mask, place = None, None
     if num_tokens is not None or size != num_sequences * max_seqlen:
         short = q.shape[1] * q.shape[2] * max_seqlen**2 < SHORT_ATTENTION
         if q.device.type == "cpu" and num_tokens is None and not is_tracing() and not short:
-            # split, not slices: the backward of a slice fills a whole [T, H, D] with zeros, once a sequence.
-            lengths = cu_seqlens.diff().tolist()
-            sequences = zip(lengths, *(x[None].split(lengths, 1) for x in (q, k, v)), strict=True)
-            context = [
-                padded_attention(*sequence, scale, None, dropout, implementation)[0]
-                for length, *sequence in sequences
-                if length
+            # split instead of slices: the backward of every slice would zero a whole [T, H, D].
+            sizes = cu_seqlens.diff().tolist()
+            sequences = zip(sizes, *(x[None].split(sizes, 1) for x in (q, k, v)), strict=True)
+            contexts = [
+                padded_attention(q, k, v, scale, None, dropout, implementation)[0]
+                for size, q, k, v in sequences
+                if size
             ]
-            return torch.cat(context, 1)[0]
+            return torch.cat(contexts, 1)[0]
         sequence = sequence_of(cu_seqlens, size)
         place = sequence * max_seqlen + torch.arange(size, device=q.device) - cu_seqlens[sequence]
         lengths = cu_seqlens.diff()
         if num_tokens is not None:
-            # Rows past the count share the first place of a sequence of their own.
+            # Rows past num_tokens share the first place of one extra sequence.
             place = place.clamp(max=num_sequences * max_seqlen)
             lengths, num_sequences = F.pad(lengths, (0, 1)), num_sequences + 1
-        # A sequence without tokens attends to a zero: its softmax over nothing would be NaN.
+        # An empty sequence attends to one zero key, because a softmax over no key is NaN.
         mask = (torch.arange(max_seqlen, device=q.device) < lengths[:, None].clamp(min=1))[:, None, None]
     q, k, v = (unpack(x, place, num_sequences, max_seqlen) for x in (q, k, v))
     context = padded_attention(q, k, v, scale, mask, dropout, implementation)[0].flatten(0, 1)
     return context if place is None else context[place]
 
 
-def finite(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """An additive mask in the scores' dtype whose -inf are that dtype's minimum: a row of -inf only would be NaN."""
+def finite(mask: OptionalTensor, dtype: torch.dtype) -> OptionalTensor:
+    """An additive mask in the dtype of the scores, with its minimum for -inf, because a row of -inf only gives NaN. A
+    bool mask and None are returned unchanged."""
     if mask is None or mask.dtype == torch.bool:
         return mask
     return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
@@ -215,18 +221,18 @@ def finite(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, implementation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """q, k, v [N, H, S, D] -> [N, H, S, D], and of "eager" the weights [N, H, S, S]."""
+    """q, k, v [N, H, S, D] -> context [N, H, S, D], and the weights [N, H, S, S] of "eager"."""
     if implementation == "eager":
         return _softmax_attention(q, k, v, mask, scale, dropout)
     if q.numel() == 0:
-        return v + 0 * (q + k), None  # of nothing, but queries and keys get their gradients, of zeros
+        return v + 0 * (q + k), None  # empty, but q and k must get gradients, too
     return F.scaled_dot_product_attention(q, k, v, finite(mask, q.dtype), dropout, scale=scale), None
 
 
 def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention by its definition, for its weights (after dropout, as transformers returns them)."""
+    """Attention by its definition; also returns the weights, after dropout, as transformers does."""
     scores = q @ k.transpose(-2, -1) * scale
     if mask is not None:
         mask = finite(mask, scores.dtype)

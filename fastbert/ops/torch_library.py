@@ -1,9 +1,8 @@
-"""The kernels as `torch.library` ops, "fastbert::<op>": what a traced graph holds, and autograd of a single op.
+"""The kernels as `torch.library` ops, "fastbert::<op>", for traced graphs and for autograd of single ops.
 
-A graph sees one opaque node an op, with its output's shape (the fake), and one in the backward, which computes the op
-again by its eager twin: no compiler looks into the twin. Where nothing traces and no gradient is asked for,
-`fastbert.ops` calls the kernels' launchers themselves: a custom op costs 7 to 14 microseconds a call. Letters as in
-`fastbert.tokens`.
+In a graph each op is one opaque node, whose fake gives the shape of the output. Its backward is another opaque node,
+which recomputes the op by its eager reference, hidden from compilers. Without tracing and gradients `fastbert.ops`
+calls the launchers directly, because a custom op costs 7 to 14 microseconds a call. Letters as in `fastbert.tokens`.
 """
 
 import functools
@@ -21,8 +20,7 @@ from fastbert.ops.backend import is_tracing
 
 _LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 
-# By its name, the fake of each op: what it returns, by its inputs' shapes and dtypes alone. Its annotations are the
-# op's schema.
+# Op name -> its fake, which makes an output of the right shape and dtype. Its annotations become the op's schema.
 FAKES: dict[str, Callable] = {}
 
 
@@ -44,8 +42,9 @@ def embed_layer_norm(
     weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None, num_tokens: Tensor | None,
 ) -> Tensor:  # fmt: skip
     given = inputs_embeds if input_ids is None else input_ids
+    assert given is not None
     size = given.shape[0] * given.shape[1] if indices is None else indices.shape[0]
-    summands = inputs_embeds if input_ids is None else word_table, position_table, token_type_table
+    summands = given if input_ids is None else word_table, position_table, token_type_table
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in summands))
     return word_table.new_empty(size, word_table.shape[1], dtype=dtype)
 
@@ -90,32 +89,32 @@ SCHEMAS = {name: torch.library.infer_schema(fake, mutates_args=()) for name, fak
 
 
 def gradients(compute: Callable[..., Tensor], inputs: tuple, wanted: tuple[bool, ...], grad: Tensor) -> list:
-    """The gradients of compute(*inputs) for the inputs that are wanted, None for the others.
+    """The gradients of compute(*inputs) for the wanted inputs, None for the others.
 
-    compute runs again, recorded, on detached inputs: memory for speed, as in gradient checkpointing. Where gradients
-    are recorded (`create_graph=True`) the inputs keep their history, so that what is found has gradients of its own.
+    compute runs again on detached inputs, with autograd: this saves memory, as gradient checkpointing does. Under
+    `create_graph=True` the inputs keep their history, so that the gradients can be differentiated.
     """
-    again = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
 
     def source(x, want):
         if not isinstance(x, Tensor):
             return x
-        # An alias, since one input may have been computed from another.
-        return x.view_as(x) if again else x.detach().requires_grad_(want)
+        # An alias, because one input may have been computed from another.
+        return x.view_as(x) if create_graph else x.detach().requires_grad_(want)
 
-    inputs = list(map(source, inputs, wanted))
-    # Of torch's attentions only one has a derivative of its gradient.
-    attention = sdpa_kernel(SDPBackend.MATH) if again else nullcontext()
+    sources = list(map(source, inputs, wanted))
+    # Only this implementation of torch's attention has a second derivative.
+    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
     with torch.enable_grad(), attention:
-        output = compute(*inputs)
-    sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(output, sources, grad, create_graph=again, allow_unused=True))
+        output = compute(*sources)
+    sources = [x for x, want in zip(sources, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(output, sources, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 
 def _embed_within_bounds(input_ids, token_type_ids, position_ids, inputs_embeds, indices, *others):
-    """The eager twin with every index in its table: one that is not would end the process on a GPU. The kernel has made
-    that token NaN and kept the index for the error."""
+    """The eager reference with indices clamped to their tables: an index out of range would be a fatal device assert.
+    The kernel has already set that sequence to NaN and recorded the index for the error."""
     word_table, position_table, token_type_table, *_ = others
     tables = word_table, token_type_table, position_table
     known = (
@@ -125,7 +124,7 @@ def _embed_within_bounds(input_ids, token_type_ids, position_ids, inputs_embeds,
     return eager.embed_layer_norm(*known, inputs_embeds, indices, *others)
 
 
-def _twin(name: str) -> Callable[..., Tensor]:
+def _reference(name: str) -> Callable[..., Tensor]:
     if name == "attention":
         return lambda qkv, cu_seqlens, max_seqlen, scale: eager.attention(
             qkv, cu_seqlens, max_seqlen, scale, num_tokens=cu_seqlens[-1:]
@@ -134,18 +133,17 @@ def _twin(name: str) -> Callable[..., Tensor]:
 
 
 def _define_backward(name: str, compute: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
-    """The op of the gradients of `compute` for the inputs that are wanted: of the output's gradient, the inputs of the
-    op `name` and, for each of these, whether it is wanted."""
+    """Define "<name>_backward": the output's gradient, the op's inputs and a bool for each input -> the gradients of
+    `compute` for the inputs whose bool is True."""
     inputs, _ = SCHEMAS[name].removeprefix("(").split(") -> ")
     _LIBRARY.define(f"{name}_backward(Tensor grad, {inputs}, bool[] wanted) -> Tensor[]")
 
     def backward(grad, *arguments):
         *inputs, wanted = arguments
-        # Autocast has had its part before the op, and below a mode that sees every op (it counts them, say) torch
-        # leaves autograd out.
+        # The inputs have been autocast before the op. Under a dispatch mode torch excludes autograd.
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), autograd_below_modes():
             found = gradients(compute, inputs, wanted, grad)
-        # As the fake says: all of them, one after another in memory.
+        # As the fake promises: a contiguous tensor for each wanted input.
         return [
             x.new_zeros(x.shape) if gradient is None else gradient.contiguous()
             for x, gradient, want in zip(inputs, found, wanted, strict=True)
@@ -156,7 +154,7 @@ def _define_backward(name: str, compute: Callable[..., Tensor]) -> Callable[...,
         *inputs, wanted = arguments
         return [x.new_empty(x.shape) for x, want in zip(inputs, wanted, strict=True) if want]
 
-    # Composite: it runs autograd itself, which the body of a `custom_op` cannot.
+    # CompositeExplicitAutograd, because this runs autograd, which the body of a `custom_op` cannot.
     _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastbert::{name}_backward", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastbert, f"{name}_backward")
@@ -170,7 +168,8 @@ def _define(name: str) -> None:
     op.register_fake(FAKES[name])
     if name == "packing_plan":
         return
-    compute_gradients, twin = _define_backward(name, _twin(name)), _twin(name)
+    reference = _reference(name)
+    compute_gradients = _define_backward(name, reference)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
@@ -181,7 +180,7 @@ def _define(name: str) -> None:
         inputs = [next(saved) if other is None else other[0] for other in ctx.others]
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled() and not is_tracing():
-            return tuple(gradients(twin, inputs, wanted, grad))
+            return tuple(gradients(reference, inputs, wanted, grad))
         found = iter(compute_gradients(grad, *inputs, wanted))
         return tuple(next(found) if want else None for want in wanted)
 

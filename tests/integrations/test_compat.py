@@ -229,6 +229,7 @@ def test_own_parameters(private):
     with_bias, without = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
     assert _compat.own_parameters(without) == {"weight": without.weight, "bias": None}
     assert _compat.own_parameters(nn.Sequential(with_bias)) == {}
+    assert _compat.weights_of([with_bias]) == [with_bias.weight]
     found = _compat.weights_and_biases([with_bias, without])
     expected = [with_bias.weight, with_bias.bias, without.weight, None]
     assert all(x is y for x, y in zip(found, expected, strict=True))

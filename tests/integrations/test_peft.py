@@ -340,7 +340,7 @@ def test_prompt_tuning(config, order):
 def test_prefix_tuning_is_refused(order):
     """Its keys and values come in a cache, which an encoder of fastbert's does not have."""
     model = adapted(order, peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5))
-    with pytest.raises(ValueError, match="past_key_values: only encoders are served"):
+    with pytest.raises(ValueError, match="past_key_values: only encoders are supported"):
         model(input_ids=INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"])
 
 

@@ -480,11 +480,11 @@ def beside_a_decoder():
 
 
 REFUSED = {
-    "decoder": (lambda: made("BertLMHeadModel", is_decoder=True), r"config.is_decoder=True is not served"),
-    "encoder and decoder": (bert2bert, r"config.is_decoder=True is not served"),
-    "beside a decoder": (beside_a_decoder, r"config.is_decoder=True is not served"),
-    "relative positions": (relative_positions, r"position_embedding_type='relative_key' is not served"),
-    "custom attention": (with_custom_attention, r"attn_implementation='twice' is unknown here"),
+    "decoder": (lambda: made("BertLMHeadModel", is_decoder=True), r"config.is_decoder=True is not supported"),
+    "encoder and decoder": (bert2bert, r"config.is_decoder=True is not supported"),
+    "beside a decoder": (beside_a_decoder, r"config.is_decoder=True is not supported"),
+    "relative positions": (relative_positions, r"position_embedding_type='relative_key' is not supported"),
+    "custom attention": (with_custom_attention, r"attn_implementation='twice' of the model is unknown"),
     "own encoder": (with_own_encoder, r"\S*test_conversion.OwnEncoder derives from transformers' BertModel"),
     "own attention": (
         with_own_attention,

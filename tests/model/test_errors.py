@@ -148,8 +148,8 @@ def test_unknown_arguments_are_refused_through_a_head():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"is_decoder": True}, "config.is_decoder=True is not served.*transformers.BertLMHeadModel"),
-        ({"add_cross_attention": True}, "config.add_cross_attention=True is not served.*transformers"),
+        ({"is_decoder": True}, "config.is_decoder=True is not supported.*transformers.BertLMHeadModel"),
+        ({"add_cross_attention": True}, "config.add_cross_attention=True is not supported.*transformers"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'.*only 'absolute'"),
         ({"hidden_act": "gelo"}, "config.hidden_act='gelo' is unknown; choose one of .*gelu"),
         (

@@ -162,7 +162,7 @@ CHANGES = {
 }
 # What `optimize` refuses by name; what is changed afterwards counts.
 REFUSED = {
-    become_a_decoder: "config.is_decoder=True is not served",
+    become_a_decoder: "config.is_decoder=True is not supported",
     feed_forward_by_hand: "encoder.layer.0 has a patched feed_forward_chunk",
     mask_by_hand: "its _create_attention_masks is patched",
 }
@@ -340,10 +340,19 @@ def test_traced_graphs_have_the_buffers_as_they_are():
             torch.testing.assert_close(compiled(ids)[0], theirs(ids)[0], atol=1e-5, rtol=1e-5)
 
 
+def test_another_configuration_object_that_names_no_attention():
+    ours = fastbert.optimize(tiny())
+    with torch.no_grad():
+        before = ours(**batch("right")).last_hidden_state
+        ours.config = tiny_config(num_hidden_layers=2)
+        assert ours.config._attn_implementation is None
+        assert torch.equal(ours(**batch("right")).last_hidden_state, before)
+
+
 def test_attention_that_is_another_function_is_refused_by_name():
     ours = fastbert.optimize(tiny())
     ours.config._attn_implementation = "twice"
-    with pytest.raises(ValueError, match="attn_implementation='twice' is unknown here"):
+    with pytest.raises(ValueError, match="attn_implementation='twice' of the model is unknown"):
         ours(**batch(None))
 
 
@@ -352,7 +361,7 @@ def test_causal_attention_by_another_name_is_refused(change):
     ours = fastbert.optimize(tiny())
     change(ours)
     ours.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2 is not served"):
+    with pytest.raises(ValueError, match="flash_attention_2 is not supported"):
         ours(**batch("right"))
 
 
@@ -377,7 +386,7 @@ def test_attention_weights_of_a_layer_with_another_forward_are_refused(way, monk
     else:
         monkeypatch.setattr(hf.BertLayer, "forward", halved(hf.BertLayer.forward))
     with pytest.raises(
-        ValueError, match="output_attentions is not served for a .* whose forward is patched or wrapped"
+        ValueError, match="output_attentions is not supported for a .* whose forward is patched or wrapped"
     ):
         ours(**batch("right"), output_attentions=True)
     assert ours(**batch("right")).last_hidden_state.isfinite().all()
@@ -386,7 +395,7 @@ def test_attention_weights_of_a_layer_with_another_forward_are_refused(way, monk
 def test_a_cache_is_refused_by_name():
     ours = fastbert.optimize(tiny())
     ours.config.is_decoder = True
-    with pytest.raises(ValueError, match="use_cache=True: only encoders are served"):
+    with pytest.raises(ValueError, match="use_cache=True: only encoders are supported"):
         ours(**batch(None))
 
 
@@ -405,7 +414,7 @@ def test_masks_that_transformers_does_not_take_may_meet_its_causal_ones(mask):
 def test_packed_texts_with_masks_of_ones_own_are_refused():
     ours = fastbert.optimize(tiny())
     mask_by_hand(ours)
-    with pytest.raises(ValueError, match="texts packed by cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="cu_seq_lens_q is not supported for a decoder or a patched"):
         ours(batch(None)["input_ids"][:1], cu_seq_lens_q=torch.tensor([0, 5, 12]))
 
 

@@ -128,7 +128,7 @@ def test_a_trace_that_asks_for_kernels_is_refused():
     ours, _ = pair(return_dict=False)
     with (
         fastbert.backend("triton"),
-        pytest.raises(RuntimeError, match="what torch.jit.trace and torch.onnx record runs without fastbert"),
+        pytest.raises(RuntimeError, match="graphs of torch.jit.trace and torch.onnx must run without fastbert"),
     ):
         torch.jit.trace(ours, texts(2, 8)[:2], strict=False)
 

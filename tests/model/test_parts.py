@@ -279,9 +279,9 @@ def test_what_came_after_optimize_is_given_what_transformers_gives(change, atten
 def test_an_encoder_that_returns_no_states_is_named():
     ours, _ = pair()
     with_own_encoder(ours)
-    with pytest.raises(ValueError, match=r"^output_hidden_states is not served for a .*OwnEncoder"):
+    with pytest.raises(ValueError, match=r"^output_hidden_states is not supported by a .*OwnEncoder"):
         ours(IDS, output_hidden_states=True)
-    with pytest.raises(ValueError, match=r"^output_attentions is not served for a .*OwnEncoder"):
+    with pytest.raises(ValueError, match=r"^output_attentions is not supported by a .*OwnEncoder"):
         ours(IDS, output_attentions=True)
 
 

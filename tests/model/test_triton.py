@@ -567,7 +567,7 @@ def test_a_recomputation_has_the_autocast_of_its_forward():
 
     x = torch.ones(2, device=DEVICE, requires_grad=True)
     with torch.autocast(DEVICE, torch.float16):
-        output = encoder_layer.in_one_node(compute, x)
+        output = encoder_layer.one_autograd_node(compute, x)
     output.sum().backward()
     assert seen == [(True, torch.float16)] * 2
     assert x.grad.tolist() == [2, 2]

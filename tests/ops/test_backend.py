@@ -30,7 +30,7 @@ def test_unknown_names_are_refused():
 
 def test_an_explicit_choice_that_cannot_be_served_raises_with_the_reason(no_interpreter):
     ours, _ = pair()
-    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve .*on 'cpu'.*CUDA device"):
+    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run .*on 'cpu'.*CUDA device"):
         ours(**batch())
     assert ours(**batch()).last_hidden_state.isfinite().all()
 
@@ -41,7 +41,7 @@ def test_an_explicit_choice_refuses_a_layer_that_must_run_through_its_modules():
     ours.encoder.layer[0].register_forward_hook(lambda *_: None)
     with (
         fastbert.backend("triton"),
-        pytest.raises(RuntimeError, match="cannot serve an encoder layer: BertLayer has hooks"),
+        pytest.raises(RuntimeError, match="cannot run an encoder layer: BertLayer has hooks"),
     ):
         ours(**batch())
     assert ours(**batch()).last_hidden_state.isfinite().all()
@@ -67,7 +67,7 @@ def test_the_choice_belongs_to_its_thread():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("triton", "RuntimeError: backend 'triton' cannot serve"),
+        ("triton", "RuntimeError: backend 'triton' cannot run"),
         ("cuda", "ValueError: FASTBERT_BACKEND: unknown"),
         ("eager", ""),
     ],

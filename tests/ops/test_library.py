@@ -83,12 +83,12 @@ def test_a_backward_has_no_autocast_of_its_own():
     assert all(torch.equal(*gradients) for gradients in zip(*found, strict=True))
 
 
-def test_every_op_of_the_seam_has_one():
+def test_every_op_has_a_fake():
     assert set(torch_library.SCHEMAS) == set(torch_library.FAKES) == set(ops.OPS)
 
 
 @pytest.mark.parametrize("op", [op for op in ops.OPS if op != "packing_plan"])
-def test_gradients_of_an_op_are_its_twins(op):
+def test_gradients_of_an_op_are_its_references(op):
     for arguments in examples()[op]:
         inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
         found = []

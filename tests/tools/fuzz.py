@@ -42,7 +42,7 @@ from fastbert.testing import closeness, limit
 # Limits relative to transformers' largest error in a case. Its error in one output with few numbers may be small by
 # chance. Gradients have a larger factor, since they jump at the kinks of activations.
 FACTORS = {"output": 10.0, "gradient": 30.0}
-NO_TRITON = "RuntimeError: backend 'triton' cannot serve"
+NO_TRITON = "RuntimeError: backend 'triton' cannot run"
 
 
 class Fault(AssertionError):
@@ -177,7 +177,7 @@ def compute(theirs: nn.Module, truth: nn.Module, case: Case) -> Expected:
 
 @contextmanager
 def differing_on_purpose(model: nn.Module, case: Case) -> Iterator[None]:
-    """Make transformers' model behave like fastbert where it differs on purpose, by the table in README.md."""
+    """Make transformers' model behave like fastbert where it differs on purpose, by the table in docs/differences.md."""
     keep, bert, handles = keep_of(case), encoder_of(model), []
     attention = bert.config._attn_implementation
 

@@ -21,7 +21,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils import ModelOutput
 
 PATCHED_CLASS = "is patched or replaced for every model"
-NO_WEIGHTS = "output_attentions is not served for"
+NO_WEIGHTS = "output_attentions is not supported"
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_bench_is_refused_before_it_says_what_serves(model, monkeypatch, no_inte
         found = runner.invoke(app, ["bench", model, "--device", "cpu"])
     assert found.exit_code == 2
     assert "served by" not in found.stdout
-    assert found.stderr.startswith("fastbert: backend 'triton' cannot serve ")
+    assert found.stderr.startswith("fastbert: backend 'triton' cannot run ")
 
 
 def test_info(monkeypatch):

@@ -398,7 +398,7 @@ def test_a_model_that_is_no_bert_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a model of type 'roberta', and fastbert serves 'bert' alone"):
         Checkpoint(str(tmp_path))
     transformers.BertModel(tiny_config(is_decoder=True)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config.is_decoder=True is not served"):
+    with pytest.raises(ValueError, match="config.is_decoder=True is not supported"):
         Checkpoint(str(tmp_path)).pair("BertModel")
 
 
@@ -440,7 +440,7 @@ def test_a_folder_of_sentence_transformers(saved, tmp_path):
 
 
 def test_bench_is_refused_before_anything_is_said(saved, no_interpreter):
-    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot serve"):
+    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
         Benchmark(saved(), CPU, "float32")
 
 
