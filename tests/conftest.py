@@ -3,6 +3,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Processes that tests start import the helpers in tests/tools, too.
@@ -50,10 +51,29 @@ def _untraced(interpret: Callable) -> Callable:
     return untraced
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.runtime.interpreter import GridExecutor
+def _patch_once_a_launch(interpreter: ModuleType) -> None:
+    """Triton patches `triton.language` for a launch, and again in each call of a jit helper, which changes nothing but
+    takes a third of the tests' time (triton/runtime/interpreter.py, 3.6 to 3.9)."""
+    patch, interpret = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()  # whose globals were patched in this launch
 
-    GridExecutor.__call__ = _untraced(GridExecutor.__call__)
+    def patch_once(fn):
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
+            return patch(fn)
+
+    def launch(*args, **kwargs):
+        patched.clear()
+        return interpret(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    _patch_once_a_launch(interpreter)
+    interpreter.GridExecutor.__call__ = _untraced(interpreter.GridExecutor.__call__)
 
 
 @pytest.hookimpl(optionalhook=True)

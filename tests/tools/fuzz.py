@@ -177,7 +177,7 @@ def compute(theirs: nn.Module, truth: nn.Module, case: Case) -> Expected:
 
 @contextmanager
 def differing_on_purpose(model: nn.Module, case: Case) -> Iterator[None]:
-    """Make transformers' model behave like fastbert where it differs on purpose, by the table in docs/differences.md."""
+    """Make transformers' model behave like fastbert where it differs on purpose, as docs/differences.md says."""
     keep, bert, handles = keep_of(case), encoder_of(model), []
     attention = bert.config._attn_implementation
 
