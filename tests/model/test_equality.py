@@ -1,4 +1,4 @@
-"""Every class gives what transformers' class gives: outputs, losses, gradients, hidden states, attentions."""
+"""Every class equals transformers' class in outputs, losses, gradients, hidden states and attentions."""
 
 from copy import deepcopy
 
@@ -25,8 +25,8 @@ def check_outputs(ours, theirs, truth, mask):
 @pytest.mark.parametrize("head", HEADS)
 def test_outputs_and_loss(head, mask, attention):
     ours, theirs = pair(head, attention)
-    # Left padding and holes: transformers pools column 0, which is not a kept token there; padded question answering
-    # differs on purpose. Both have tests of their own.
+    # With left padding and holes transformers pools padding in column 0. Padded question answering differs on purpose.
+    # Both have their own tests.
     pools_elsewhere = mask in ("left", "holes") and head not in ("BertForMaskedLM", "BertForTokenClassification")
     if pools_elsewhere or (head == "BertForQuestionAnswering" and mask not in (None, "full")):
         ours, theirs = ours.bert if hasattr(ours, "bert") else ours, theirs.bert if hasattr(theirs, "bert") else theirs
@@ -55,7 +55,7 @@ def test_gradients_of_every_parameter(head):
     for (name, a), b, c in zip(ours.named_parameters(), theirs.parameters(), truth.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if name.endswith("key.bias"):
-            # Adding a constant to every score changes no softmax: the true gradient is zero, the rest is rounding.
+            # A constant added to every score changes no softmax: the gradient is zero up to rounding.
             assert a.grad.abs().max() < 1e-6
         elif a.grad is not None:
             check_close(name, a.grad, b.grad, c.grad)
@@ -170,7 +170,7 @@ def test_inputs_embeds_and_position_ids():
         kwargs = inputs | {"inputs_embeds": embeds, "position_ids": position_ids}
         with torch.no_grad():
             outputs = ours(**kwargs).last_hidden_state
-            # transformers takes a position for every row only with token types, which are given here.
+            # transformers supports positions per row only with token types, so they are passed here.
             expected = theirs(**kwargs).last_hidden_state
             truth = deepcopy(theirs).double()(**kwargs | {"inputs_embeds": embeds.double()}).last_hidden_state
         check_close("embeds", *(x[MASKS["right"].bool()] for x in (outputs, expected, truth)))

@@ -1,6 +1,6 @@
-"""What only a CUDA device can show. Every call is served by the kernels there, or it raises.
+"""Tests that need a CUDA device. Every call runs in the kernels, or raises.
 
-test_triton.py and the tests of the kernels run on the device too; ids out of range are tested there.
+test_triton.py and the tests of the kernels also run on the device; ids out of range are tested there.
 """
 
 import os
@@ -52,7 +52,7 @@ def trio(head="BertModel", dtype=torch.float32, **settings):
 
 
 def ragged(batch_size, seq_len):
-    """input_ids and attention_mask [B, S]: the first text fills its row, the last one has one token."""
+    """input_ids and attention_mask [B, S]: the first sequence fills its row, the last one has one token."""
     lengths = torch.linspace(seq_len, 1, batch_size).round()
     mask = torch.arange(seq_len) < lengths[:, None]
     return to_device({"input_ids": torch.randint(0, VOCAB, mask.shape), "attention_mask": mask.long()})
@@ -69,7 +69,7 @@ def check_outputs(ours, theirs, truth, mask):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", [None, *MASKS])
 def test_outputs(mask, dtype, launches):
-    """A mask is packed where it lies, with the same bits in the end."""
+    """Packing on the host and on the device gives bitwise equal outputs."""
     inputs, models = to_device(batch(mask)), trio(dtype=dtype)
     with torch.no_grad():
         outputs = [model(**inputs) for model in models]
@@ -111,7 +111,7 @@ def test_minilm(padding, dtype, minilm, transformers_minilm, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_sequences_of_512_tokens(size, batch_size, dtype):
-    """Fewer and more than 1024 tokens, which other launch configurations serve."""
+    """Fewer and more than 1024 tokens, which have different launch configurations."""
     inputs = ragged(batch_size, 512)
     with torch.no_grad():
         outputs = [model(**inputs) for model in trio(dtype=dtype, **SIZES[size])]
@@ -119,7 +119,7 @@ def test_sequences_of_512_tokens(size, batch_size, dtype):
 
 
 def encoded(model, texts, seq_len, shift=0.0, mask_on=DEVICE):
-    """What a batch with this much of the padding on the left gives each text: states, pooler output, mean."""
+    """Hidden states, pooler output and mean of each text; shift: the share of padding on the left."""
     ids, positions, mask = torch.zeros(3, len(texts), seq_len, dtype=torch.long)
     places = []
     for row, text in enumerate(texts):
@@ -135,8 +135,8 @@ def encoded(model, texts, seq_len, shift=0.0, mask_on=DEVICE):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_text_has_the_same_bits_in_every_batch(size, dtype):
-    """Every time, in any order, anywhere in its row, below and above 1024 tokens and texts, wherever the mask lies."""
+def test_a_sequence_is_bitwise_equal_in_every_batch(size, dtype):
+    """In any order, at any place in its row, below and above 1024 tokens and sequences, with the mask on any device."""
     ours = pair(**SIZES[size])[0].to(DEVICE, dtype)
     texts = [torch.randint(0, VOCAB, (length,)) for length in (128, 1, 37, 64, 100, 9)]
     batches = [((0, 1, 2, 3, 4, 5), 128, 0.0)] * 5
@@ -200,7 +200,7 @@ def test_float32_is_one_tf32_product_only_where_torch_allows_it():
 
 
 def run_fresh(code, **environment):
-    """The lines that the code prints, in a process of its own, about a tiny model, ids and a mask."""
+    """The lines that code prints in a new process, which defines a tiny model, ids and a mask."""
     setup = f"""
 import torch, fastbert
 sizes = {{"vocab_size": 61, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 80}}
@@ -233,7 +233,7 @@ print(expected.isfinite().all().item(), sum(torch.equal(x, expected) for x in ou
 
 
 def test_a_side_stream():
-    """The inputs reach their buffers late, on the stream: a launch on another one would read zeros."""
+    """The inputs are copied late on the side stream: a launch on another stream would read zeros."""
     ours = pair()[0].to(DEVICE)
     inputs = to_device(batch("right"))
     buffers = {name: torch.zeros_like(value) for name, value in inputs.items()}
@@ -251,8 +251,8 @@ def test_a_side_stream():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_direct_launches_have_the_bits_of_tritons(dtype):
-    """Shapes in turn, each at memory of its own: a hook on launches sends them through Triton's launcher."""
+def test_direct_launches_are_bitwise_equal_to_tritons(dtype):
+    """Alternating shapes, each at different addresses. A launch hook forces launches through Triton's launcher."""
     model, _ = pair(**SIZES["base"])
     model = model.to(DEVICE, dtype)
     batches = [ragged(*shape) for shape in ((1, 16), (3, 40), (8, 128), (1, 17), (3, 40), (2, 512))] * 3
@@ -269,7 +269,7 @@ def test_direct_launches_have_the_bits_of_tritons(dtype):
             hooks.remove(watch)
         assert watched
         watched.clear()
-        kept = []  # so that addresses differ
+        kept = []  # keeps memory in use, so that addresses differ
         for _ in range(2):
             for inputs, outputs in zip(batches, expected, strict=True):
                 kept.append(model(**inputs))
@@ -279,7 +279,7 @@ def test_direct_launches_have_the_bits_of_tritons(dtype):
 
 
 def test_a_soak_of_graphs_that_are_captured_beside_other_threads():
-    """10,000 calls of random sizes from eight threads: bitwise right, memory flat, and graphs served them."""
+    """10,000 calls of random sizes from eight threads: bitwise equal, constant memory, and graphs were replayed."""
     code = """
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -331,7 +331,7 @@ def num_variants():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_that_vary_do_not_compile_again(dtype):
-    """After a warm-up with one shape of few tokens and one of many, shapes up to 1024 tokens and beyond."""
+    """After a warm-up with one small and one large shape, shapes up to 1024 tokens and beyond compile nothing."""
     ours = pair(**SIZES["minilm"])[0].to(DEVICE, dtype)
     for kernel in kernels():
         kernel.device_caches.clear()
@@ -352,7 +352,8 @@ def test_sizes_that_vary_do_not_compile_again(dtype):
 
 
 def gradients(model, inputs, autocast):
-    """Of a sum with random weights over the kept tokens' states and the vectors of texts that begin in column 0."""
+    """The gradients of a random weighted sum of the kept tokens' states and of the pooler outputs of sequences that
+    begin in column 0."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     generator = torch.Generator().manual_seed(1)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
@@ -366,11 +367,11 @@ def gradients(model, inputs, autocast):
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("mask", [None, *MASKS])
 def test_gradients(mask, autocast):
-    """All parameters' at once, each in units of its root mean square."""
+    """All parameters at once, each divided by the root mean square of its gradient."""
     ours, theirs, truth = trio(num_hidden_layers=2)
     inputs = to_device(batch(mask))
     found = [gradients(model, inputs, autocast and model is not truth) for model in (ours, theirs, truth)]
-    # A key's bias changes no softmax: its gradient is rounding around zero.
+    # A key bias changes no softmax: its gradient is zero up to rounding.
     sizes = {name: x.square().mean().sqrt() for name, x in found[2].items() if not name.endswith("key.bias")}
     check_close("gradients", *(torch.cat([(x[name] / size).flatten() for name, size in sizes.items()]) for x in found))
 
@@ -392,7 +393,7 @@ def test_compile_fullgraph(recorded):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_cuda_graph_serves_other_lengths(dtype):
+def test_a_cuda_graph_replays_other_lengths(dtype):
     ours = pair(**SIZES["minilm"])[0].to(DEVICE, dtype)
     inputs, other = ragged(6, 90), ragged(6, 90)
     other["attention_mask"] = other["attention_mask"].flip(0, 1)

@@ -1,4 +1,4 @@
-"""Packing: every mask, every dtype of mask, nothing leaks, nothing depends on padding."""
+"""Packing of every mask in every dtype: sequences are independent of each other and of padding."""
 
 from copy import deepcopy
 
@@ -14,7 +14,7 @@ from fastbert.testing import check_close
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float16])
 @pytest.mark.parametrize("mask", MASKS)
-def test_mask_dtypes_give_the_same_bits(mask, dtype):
+def test_mask_dtypes_give_bitwise_equal_outputs(mask, dtype):
     ours, _ = pair()
     inputs = batch(mask)
     expected = ours(**inputs)
@@ -25,7 +25,7 @@ def test_mask_dtypes_give_the_same_bits(mask, dtype):
 
 @pytest.mark.parametrize("garbage", [7, VOCAB - 1, -100, 10**6])
 @pytest.mark.parametrize("mask", ["right", "left", "holes"])
-def test_what_stands_at_padding_does_not_matter(mask, garbage):
+def test_values_at_padding_have_no_effect(mask, garbage):
     ours, _ = pair()
     inputs = batch(mask)
     padding = inputs["attention_mask"] == 0
@@ -37,7 +37,7 @@ def test_what_stands_at_padding_does_not_matter(mask, garbage):
     assert torch.equal(outputs.pooler_output, expected.pooler_output)
 
 
-def test_nan_embeddings_at_padding_do_not_matter():
+def test_nan_embeddings_at_padding_have_no_effect():
     ours, _ = pair()
     inputs = batch("holes")
     embeds = ours.embeddings.word_embeddings(inputs.pop("input_ids")).detach()
@@ -48,7 +48,7 @@ def test_nan_embeddings_at_padding_do_not_matter():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=5), st.integers(0, 2**31))
-def test_any_mask_equals_each_text_alone(rows, seed):
+def test_a_batch_equals_each_sequence_alone(rows, seed):
     ours, theirs = pair()
     generator = torch.Generator().manual_seed(seed)
     mask = torch.tensor(rows)
@@ -62,7 +62,7 @@ def test_any_mask_equals_each_text_alone(rows, seed):
                 continue
             alone = {"input_ids": input_ids[row, columns][None], "position_ids": columns[None]}
             expected = theirs(**alone)
-            # A text of one or two tokens is too few numbers for the rule, which compares two errors.
+            # One or two tokens are too few values for the rule, which compares two errors.
             for a, b in (
                 (together.last_hidden_state[row, columns], expected.last_hidden_state[0]),
                 (together.pooler_output[row], expected.pooler_output[0]),
@@ -82,7 +82,7 @@ def test_permuting_the_batch_permutes_the_outputs():
 
 
 def test_layers_on_another_device():
-    """`device_map` can leave the last layers' output elsewhere; "meta" plays the other device."""
+    """`device_map` can place the last layers on another device; "meta" stands in for it."""
     ours, _ = pair()
     ours.encoder.layer[2].to("meta")
     ours.pooler.to("meta")
@@ -95,14 +95,14 @@ def test_layers_on_another_device():
         assert ours(**batch(mask), output_attentions=True).attentions[2].shape == (BATCH, 3, SEQ_LEN, SEQ_LEN)
 
 
-def test_a_default_device_does_not_matter():
+def test_a_default_device_has_no_effect():
     ours, _ = pair()
     inputs = batch()
     with torch.device("meta"):
         assert ours(**inputs).last_hidden_state.device == torch.device("cpu")
 
 
-def test_one_mask_for_every_text():
+def test_one_mask_row_for_all_sequences():
     ours, theirs = pair()
     inputs = batch(None)
     mask = MASKS["right"][1:2]
@@ -123,7 +123,7 @@ def test_inputs_of_other_strides():
 
 
 def test_packed_equals_padded():
-    """The layout that drops nothing, which traced graphs and score masks use, gives the same as packing."""
+    """The padded layout of traced graphs and score masks gives the same outputs as the packed one."""
     ours, _ = pair()
     for mask in MASKS:
         inputs = batch(mask)
@@ -249,7 +249,7 @@ def packed_arguments(dtype=torch.int32):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("with_positions", [True, False])
-def test_packed_texts_do_not_see_each_other(with_positions, attention):
+def test_packed_sequences_do_not_attend_to_each_other(with_positions, attention):
     ours, theirs = pair(attention=attention)
     row = torch.randint(0, VOCAB, (1, 16))
     positions = torch.cat([torch.arange(length) for length in PACKED["lengths"]])[None] if with_positions else None
@@ -272,8 +272,8 @@ def test_packed_texts_do_not_see_each_other(with_positions, attention):
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 9, 0, 3), (40, 2), (1, 2)])
-def test_short_and_long_texts_on_either_side_of_the_threshold(lengths, monkeypatch):
-    """On the CPU short texts are padded for one call and long ones take one each, which must not show."""
+def test_short_and_long_sequences_on_both_sides_of_the_threshold(lengths, monkeypatch):
+    """On the CPU short sequences are padded for one call of attention, long ones take one call each."""
     from fastbert.ops import eager
 
     qkv = torch.randn(sum(lengths), 3, 2, 8)
@@ -316,7 +316,7 @@ def test_question_answering_never_points_at_padding():
         assert (logits[padding] == torch.finfo(logits.dtype).min).all()
         assert not padding.gather(1, logits.argmax(1, keepdim=True)).any()
     assert outputs.loss.isfinite()
-    # A position at padding counts in no loss.
+    # Positions at padding are ignored in the loss.
     first = torch.zeros(BATCH, dtype=torch.long)
     everywhere_first = ours(**inputs | {"start_positions": first, "end_positions": first}).loss
     theirs.load_state_dict(ours.state_dict())
@@ -324,7 +324,7 @@ def test_question_answering_never_points_at_padding():
     torch.testing.assert_close(
         everywhere_first, theirs(**unpadded, start_positions=first[:1], end_positions=first[:1]).loss
     )
-    # Alone, without padding, every text has transformers' loss.
+    # Without padding, each sequence alone has transformers' loss.
     losses = []
     for row, kept in enumerate(inputs["attention_mask"].bool()):
         columns = kept.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""What transformers reads from a live module rules, whatever the configuration says: before `optimize` and after it."""
+"""Changed modules take effect before and after `optimize`, whatever the configuration says, as in transformers."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def first(model):
 
 
 def prune_heads(model):
-    """What structured pruning leaves: narrower projections, and the attention's own account of its heads."""
+    """Structured pruning: narrower projections and fewer heads in the attention module."""
     attention, output = first(model).attention.self, first(model).attention.output
     rows = torch.cat([torch.arange(head * 16, (head + 1) * 16) for head in (0, 2)])
     for name in ("query", "key", "value"):
@@ -72,7 +72,7 @@ def attend_causally_below_a_hook(model):
     first(model).register_forward_hook(lambda *_: None)
 
 
-def activate_along_the_text(model):
+def activate_along_the_sequence(model):
     first(model).intermediate.intermediate_act_fn.act = lambda x: x.softmax(1)
 
 
@@ -132,7 +132,7 @@ def one_layer_twice(model):
     model.encoder.layer = nn.ModuleList([model.encoder.layer[1], model.encoder.layer[0], model.encoder.layer[1]])
 
 
-# How a model is changed, and whether its blocks run in the ops then.
+# Change of the model -> whether its blocks are still fused.
 CHANGES = {
     prune_heads: True,
     prune_neurons: True,
@@ -144,7 +144,7 @@ CHANGES = {
     learn_the_scale: False,
     swap_the_activation: True,
     change_inside_the_activation: False,
-    activate_along_the_text: False,
+    activate_along_the_sequence: False,
     attend_causally: False,
     attend_causally_below_a_hook: False,
     become_a_decoder: True,
@@ -160,7 +160,7 @@ CHANGES = {
     another_layer: True,
     one_layer_twice: True,
 }
-# What `optimize` refuses by name; what is changed afterwards counts.
+# Changes for which `optimize` raises -> its message. After `optimize` they take effect.
 REFUSED = {
     become_a_decoder: "config.is_decoder=True is not supported",
     feed_forward_by_hand: "encoder.layer.0 has a patched feed_forward_chunk",
@@ -175,7 +175,8 @@ def tiny(**settings):
 
 
 def changed_pair(change, when):
-    """A changed model of transformers', and another changed before it is optimized or after, and called in between."""
+    """A changed model of transformers, and an optimized one with the same change, made before or after `optimize` and a
+    first call."""
     theirs, ours = tiny(), tiny()
     change(theirs)
     if when == "before":
@@ -196,13 +197,13 @@ def given_to(change, mask):
 
 @pytest.fixture(params=["eager", "kernels"])
 def back_end(request, monkeypatch):
-    """In plain PyTorch, and as on a GPU: kernels wherever they serve."""
+    """Plain PyTorch, and as on a GPU: kernels where they are supported."""
     if request.param == "kernels":
         monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     return request.param
 
 
-# When a model is changed is nothing to a kernel.
+# With kernels, only changes after `optimize` are tested: the moment makes no difference to them.
 @pytest.mark.parametrize(
     ("when", "back_end"), [("before", "eager"), ("after", "eager"), ("after", "kernels")], indirect=["back_end"]
 )
@@ -213,8 +214,8 @@ def test_outputs_are_transformers(change, when, back_end):
             changed_pair(change, when)
         return
     ours, theirs = changed_pair(change, when)
-    # What looks along a text sees zeros at padding here.
-    masks = ["full"] if change is activate_along_the_text else ["right"]
+    # Modules that mix tokens of a sequence see zeros at padding here, so compare without padding.
+    masks = ["full"] if change is activate_along_the_sequence else ["right"]
     for mask in masks if back_end == "kernels" else [None, *masks]:
         inputs = given_to(change, mask)
         with torch.no_grad():
@@ -239,7 +240,7 @@ def test_gradients_are_transformers(change, back_end):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
-def test_a_mask_may_have_the_heads_that_layers_have():
+def test_a_score_mask_may_have_the_number_of_heads_of_any_layer():
     ours, theirs = tiny(), tiny()
     for model in (ours, theirs):
         prune_heads(model)
@@ -251,8 +252,8 @@ def test_a_mask_may_have_the_heads_that_layers_have():
     torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
-def test_a_table_of_more_positions_serves_longer_texts(back_end):
-    """People lengthen BERT by another weight, and leave the count beside it as it was."""
+def test_a_table_of_more_positions_allows_longer_sequences(back_end):
+    """Users extend the position table by replacing its weight, without updating num_embeddings."""
     ours, theirs = tiny(), tiny()
     for model in (ours, theirs):
         embeddings = model.embeddings
@@ -300,7 +301,7 @@ def test_a_table_of_fewer_positions_is_the_limit():
         fastbert.optimize(ours)(torch.ones(1, 13, dtype=torch.long))
 
 
-def test_a_word_that_a_cut_table_has_not_is_named():
+def test_an_id_past_the_end_of_a_cut_table_is_named():
     ours = tiny()
     table = ours.embeddings.word_embeddings
     table.weight = nn.Parameter(table.weight[:20])
@@ -308,7 +309,7 @@ def test_a_word_that_a_cut_table_has_not_is_named():
         fastbert.optimize(ours)(torch.full((1, 3), 20))
 
 
-def test_a_buffer_is_looked_at_again_once_it_was_written_to():
+def test_a_buffer_is_checked_again_after_a_write():
     ours, theirs = fastbert.optimize(tiny()), tiny()
     ids = batch(None)["input_ids"]
     with torch.no_grad():
@@ -318,7 +319,7 @@ def test_a_buffer_is_looked_at_again_once_it_was_written_to():
             torch.testing.assert_close(ours(ids)[0], theirs(ids)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_packed_texts_have_the_positions_of_the_buffer():
+def test_packed_sequences_have_the_positions_of_the_buffer():
     ours = tiny()
     positions_twice_around(ours)
     fastbert.optimize(ours)
@@ -340,7 +341,7 @@ def test_traced_graphs_have_the_buffers_as_they_are():
             torch.testing.assert_close(compiled(ids)[0], theirs(ids)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_another_configuration_object_that_names_no_attention():
+def test_a_new_configuration_that_names_no_attention():
     ours = fastbert.optimize(tiny())
     with torch.no_grad():
         before = ours(**batch("right")).last_hidden_state
@@ -349,7 +350,7 @@ def test_another_configuration_object_that_names_no_attention():
         assert torch.equal(ours(**batch("right")).last_hidden_state, before)
 
 
-def test_attention_that_is_another_function_is_refused_by_name():
+def test_an_unknown_attention_function_raises():
     ours = fastbert.optimize(tiny())
     ours.config._attn_implementation = "twice"
     with pytest.raises(ValueError, match="attn_implementation='twice' of the model is unknown"):
@@ -357,7 +358,7 @@ def test_attention_that_is_another_function_is_refused_by_name():
 
 
 @pytest.mark.parametrize("change", [attend_causally, become_a_decoder])
-def test_causal_attention_by_another_name_is_refused(change):
+def test_causal_attention_by_another_implementation_raises(change):
     ours = fastbert.optimize(tiny())
     change(ours)
     ours.config._attn_implementation = "flash_attention_2"
@@ -375,8 +376,8 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["wrapped", "patched", "patched for every model"])
-def test_attention_weights_of_a_layer_with_another_forward_are_refused(way, monkeypatch):
-    """They would be missing, or the patch."""
+def test_attention_weights_of_a_layer_with_another_forward_raise(way, monkeypatch):
+    """The weights would be missing, or the patch ignored."""
     ours = fastbert.optimize(tiny())
     layer = first(ours)
     if way == "wrapped":
@@ -392,7 +393,7 @@ def test_attention_weights_of_a_layer_with_another_forward_are_refused(way, monk
     assert ours(**batch("right")).last_hidden_state.isfinite().all()
 
 
-def test_a_cache_is_refused_by_name():
+def test_use_cache_raises():
     ours = fastbert.optimize(tiny())
     ours.config.is_decoder = True
     with pytest.raises(ValueError, match="use_cache=True: only encoders are supported"):
@@ -402,7 +403,7 @@ def test_a_cache_is_refused_by_name():
 @pytest.mark.parametrize(
     "mask", [MASKS["right"][1:2], MASKS["right"][:, None] * MASKS["right"][:, :, None]], ids=["2-D", "3-D"]
 )
-def test_masks_that_transformers_does_not_take_may_meet_its_causal_ones(mask):
+def test_masks_of_our_own_shapes_combine_with_causal_ones(mask):
     ours = fastbert.optimize(tiny())
     become_a_decoder(ours)
     wide = mask.expand(4, -1) if mask.ndim == 2 else mask[:, None].bool()
@@ -411,7 +412,7 @@ def test_masks_that_transformers_does_not_take_may_meet_its_causal_ones(mask):
     assert torch.equal(outputs, expected)
 
 
-def test_packed_texts_with_masks_of_ones_own_are_refused():
+def test_packed_sequences_with_custom_masks_raise():
     ours = fastbert.optimize(tiny())
     mask_by_hand(ours)
     with pytest.raises(ValueError, match="cu_seq_lens_q is not supported for a decoder or a patched"):
@@ -424,7 +425,7 @@ OPTIONS = [("scale_grad_by_freq", True), ("max_norm", 0.5), ("sparse", True), ("
 @pytest.mark.parametrize("table", ["word_embeddings", "position_embeddings", "token_type_embeddings"])
 @pytest.mark.parametrize(("option", "value"), OPTIONS)
 def test_options_of_an_embedding_give_transformers_gradients(table, option, value, back_end):
-    """Words at padding are counted, positions are looked up once for all texts."""
+    """Ids at padding count in the frequencies; positions are looked up once for all sequences."""
     found = []
     for model in (fastbert.optimize(tiny()), tiny()):
         setattr(getattr(model.embeddings, table), option, value)
@@ -438,7 +439,7 @@ def test_options_of_an_embedding_give_transformers_gradients(table, option, valu
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_unknown_ids_at_padding_do_no_harm_to_a_table_that_counts():
+def test_invalid_ids_at_padding_of_a_table_with_options():
     ours = fastbert.optimize(tiny())
     ours.embeddings.word_embeddings.scale_grad_by_freq = True
     inputs = batch("right")
@@ -518,8 +519,8 @@ EVERY_MODEL = {
 
 
 @pytest.mark.parametrize("name", EVERY_MODEL)
-def test_what_is_patched_for_every_model_counts_or_is_refused(name, back_end):
-    """`optimize` refuses it; afterwards it counts, and no more once it is taken back."""
+def test_a_patch_of_every_model_counts_or_raises(name, back_end):
+    """`optimize` raises. After `optimize` the patch takes effect until it is undone."""
     theirs, ours = tiny(), tiny()
     if "eager" in name:
         theirs.set_attn_implementation("eager")
@@ -542,7 +543,7 @@ def test_what_is_patched_for_every_model_counts_or_is_refused(name, back_end):
 
 
 @pytest.mark.parametrize("kind", [hf.BertModel, hf.BertEncoder])
-def test_a_patched_forward_of_every_model_or_encoder_is_refused(kind):
+def test_a_patched_forward_of_every_model_or_encoder_raises(kind):
     ours = fastbert.optimize(tiny())
     with patched(kind, "forward", halved):
         with pytest.raises(ValueError, match=f"{kind.__name__}.forward is patched or replaced for every model"):
@@ -553,7 +554,7 @@ def test_a_patched_forward_of_every_model_or_encoder_is_refused(kind):
 
 
 @pytest.mark.parametrize("head", ["BertForQuestionAnswering", "BertForMultipleChoice"])
-def test_a_patched_head_whose_forward_is_not_transformers_is_refused(head):
+def test_a_patched_head_whose_forward_is_ours_raises(head):
     ours, theirs = pair(head)
     fastbert.optimize(theirs)
     inputs = inputs_for(head)
@@ -567,7 +568,7 @@ def test_a_patched_head_whose_forward_is_not_transformers_is_refused(head):
 
 
 @pytest.mark.parametrize("whose", ["our class", "optimized"])
-def test_a_model_patched_for_every_model_is_refused(whose):
+def test_a_patched_bert_model_raises(whose):
     ours, theirs = pair()
     model = ours if whose == "our class" else fastbert.optimize(theirs)
     with (
@@ -577,7 +578,7 @@ def test_a_model_patched_for_every_model_is_refused(whose):
         model(**batch())
 
 
-def test_a_wrapped_method_is_a_patched_one():
+def test_a_wrapped_method_counts_as_patched():
     import functools
 
     with patched(hf.BertOutput, "forward", lambda original: functools.wraps(original)(halved(original))):
@@ -590,7 +591,7 @@ class Doubled(hf.BertSelfAttention):
         return context * 2, weights
 
 
-def test_a_class_put_in_the_place_of_transformers_is_refused_or_counts():
+def test_a_class_that_replaces_one_of_transformers_raises_or_counts():
     with patched(hf, "BertSelfAttention", lambda _: Doubled):
         theirs = tiny()
         ours = fastbert.BertModel(tiny_config(num_hidden_layers=2)).eval()
@@ -601,7 +602,7 @@ def test_a_class_put_in_the_place_of_transformers_is_refused_or_counts():
             torch.testing.assert_close(ours(**batch(None))[0], theirs(**batch(None))[0], atol=1e-5, rtol=1e-5)
 
 
-def test_a_class_that_was_replaced_before_the_import_is_refused():
+def test_a_class_that_was_replaced_before_the_import_raises():
     code = """
 from transformers.models.bert import modeling_bert as hf
 original = hf.BertSelfAttention
@@ -627,7 +628,7 @@ except ValueError as error:
     assert refused.startswith("BertSelfAttention.forward is patched or replaced for every model")
 
 
-def test_hidden_states_end_with_what_a_hook_of_the_encoder_makes_of_the_last():
+def test_the_last_hidden_state_is_the_one_a_hook_of_the_encoder_returns():
     ours, theirs = pair()
     for model in (ours, theirs):
         model.encoder.register_forward_hook(

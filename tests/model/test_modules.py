@@ -1,4 +1,4 @@
-"""Hooks, and modules that were replaced, wrapped or patched: all of them count, in the shapes of transformers."""
+"""Hooks, and replaced, wrapped or patched modules take effect, with the shapes of transformers."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ HOOKED = [
 
 @pytest.mark.parametrize("mask", [None, "right"])
 @pytest.mark.parametrize("name", [*HOOKED, "encoder"])
-def test_hooks_see_what_transformers_shows_them(name, mask):
+def test_hooks_get_the_inputs_and_outputs_of_transformers(name, mask):
     """Inputs and outputs have the same shapes, and at kept tokens the same values."""
     ours, theirs = pair()
     seen = {"in": [], "out": []}
@@ -47,7 +47,7 @@ def test_hooks_see_what_transformers_shows_them(name, mask):
     torch.testing.assert_close(outputs.pooler_output, expected.pooler_output, atol=1e-4, rtol=1e-4)
 
 
-def test_a_hook_may_change_a_layers_output_while_attentions_are_asked_for():
+def test_a_hook_may_change_a_layers_output_while_attentions_are_requested():
     ours, theirs = pair(attention="eager")
     for model in (ours, theirs):
         model.encoder.layer[1].register_forward_hook(lambda module, args, output: output * 2)
@@ -129,7 +129,7 @@ def test_replaced_and_patched_modules_count():
 
 
 class Wrapper(nn.Module):
-    """What a user wraps around a module: it may look along the sequence, and count on [B, S, E]."""
+    """A user's wrapper of a module, which may mix the tokens of a sequence and expects [B, S, E]."""
 
     def __init__(self, inner, along_the_sequence=False):
         super().__init__()
@@ -153,7 +153,7 @@ WRAPPED = [
 ]
 
 
-# Averages over a sequence are comparable without padding only, and of modules that return one tensor of tokens.
+# Means over a sequence are comparable only without padding, and only for modules that return one tensor of tokens.
 AVERAGED = ["encoder.layer.1", "encoder.layer.1.attention.output", "encoder.layer.1.output.dense", "embeddings"]
 
 
@@ -262,7 +262,7 @@ def test_submodules_can_be_called_as_in_transformers():
 
 @pytest.mark.parametrize("kind", ["BertLayer", "BertSelfAttention", "BertAttention", "BertEmbeddings", "BertPooler"])
 def test_parts_are_found_by_transformers_classes(kind):
-    """As sharding policies and activation checkpointing look for them."""
+    """Sharding policies and activation checkpointing search for them."""
     kind = getattr(modeling_bert, kind)
     ours, theirs = pair()
     counts = [sum(isinstance(x, kind) for x in model.modules()) for model in (ours, theirs, fastbert.optimize(theirs))]
@@ -270,14 +270,14 @@ def test_parts_are_found_by_transformers_classes(kind):
 
 
 class Gated(nn.Module):
-    """Looks at the mask as transformers gives it to its layers."""
+    """Uses the mask in the form that transformers passes to its layers."""
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         keep = (attention_mask[:, 0, -1] == 0).float()[..., None]
         return hidden_states * ((hidden_states * keep).sum(1) / keep.sum(1)).sigmoid()[:, None]
 
 
-def test_what_takes_a_layers_place_sees_transformers_masks():
+def test_a_module_in_place_of_a_layer_gets_transformers_masks():
     ours, theirs = pair(attention="eager")
     for model in (ours, theirs):
         model.encoder.layer[1] = Gated()

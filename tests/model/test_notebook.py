@@ -1,4 +1,4 @@
-"""What a notebook about transformers' BertModel does, with our import in its place.
+"""The steps of a notebook about transformers' BertModel, with our import instead.
 
 The cells run on MiniLM; the numbers that the notebook printed for bert-base-uncased are checked where that model is in
 the local cache.

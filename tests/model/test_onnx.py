@@ -1,4 +1,4 @@
-"""Traces by torch.jit and exports to ONNX by both of torch's exporters: nothing in them has the example's sizes."""
+"""torch.jit traces and ONNX exports by both of torch's exporters: they contain no size of the example as a constant."""
 
 from contextlib import contextmanager
 
@@ -31,7 +31,7 @@ def texts(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Outputs(nn.Module):
-    """The outputs of a model as a tuple, without what was not computed."""
+    """The outputs of a model as a tuple, without those that are None."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -42,7 +42,7 @@ class Outputs(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """What a SentenceTransformer makes of tokenized texts."""
+    """The sentence embeddings of a SentenceTransformer, from tokenized texts."""
 
     def __init__(self, model: SentenceTransformer):
         super().__init__()
@@ -54,7 +54,7 @@ class Embeddings(nn.Module):
 
 @pytest.fixture(params=["on the CPU", "as on a GPU"])
 def kernels_are_wanted(request, monkeypatch):
-    """A context in which the back end is chosen as it is on a GPU, where kernels come first."""
+    """A context in which the dispatch tries kernels first, as on a GPU."""
 
     @contextmanager
     def wanted():
@@ -124,7 +124,7 @@ def test_a_trace_of_a_head_with_gradients_on(head, whose, kernels_are_wanted):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_a_trace_that_asks_for_kernels_is_refused():
+def test_a_trace_with_the_back_end_triton_raises():
     ours, _ = pair(return_dict=False)
     with (
         fastbert.backend("triton"),
@@ -134,7 +134,7 @@ def test_a_trace_that_asks_for_kernels_is_refused():
 
 
 def test_dynamic_quantization_finds_every_linear():
-    """It looks a module's exact type up."""
+    """Dynamic quantization selects modules by exact type."""
     for head in HEADS:
         ours, theirs = pair(head, tie_word_embeddings=False)
         quantized = [

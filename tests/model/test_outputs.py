@@ -1,4 +1,4 @@
-"""Output objects made without transformers' constructors are what these make."""
+"""Output objects made without transformers' constructors equal those made with them."""
 
 import pickle
 from dataclasses import fields
@@ -31,5 +31,5 @@ def test_an_output_is_what_its_constructor_makes(kind):
         assert all(map(torch.equal, pickle.loads(pickle.dumps(made)).values(), expected.values()))
         made[given[0]] = other = torch.rand(2)
         assert getattr(made, given[0]) is other
-    # One output's values are no other's.
+    # Outputs do not share values.
     assert all(getattr(output_of(kind), name) is None for name in names)

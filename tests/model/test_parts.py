@@ -1,4 +1,4 @@
-"""Parts of the model called alone, hooked and replaced: each takes, and is shown, what transformers' would be."""
+"""Parts of the model called alone, hooked or replaced: they accept and get the arguments of transformers' parts."""
 
 import inspect
 import itertools
@@ -24,13 +24,13 @@ IDS = batch()["input_ids"]
 
 
 def scores(attention: str, mask: str = "right") -> Tensor:
-    """The mask [B, 1, S, S] that transformers' layers are given."""
+    """The mask [B, 1, S, S] that transformers passes to its layers."""
     keep = MASKS[mask].bool()[:, None, None].expand(-1, 1, SEQ_LEN, -1)
     return keep if attention == "sdpa" else torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
 
 
 def flat(value) -> list[Tensor | None]:
-    """The tensors of an output, which may be one, in a tuple or in an output class."""
+    """The tensors of an output: a tensor, a tuple or an output object."""
     values = value.to_tuple() if hasattr(value, "to_tuple") else value
     return list(values) if isinstance(values, tuple) else [values]
 
@@ -44,7 +44,7 @@ def check_same(ours, theirs):
 
 
 NOTHING = {"encoder_hidden_states": None, "encoder_attention_mask": None, "past_key_values": None}
-# What asks for nothing, by the parts that take it.
+# Keywords without effect.
 KEYWORDS = [
     {},
     {"output_attentions": False},
@@ -134,13 +134,13 @@ def test_heads_take_inputs_of_any_rank(head, shape, record):
     ],
     ids=lambda given: " ".join(f"{k}{list(v.shape) if isinstance(v, Tensor) else v}" for k, v in given.items()),
 )
-def test_what_broadcasts_and_what_asks_for_nothing(given, record):
+def test_inputs_that_broadcast_and_keywords_without_effect(given, record):
     ours, theirs = pair("BertForPreTraining")
     with torch.set_grad_enabled(record):
         check_same(flat(ours(IDS, **given)), flat(theirs(IDS, **given)))
 
 
-def test_a_mask_of_a_column_drops_whole_texts():
+def test_a_mask_of_one_column_drops_whole_sequences():
     ours, _ = pair()
     column = torch.tensor([[1], [0], [1], [0]])
     outputs, expected = ours(IDS, column), ours(IDS, column.expand(4, SEQ_LEN))
@@ -157,7 +157,7 @@ EVERY_MODULE = [
 
 
 def described(value):
-    """What a hook can see of an argument, but for the numbers in it."""
+    """What a hook can see of an argument, except for its values."""
     return (value.dtype, value.shape) if isinstance(value, Tensor) else value
 
 
@@ -165,7 +165,7 @@ def described(value):
 @pytest.mark.parametrize("mask", [None, "right"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", EVERY_MODULE)
-def test_hooks_are_shown_transformers_arguments(name, attention, mask, asked):
+def test_hooks_get_transformers_arguments(name, attention, mask, asked):
     models = pair(attention=attention)
     seen = []
     for model in models:
@@ -180,7 +180,7 @@ def test_hooks_are_shown_transformers_arguments(name, attention, mask, asked):
 
 
 @pytest.mark.parametrize("head", [name for name in dir(fastbert) if name.startswith("BertFor")])
-def test_hooks_in_heads_are_shown_transformers_arguments(head):
+def test_hooks_in_heads_get_transformers_arguments(head):
     models = pair(head)
     seen = [{}, {}]
     for model, calls in zip(models, seen, strict=True):
@@ -199,7 +199,7 @@ def test_hooks_in_heads_are_shown_transformers_arguments(head):
 
 
 class OwnLayer(nn.Module):
-    """The mean over the tokens that count, added to each: it needs the mask and transformers' shapes."""
+    """Adds the mean over the kept tokens to each token: it needs the mask and transformers' shapes."""
 
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, position_ids=None, **kwargs):
         assert hidden_states.shape == (4, SEQ_LEN, 48)
@@ -212,7 +212,7 @@ class OwnLayer(nn.Module):
 
 
 class OwnEncoder(nn.Module):
-    """Another encoder, which transformers' model would call as it does its own."""
+    """An encoder of another class, with the signature of transformers' encoder."""
 
     def __init__(self, layers):
         super().__init__()
@@ -260,7 +260,7 @@ CHANGES = (with_own_layer, with_layer_of_transformers, with_own_encoder, with_pa
 @pytest.mark.parametrize("mask", [None, "right", "left"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_came_after_optimize_is_given_what_transformers_gives(change, attention, mask, whose):
+def test_modules_replaced_after_optimize_get_transformers_arguments(change, attention, mask, whose):
     ours, theirs = pair(attention=attention)
     if whose == "optimized":
         ours = fastbert.optimize(deepcopy(theirs))
@@ -288,7 +288,7 @@ def test_an_encoder_that_returns_no_states_is_named():
 @pytest.mark.parametrize("hook", ["encoder", "every module"])
 @pytest.mark.parametrize("mask", [None, "right"])
 def test_hidden_states_come_through_a_hooked_encoder(mask, hook):
-    """As do their gradients."""
+    """So do their gradients."""
     kept = ... if mask is None else MASKS[mask].bool()
     found = []
     for model in pair():
@@ -328,14 +328,14 @@ def test_an_encoder_that_shares_one_layer():
 @pytest.mark.parametrize("shape", [(5, 5), (1, 1), (1, 5), (1, 1, 1, 1), (5, 1, 1, 5)], ids=str)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_the_encoder_adds_a_mask_of_any_shape_that_broadcasts(attention, shape):
-    """Also where as many texts as tokens might make it look like padding."""
+    """Also if B equals S, so that the shape could be that of a padding mask."""
     ours, theirs = (model.encoder for model in pair(attention=attention))
     mask = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     check_same(flat(ours(HIDDEN.repeat(2, 1, 1)[:5, :5], mask)), flat(theirs(HIDDEN.repeat(2, 1, 1)[:5, :5], mask)))
 
 
-class Around(transformers.PreTrainedModel):
-    """A model of somebody's own that has transformers collect states: of BERT's layers, and not of a BertModel's."""
+class CapturingModel(transformers.PreTrainedModel):
+    """A custom model in which transformers collects the states of BERT's layers."""
 
     config_class = transformers.BertConfig
     _supports_sdpa = True
@@ -356,7 +356,7 @@ class Around(transformers.PreTrainedModel):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_transformers_collects_no_packed_states(whole):
-    ours, theirs = (Around(bert, whole).eval() for bert in pair())
+    ours, theirs = (CapturingModel(bert, whole).eval() for bert in pair())
     for asked in ({"output_hidden_states": True}, {"output_hidden_states": True, "output_attentions": True}):
         outputs, expected = (model(IDS, MASKS["right"], **asked) for model in (ours, theirs))
         assert list(outputs) == list(expected)
@@ -365,8 +365,8 @@ def test_transformers_collects_no_packed_states(whole):
         assert whole or len(outputs.hidden_states) == 4
 
 
-class OfOnesOwn(hf.BertLayer):
-    """A layer as people derive them, with a constructor of its own."""
+class DerivedLayer(hf.BertLayer):
+    """A layer derived from transformers', with its own constructor."""
 
     def __init__(self, config):
         hf.GradientCheckpointingLayer.__init__(self)
@@ -379,7 +379,7 @@ class OfOnesOwn(hf.BertLayer):
 def test_layers_that_derive_from_transformers_run_as_they_do_there():
     ours, theirs = pair()
     torch.manual_seed(5)
-    own = OfOnesOwn(ours.config).eval()
+    own = DerivedLayer(ours.config).eval()
     for model in (ours, theirs):
         model.encoder.layer[2] = own
     kept = MASKS["right"].bool()
@@ -398,7 +398,7 @@ def test_gradients_of_attention_weights_can_be_retained(mask, attention):
             weights.retain_grad()
         kept = outputs.last_hidden_state[... if mask is None else MASKS[mask].bool()]
         kept.square().sum().backward()
-        # What padding holds is nobody's affair, as a query and as a key.
+        # Values at padding are arbitrary, both for queries and for keys.
         tokens = torch.ones(4, SEQ_LEN) if mask is None else MASKS[mask]
         pairs = (tokens[:, :, None] * tokens[:, None]).bool()
         grads.append([weights.grad.transpose(0, 1)[:, pairs] for weights in outputs.attentions])
@@ -406,7 +406,7 @@ def test_gradients_of_attention_weights_can_be_retained(mask, attention):
     check_same(*grads)
 
 
-def test_explain_notes_code_of_ones_own_around_the_model():
+def test_explain_notes_custom_code_around_the_model():
     ours, _ = pair()
     assert "own" not in str(fastbert.explain(ours))
     own = nn.Module()
@@ -422,8 +422,8 @@ def test_explain_notes_code_of_ones_own_around_the_model():
 
 
 @pytest.mark.parametrize("whose", ["our class", "optimized"])
-def test_colberts_queries_by_a_mask_of_scores(whose):
-    """Places that no token attends to, whose hidden states count."""
+def test_colbert_queries_by_a_score_mask(whose):
+    """Hidden states of tokens that no token attends to are used."""
     ours, theirs = pair()
     if whose == "optimized":
         ours = fastbert.optimize(deepcopy(theirs))
@@ -433,7 +433,7 @@ def test_colberts_queries_by_a_mask_of_scores(whose):
     torch.testing.assert_close(ours(**inputs).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_class_derived_from_a_head_may_name_its_modules_as_it_likes():
+def test_a_class_derived_from_a_head_may_use_other_module_names():
     class Mine(fastbert.BertForSequenceClassification):
         def __init__(self, config):
             super().__init__(config)
@@ -444,10 +444,10 @@ def test_a_class_derived_from_a_head_may_name_its_modules_as_it_likes():
 
     config = pair()[0].config
     assert Mine(config)(IDS).shape == (4, SEQ_LEN, 8)
-    assert fastbert.explain(Mine(config)).notes  # its forward is nobody's we know
+    assert fastbert.explain(Mine(config)).notes  # its forward is of no known library
 
 
-def test_parts_of_a_head_that_came_after_optimize():
+def test_parts_of_a_head_replaced_after_optimize():
     _, theirs = pair("BertForMaskedLM")
     model = fastbert.optimize(deepcopy(theirs))
     torch.manual_seed(4)

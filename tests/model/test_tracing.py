@@ -66,7 +66,7 @@ def test_compile_options(kwargs):
         torch.testing.assert_close(outputs[name], expected[name], atol=1e-4, rtol=1e-4)
 
 
-def test_compile_packed_texts():
+def test_compile_packed_sequences():
     ours, _ = pair()
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     cu_seqlens = torch.tensor([0, 5, 8, 9, 16], dtype=torch.int32)
@@ -91,7 +91,7 @@ def test_compile_dynamic_shapes_once():
     assert len(graphs) == 1
 
 
-def test_compile_ignores_what_stands_at_padding():
+def test_compile_ignores_values_at_padding():
     ours, _ = pair()
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     inputs = batch("left")
@@ -116,8 +116,8 @@ for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(model.BertMode
 """
 
 
-def test_compile_is_the_first_thing_a_process_does():
-    """Tracing imports the kernels: a graph that holds while they are not imported does not hold when it is there."""
+def test_compile_before_any_other_call_of_the_process():
+    """Tracing imports the kernels: a guard on whether they are imported would fail right after the trace."""
     environment = os.environ | {"FASTBERT_BACKEND": "triton", "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", FIRST_THING], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -153,7 +153,7 @@ def test_export_with_dynamic_batch_and_length(head, strict):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_jit_trace_holds_for_other_lengths_of_text():
+def test_jit_trace_holds_for_other_lengths():
     ours, _ = pair()
     ours.requires_grad_(False)
     inputs = batch("right")

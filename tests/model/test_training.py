@@ -53,7 +53,7 @@ def test_a_classifier_has_its_own_dropout(classifier_dropout, head):
 
 
 def test_mean_under_dropout_is_the_output_without(minilm):
-    """Dropout scales by 1 / (1 - p): over many draws the embeddings' mean is what eval mode gives."""
+    """Dropout scales by 1 / (1 - p), so the mean of many draws is the output in eval mode."""
     embeddings = deepcopy(minilm.embeddings)
     ids = torch.arange(1000, 1016)[None]
     expected = embeddings(ids)
@@ -71,7 +71,7 @@ def test_gradients_with_dropout():
     directions = [torch.randn_like(parameter) for parameter in parameters]
     loss_of(ours, inputs).backward()
     slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True) if p.grad is not None)
-    # Row 0 of the word embeddings is padding_idx: it counts in the finite difference but has no gradient.
+    # Row 0 of the word embeddings is padding_idx, which has no gradient but changes the finite difference.
     directions[0][0] = 0
     step, losses = 1e-6, []
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_gradients_with_dropout():
 @pytest.mark.parametrize("settings", [{}, DROPOUT], ids=["fused", "dropout"])
 def test_gradient_checkpointing(settings, use_reentrant):
     ours, _ = pair(**settings)
-    # Its hook makes the embeddings see padding, and draw another dropout mask; so it is on both.
+    # Its hook makes the embeddings run on padding and draw another dropout mask, so both models get it.
     ours.enable_input_require_grads()
     checkpointed = deepcopy(ours)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

@@ -28,7 +28,7 @@ KERNELS_OF_A_LAYER = Counter(
 
 @pytest.fixture(autouse=True)
 def in_kernels():
-    """Everything runs in the kernels, or raises."""
+    """Everything runs in kernels, or raises."""
     fastbert_kernels.take_bad_ids(torch.device(DEVICE))
     with fastbert.backend("triton"):
         yield
@@ -36,7 +36,7 @@ def in_kernels():
 
 @pytest.fixture(params=["host", "device"])
 def packed_on(request, monkeypatch):
-    """Where the packing is planned: on the device the host never knows how many tokens are kept."""
+    """Where masks are packed: on the host, or on the device, where the host never knows the number of tokens."""
     if request.param == "device":
         monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
     return request.param
@@ -44,7 +44,7 @@ def packed_on(request, monkeypatch):
 
 @pytest.fixture
 def no_eager(monkeypatch):
-    """Any eager twin that is called fails the test."""
+    """A call of an eager reference fails the test."""
 
     def forbid(op):
         def forbidden(*_, **__):
@@ -61,7 +61,7 @@ def on_device(inputs):
 
 
 def for_ours(inputs, packed_on):
-    """The inputs with the mask where the packing is to be planned."""
+    """The inputs, with the mask on the device where it is packed."""
     known = packed_on == "host" and "attention_mask" in inputs
     return inputs | ({"attention_mask": inputs["attention_mask"].cpu()} if known else {})
 
@@ -117,7 +117,7 @@ def test_every_head(head, mask, packed_on, no_eager):
     kept = inputs["attention_mask"]
     if head == "BertForQuestionAnswering":
         assert outputs[0].start_logits[kept == 0].max() == torch.finfo(torch.float32).min
-    # Where a text begins with padding, transformers pools that.
+    # transformers pools column 0, also if it is padding.
     rows = kept[..., 0].bool().flatten(1).all(1) if kept.ndim == 3 else kept[:, 0].bool()
     outputs = [{name: x[rows] for name, x in output.items()} for output in outputs]
     check_outputs(*outputs, kept[rows])
@@ -145,7 +145,8 @@ def test_minilm(minilm_path, tokenizer, padding, dtype, no_eager, launches):
 
 
 def gradients(model, inputs):
-    """Every parameter's gradient but the keys' biases', which move no softmax: theirs is rounding of zero."""
+    """The gradients of all parameters except the key biases: theirs are zero up to rounding, because they change no
+    softmax."""
     model.zero_grad()
     model(**inputs).loss.backward()
     return {
@@ -160,7 +161,7 @@ def test_gradients(head, packed_on):
         inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
     ours, theirs, truth = [gradients(model, inputs) for model in models(head)]
     assert ours.keys() == theirs.keys()
-    # In units of each parameter's own gradient, all together: a bias of two elements has no statistics of its own.
+    # All gradients at once, each divided by its size: a bias of two elements is too small for statistics.
     sizes = {name: gradient.square().mean().sqrt() for name, gradient in truth.items()}
     check_close(
         "gradients",
@@ -173,7 +174,7 @@ def test_gradients(head, packed_on):
 @pytest.mark.parametrize("head", ["BertModel", "BertForSequenceClassification"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_second_derivative(attention, head, mask, packed_on):
-    """A penalty on the gradients of the embeddings, where one layer's output is the next one's input, twice over."""
+    """A penalty on the gradients of the embeddings needs second derivatives through all layers."""
     found = []
     for model in models(head, attention=attention):
         if found:
@@ -195,14 +196,14 @@ def test_a_second_derivative(attention, head, mask, packed_on):
             gradients["x"] = gradients["x"][MASKS[mask].bool()]
     assert found[0].keys() == found[1].keys()
     for name, truth in found[2].items():
-        if not name.endswith("key.bias"):  # zero but for rounding: softmax does not see it
+        if not name.endswith("key.bias"):  # zero up to rounding: it changes no softmax
             check_close(name, *(gradients[name] for gradients in found[:2]), truth)
 
 
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("mask", [None, "right"])
 def test_shapes_without_numbers(mask, record, monkeypatch):
-    """The first thing that a model does may be a forward of tensors that hold none."""
+    """The first forward of a model may be one of fake tensors."""
     ours, _ = pair("BertForMaskedLM")
     ours.to(DEVICE)
     monkeypatch.setattr(sys.modules["fastbert_kernels.embed_layer_norm"], "_notes", {})
@@ -224,8 +225,8 @@ def test_the_pooler_alone(shape, record):
         check_close("pooled", ours(hidden), theirs(hidden), truth(hidden.double()))
 
 
-def test_a_layer_is_one_node_of_autograd():
-    """It keeps its input and its parameters for the backward, and nothing that it computes on the way."""
+def test_a_layer_is_one_autograd_node():
+    """It saves its input and parameters for the backward, but no intermediate tensor."""
     ours, _, _ = models()
     hidden_states = torch.randn(BATCH, SEQ_LEN, 48, device=DEVICE)
     kept = []
@@ -239,16 +240,16 @@ def test_a_layer_is_one_node_of_autograd():
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("around_backward", ["triton", "eager", "another thread"])
 @pytest.mark.parametrize("around_forward", ["triton", "eager"])
-def test_gradient_checkpointing_computes_a_layer_again_as_before(
+def test_gradient_checkpointing_recomputes_a_layer_by_the_same_back_end(
     around_forward, around_backward, use_reentrant, launches
 ):
-    """Whatever back end is chosen where the backward runs: on a GPU that is a thread of autograd's own."""
+    """Whatever back end is chosen on the thread of the backward, which on a GPU is one of autograd's."""
     ours, _, _ = models("BertForSequenceClassification", num_hidden_layers=2)
     inputs = on_device(inputs_for("BertForSequenceClassification", "right", with_labels=True))
     expected = gradients(ours, inputs)
     ours.zero_grad()
     ours.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    ours.disable_input_require_grads()  # hooks, which no kernel serves
+    ours.disable_input_require_grads()  # hooks, which prevent fusion
     launches.clear()
     with fastbert.backend(around_forward):
         loss = ours(**inputs).loss
@@ -263,7 +264,7 @@ def test_gradient_checkpointing_computes_a_layer_again_as_before(
         torch.testing.assert_close(ours.get_parameter(name).grad, grad, atol=1e-4, rtol=1e-3)
 
 
-# Masks of scores made of a relative bias [H, S, S].
+# Score masks made of a relative bias [H, S, S].
 BIASED = {
     "heads": lambda bias: bias[None],
     "texts": lambda bias: torch.stack((*bias, torch.zeros_like(bias[0]))),
@@ -301,7 +302,7 @@ def texts_of(lengths, seq_len):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_text_has_the_same_bits_in_any_batch(dtype, packed_on):
+def test_a_sequence_is_bitwise_equal_in_any_batch(dtype, packed_on):
     ours, _, _ = models(dtype=dtype, num_hidden_layers=1)
     lengths = (5, 12, 1, 9, 12, 3)
     together = texts_of(lengths, 12)
@@ -315,7 +316,7 @@ def test_a_text_has_the_same_bits_in_any_batch(dtype, packed_on):
                 (ours(ids[:, :length]), slice(None)),
                 (ours(torch.nn.functional.pad(ids, (0, 8)), mask_of(length, 20)), slice(length)),
             ]
-            # Left padding moves a text's positions, unless they are given.
+            # Left padding shifts positions, unless they are given.
             positions = torch.cat((torch.zeros(12 - length), torch.arange(length)))[None].long().to(DEVICE)
             flipped = ours(left, mask_of(length, 12).flip(1), position_ids=positions)
             alone.append((flipped, slice(12 - length, None)))
@@ -332,7 +333,7 @@ def test_a_text_has_the_same_bits_in_any_batch(dtype, packed_on):
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"])
-def test_logits_have_the_same_bits_in_any_batch(head, packed_on):
+def test_logits_are_bitwise_equal_in_any_batch(head, packed_on):
     ours, _, _ = models(f"BertFor{head}", num_hidden_layers=1)
     lengths = (5, 12, 1)
     together = texts_of(lengths, 12)
@@ -374,7 +375,7 @@ def pool_mean(hidden_states, mask):
     ("name", "value", "limit"), [("input_ids", 99, 61), ("token_type_ids", -1, 2), ("position_ids", 24, 24)]
 )
 def test_an_index_out_of_range(name, value, limit, packed_on):
-    """That text is NaN, the others keep their bits, and the next call says which value it was."""
+    """Its sequence is NaN, the others are bitwise equal, and the next call raises an error with the value."""
     ours, _, _ = models(num_hidden_layers=1)
     inputs = on_device(batch("right")) | {"position_ids": torch.arange(SEQ_LEN, device=DEVICE).repeat(BATCH, 1)}
     with torch.no_grad():
@@ -409,10 +410,10 @@ def test_several_indices_out_of_range_are_all_named():
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_an_index_out_of_range_in_training(compiled):
-    """The backward looks rows up again, in plain PyTorch: it must not ask for one that is not there."""
+    """The backward repeats the lookup in plain PyTorch, which must clamp the index."""
     ours, _, _ = models("BertForSequenceClassification", num_hidden_layers=1)
     inputs = on_device(inputs_for("BertForSequenceClassification", "right", with_labels=True))
-    inputs["input_ids"][1, 9] = -100  # at padding: nothing reads it
+    inputs["input_ids"][1, 9] = -100  # at padding: never read
     model = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
     model(**inputs).loss.backward()
     assert all(p.grad.isfinite().all() for p in ours.parameters() if p.grad is not None)
@@ -423,7 +424,7 @@ def test_an_index_out_of_range_in_training(compiled):
     assert fastbert_kernels.take_bad_ids(torch.device(DEVICE)) == [("input_ids", 61, 61)]
 
 
-def test_ids_at_padding_may_be_anything_for_modules_too(monkeypatch):
+def test_ids_at_padding_may_be_invalid_for_modules_too(monkeypatch):
     monkeypatch.setattr(backend._choice, "name", "auto")
     monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
@@ -437,7 +438,7 @@ def test_ids_at_padding_may_be_anything_for_modules_too(monkeypatch):
             torch.testing.assert_close(ours(**inputs).last_hidden_state, expected)
 
 
-def test_ids_can_be_checked_at_once():
+def test_ids_can_be_checked_in_the_same_call():
     code = (
         "import torch, fastbert; config = fastbert.BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, "
         "num_attention_heads=2, intermediate_size=16); "
@@ -449,7 +450,7 @@ def test_ids_can_be_checked_at_once():
     assert "input_ids holds 9, allowed are 0 to 8" in run.stderr
 
 
-def test_texts_packed_end_to_end(no_eager):
+def test_packed_sequences(no_eager):
     ours, _, _ = models(num_hidden_layers=1)
     lengths = (5, 1, 6)
     inputs = batch(None)["input_ids"][:1].to(DEVICE)
@@ -464,8 +465,8 @@ def test_texts_packed_end_to_end(no_eager):
             start += length
 
 
-def test_texts_packed_end_to_end_of_which_only_the_device_knows(monkeypatch):
-    """Their bounds cannot be checked then: what they leave out at the end is zeros."""
+def test_packed_sequences_with_offsets_on_the_device(monkeypatch):
+    """The offsets cannot be checked then. Outputs past the last offset are zeros."""
     ours, _, _ = models(num_hidden_layers=1)
     inputs = batch(None)["input_ids"][:1].to(DEVICE)
     with torch.no_grad():
@@ -477,7 +478,7 @@ def test_texts_packed_end_to_end_of_which_only_the_device_knows(monkeypatch):
     assert not packed.last_hidden_state[:, 9:].any()
 
 
-def test_packed_texts_that_the_host_bounds_may_be_longer_together_than_the_positions():
+def test_a_packed_row_may_be_longer_than_the_position_table():
     ours, _, _ = models(num_hidden_layers=1)
     with torch.no_grad():
         outputs = ours(torch.ones(1, 30, dtype=torch.long, device=DEVICE), cu_seq_lens_q=torch.tensor([0, 10, 20, 30]))
@@ -494,8 +495,8 @@ def training(model):
 
 @pytest.mark.parametrize("change", [hooked, training, "weights", "states"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
-def test_what_kernels_do_not_serve_runs_beside_them(change, gradients, packed_on, monkeypatch):
-    """Of three layers one, or what is asked for, needs the modules; every number stays transformers'."""
+def test_unsupported_parts_run_in_eager_beside_kernels(change, gradients, packed_on, monkeypatch):
+    """One layer of three, or the requested outputs, need the modules. All numbers equal transformers'."""
     monkeypatch.setattr(backend._choice, "name", "auto")
     monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     ours, theirs, truth = models(hidden_dropout_prob=1e-9)
@@ -513,7 +514,7 @@ def test_what_kernels_do_not_serve_runs_beside_them(change, gradients, packed_on
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, list(ours.encoder.parameters())))
 
 
-def test_heads_that_are_too_large_are_refused_or_served_by_eager(monkeypatch):
+def test_heads_that_are_too_large_raise_or_run_in_eager(monkeypatch):
     ours, theirs, truth = models(hidden_size=272, num_attention_heads=2)
     inputs = on_device(batch("right"))
     with torch.no_grad():
@@ -528,7 +529,7 @@ def test_heads_that_are_too_large_are_refused_or_served_by_eager(monkeypatch):
 
 
 def test_autocast(packed_on):
-    """Products in bfloat16, sums and LayerNorm in float32, as transformers' modules do under autocast."""
+    """Products in bfloat16, sums and LayerNorm in float32, as in transformers' modules under autocast."""
     ours, theirs, truth = models()
     inputs = on_device(batch("right"))
     with torch.no_grad():
@@ -537,7 +538,7 @@ def test_autocast(packed_on):
             outputs = [model(**inputs) for model in (ours, theirs)]
     assert outputs[0].last_hidden_state.dtype == outputs[1].last_hidden_state.dtype == torch.float32
     assert outputs[0].pooler_output.dtype == outputs[1].pooler_output.dtype
-    # The interpreter cuts float32 off to bfloat16 where a GPU rounds: twice the error.
+    # The interpreter truncates float32 to bfloat16, a GPU rounds: twice the error.
     factor = 3.0 if DEVICE == "cuda" else 6.0
     check_close(
         "autocast", *(at_kept_tokens(x[0], inputs["attention_mask"]) for x in (*outputs, expected)), factor=factor

@@ -1,4 +1,4 @@
-"""Which back end serves what: the choice, the fuse predicate, and `explain`."""
+"""The dispatch: the choice of the back end, when blocks are fused, and `explain`."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_raise():
     with (
         pytest.raises(ValueError, match="unknown back end 'cuda', choose one of auto, triton, eager"),
         fastbert.backend("cuda"),
@@ -28,7 +28,7 @@ def test_unknown_names_are_refused():
         pass
 
 
-def test_an_explicit_choice_that_cannot_be_served_raises_with_the_reason(no_interpreter):
+def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(no_interpreter):
     ours, _ = pair()
     with fastbert.backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run .*on 'cpu'.*CUDA device"):
         ours(**batch())
@@ -36,7 +36,7 @@ def test_an_explicit_choice_that_cannot_be_served_raises_with_the_reason(no_inte
 
 
 @interpreted
-def test_an_explicit_choice_refuses_a_layer_that_must_run_through_its_modules():
+def test_an_explicit_choice_raises_for_a_layer_that_must_run_through_its_modules():
     ours, _ = pair()
     ours.encoder.layer[0].register_forward_hook(lambda *_: None)
     with (
@@ -97,7 +97,7 @@ def test_options_that_kernels_lack_fall_back(caplog):
     assert caplog.records[0].getMessage() == "attention runs in eager PyTorch: a mask"
 
 
-def test_attention_weights_are_said_to_need_eager_attention_once(caplog):
+def test_the_fallback_for_attention_weights_is_logged_once(caplog):
     backend.warn_once.cache_clear()
     ours, _ = pair()
     with caplog.at_level(logging.INFO, "fastbert"):
@@ -173,7 +173,7 @@ def test_explain_names_the_reason(name):
     assert {row.backend for row in rows if row not in changed} == {"eager"}
 
 
-def test_explain_says_what_serves_every_block_and_op(no_interpreter):
+def test_explain_lists_the_back_end_of_every_block_and_op(no_interpreter):
     ours, _ = pair("BertForSequenceClassification")
     rows = fastbert.explain(ours)
     assert len(rows) == 1 + 3 * 5 + 1 + 1
@@ -214,12 +214,12 @@ def test_dropout_in_eval_mode_does_not_unfuse():
     assert {row.backend for row in fastbert.explain(ours)} == {"eager"}
 
 
-def test_explain_refuses_a_model_that_is_not_ours():
+def test_explain_raises_for_a_model_that_is_not_ours():
     with pytest.raises(TypeError, match="torch.nn.modules.linear.Linear has no fastbert encoder"):
         fastbert.explain(nn.Linear(2, 2))
 
 
-def test_an_activation_the_ops_do_not_know_is_explained():
+def test_explain_names_an_unsupported_activation():
     ours, _ = pair(hidden_act="silu")
     (reason,) = {row.reason for row in fastbert.explain(ours) if "layer" in row.block}
     name = "transformers.activations.SiLUActivation"
@@ -227,7 +227,7 @@ def test_an_activation_the_ops_do_not_know_is_explained():
 
 
 def test_plain_layers_never_call_their_modules(monkeypatch):
-    """Nor is anything below the model called as a module where no gradients are recorded: nobody sees it."""
+    """Without gradients no module below the model is called, because no hook would see it."""
     ours, _ = pair()
     called, call = [], nn.Module.__call__
 
@@ -252,7 +252,7 @@ def test_plain_layers_never_call_their_modules(monkeypatch):
         ((9, 0), torch.float16, "fastbert_kernels has no kernel for no_such_op"),
     ],
 )
-def test_why_a_gpu_is_not_served(capability, dtype, message, monkeypatch):
+def test_why_a_gpu_is_unsupported(capability, dtype, message, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     backend._why_not_triton.cache_clear()

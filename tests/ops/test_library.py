@@ -1,4 +1,4 @@
-"""The kernels as `torch.library` ops: their contracts, and the model in traced graphs, in the kernels."""
+"""The kernels as `torch.library` ops: their contracts, and traced graphs of the model that run in the kernels."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ def integers(values):
 
 
 def examples():
-    """Arguments of each op, in the order of its schema; num_tokens counts every row: no row is unspecified."""
+    """Arguments of each op in the order of its schema. num_tokens includes every row, so that no row is unspecified."""
     count = integers([9]).int()
     bounds = integers([0, 3, 3, 9]).int()
     places = integers([8, 0, 2, 5, 1, 3, 4, 7, 6])
@@ -73,7 +73,7 @@ def test_opcheck_of_the_backward(op):
             opcheck(getattr(torch.ops.fastbert, f"{op}_backward").default, (grad, *arguments, wanted))
 
 
-def test_a_backward_has_no_autocast_of_its_own():
+def test_a_backward_op_ignores_autocast():
     inputs = parameter(9, E), parameter(F, E), parameter(F)
     found = []
     for enabled in (False, True):
@@ -101,7 +101,7 @@ def test_gradients_of_an_op_are_its_references(op):
 
 
 def test_gradients_stop_at_the_token_count():
-    """Rows past the count are garbage, in and out: no weight may learn from them."""
+    """Rows past num_tokens are arbitrary in inputs and outputs: they must not contribute to gradients of weights."""
     count = integers([5]).int()
     weight, bias = parameter(F, E), parameter(F)
     x = torch.randn(9, E, device=DEVICE)
@@ -118,7 +118,7 @@ def test_gradients_stop_at_the_token_count():
 
 @pytest.mark.parametrize("head", ["BertModel", "BertForSequenceClassification", "BertForMaskedLM"])
 def test_compiled_without_a_graph_break(head, launches):
-    """A mask packs in a traced graph too: its capacity keeps shapes static."""
+    """Masks are packed in a traced graph, too: buffers of B * S rows keep shapes static."""
     ours = pair(head)[0].to(DEVICE)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), fastbert.backend("triton"):
@@ -150,7 +150,7 @@ def test_compiled_training():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs, forward and backward, that inductor would get; masks are packed on the device."""
+    """The forward and backward graphs that inductor would get, with masks packed on the device."""
     monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
     torch._dynamo.reset()
     found = {"forward": [], "backward": []}
@@ -165,7 +165,7 @@ def graphs(monkeypatch):
 
 
 def names(graph, namespace):
-    """Of the ops of a namespace that a graph calls, once a call."""
+    """The names of a namespace's ops in a graph, one per call."""
     targets = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
     return [target._schema.name.removeprefix(f"{namespace}::") for target in targets if target.namespace == namespace]
 
@@ -175,7 +175,7 @@ PACKING = {"index", "index_put", "index_copy", "index_select", "gather", "scatte
 
 @pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}], ids=["", "states"])
 @pytest.mark.parametrize("mask", [None, "holes"])
-def test_a_compiler_sees_nothing_of_a_backward(mask, asked, graphs):
+def test_compilers_see_the_backward_as_opaque_ops(mask, asked, graphs):
     ours = pair()[0].to(DEVICE)
     inputs = {name: x.to(DEVICE) for name, x in batch(mask).items()}
     with fastbert.backend("triton"):
@@ -211,8 +211,8 @@ LARGE_HEADS = {"hidden_size": 272, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize("change", [dropout, hook, hook_of_the_embeddings, LARGE_HEADS])
-def test_a_compiler_sees_nothing_of_packing(change, graphs, monkeypatch):
-    """Where kernels do not serve all of a traced graph, nothing is dropped."""
+def test_traced_graphs_with_fallbacks_do_not_pack(change, graphs, monkeypatch):
+    """If not every block of a traced graph runs in kernels, the graph stays padded."""
     monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     settings = change if change is LARGE_HEADS else {}
     ours = pair(hidden_dropout_prob=1e-9, num_hidden_layers=2, **settings)[0].to(DEVICE)
@@ -229,8 +229,8 @@ def test_a_compiler_sees_nothing_of_packing(change, graphs, monkeypatch):
         assert not {*names(graph, "aten")} & PACKING
 
 
-def test_bounds_are_searched_from_where_their_storage_begins(graphs):
-    """Inductor of torch 2.11 searches a slice, on a GPU, as if it began there."""
+def test_offsets_are_searched_without_a_slice(graphs):
+    """Inductor in torch 2.11 ignores the start of a slice that is searched on a GPU."""
     bounds, hidden = integers([0, 5, 8, 9, 12]).int(), torch.randn(12, E, device=DEVICE)
     ours = pair(num_hidden_layers=1)[0].to(DEVICE)
     packed = {"input_ids": batch()["input_ids"][:1].to(DEVICE), "cu_seq_lens_q": bounds, "max_length_q": 5}
@@ -241,7 +241,7 @@ def test_bounds_are_searched_from_where_their_storage_begins(graphs):
         pool(hidden, bounds, "mean")
     nodes = [node for graph in graphs["forward"] for node in graph.nodes]
     searched = [node.args[0].meta["val"] for node in nodes if node.target is torch.ops.aten.searchsorted.Tensor]
-    # Of each packed batch the positions and where attention reaches, and what is pooled together.
+    # Two for each packed batch (positions, attention's mask), one for the pooling.
     assert [bounds.storage_offset() for bounds in searched] == [0] * 5
 
 

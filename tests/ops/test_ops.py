@@ -1,4 +1,4 @@
-"""Every op's eager form against its definition, through the seam, over sizes, dtypes and layouts."""
+"""The eager reference of every op against its definition, through the dispatch, over sizes, dtypes and layouts."""
 
 import inspect
 
@@ -19,7 +19,7 @@ def cu_seqlens_of(lengths):
 
 
 def check(name, function, *args):
-    """An op in each dtype against the same formula in float64; the peer is the formula in the dtype itself."""
+    """Compare an op in each dtype with its formula in float64, by the error of the formula in the same dtype."""
     for dtype in DTYPES:
         cast, exact = (
             [x.to(kind) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
@@ -69,7 +69,7 @@ def test_attention(lengths, implementation):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_attention_without_reading_lengths_on_the_host(lengths, monkeypatch):
-    """The form for traced graphs and other devices: pad, mask, one call."""
+    """As in traced graphs and on other devices: pad, mask, one call."""
     qkv, cu_seqlens = torch.randn(sum(lengths), 3, 2, 8), cu_seqlens_of(lengths)
     expected = eager.attention(qkv, cu_seqlens, max(lengths), 0.3)
     monkeypatch.setattr(eager, "is_tracing", lambda: True)
@@ -171,6 +171,6 @@ def test_pool(lengths, mode, normalize):
         assert outputs.isfinite().all()
 
 
-def test_pool_refuses_another_mode():
+def test_pool_raises_for_an_unknown_mode():
     with pytest.raises(ValueError, match="pool mode 'max' is unknown; choose 'first' or 'mean'"):
         ops.pool(torch.randn(2, 3), cu_seqlens_of((2,)), "max")
