@@ -35,6 +35,11 @@ KEYS = (
     "tma", "code_bytes", "compile_s", "ctas_per_sm", "occupancy", "reasons", "shapes",
 )  # fmt: skip
 
+# With another Triton than the table's, tests leave out what one version proves: the report's own errors, and float16, whose
+# code differs from that of bfloat16 in conversions only.
+OTHER_TRITON = f"Triton {triton.__version__}." not in COMMITTED.read_text()
+COMPILED = [dtype for dtype in DTYPES if not OTHER_TRITON or dtype != "fp16"]
+
 # The tables of the architecture and of a device.
 OF_SM_90 = (TABLES["sm_90"], TABLES["nvidia-h200"])
 
@@ -58,7 +63,7 @@ def report(*options: str, packages: Path | None = None, interpret: bool = False)
 @pytest.fixture(scope="module")
 def sm_90() -> list[dict]:
     """Every row of one target. Standard output must be one JSON list and nothing else."""
-    run = report("--json", "--target", "sm_90")
+    run = report("--json", "--target=sm_90", *(f"--dtype={dtype}" for dtype in COMPILED))
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -71,7 +76,7 @@ def test_keys_of_a_row(sm_90):
         assert 0 < row["occupancy"] <= 1
         assert row["code_bytes"] % 16 == 0
         assert 16 <= row["registers"] <= 255
-    assert {row["dtype"] for row in sm_90} == DTYPES.keys()
+    assert {row["dtype"] for row in sm_90} == set(COMPILED)
 
 
 def test_every_kernel_and_every_shipped_configuration_has_a_row(sm_90):
@@ -83,9 +88,9 @@ def test_every_kernel_and_every_shipped_configuration_has_a_row(sm_90):
     }
     assert {row["kernel"] for row in sm_90} == functions
     of_op = {"linear_residual": "linear_residual_layer_norm", "attention_short": "attention"}
-    for operation, (width, dtypes) in product(TABLES["sm_90"], (("16", ("fp16", "bf16")), ("32", ("fp32",)))):
-        for table, dtype in product(OF_SM_90, dtypes):
-            for entry in table[operation][width]:
+    for operation, dtype in product(TABLES["sm_90"], COMPILED):
+        for table in OF_SM_90:
+            for entry in table[operation][dtype[-2:]]:
                 config = compiled_keys(entry)
                 op = of_op.get(operation, operation)
                 rows = [row["config"] for row in sm_90 if (row["op"], row["dtype"]) == (op, dtype)]
@@ -174,19 +179,18 @@ def section(text: str, title: str) -> list[str]:
     return text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
 
 
+@pytest.mark.skipif(OTHER_TRITON, reason=f"the table was made with another Triton than {triton.__version__}")
 def test_the_committed_table_is_what_the_kernels_compile_to(sm_90):
-    committed = COMMITTED.read_text()
-    if f"Triton {triton.__version__}." not in committed:
-        pytest.skip(f"the table was made with another Triton than {triton.__version__}")
-    compiled = page(sm_90)
+    committed, compiled = COMMITTED.read_text(), page(sm_90)
     for title in ("sm_90", "Roofline times"):
         assert section(compiled, title) == section(committed, title), "run `make report` and look at its diff"
     assert [title for title in CHIPS if f"## {title}\n" in committed] == list(CHIPS)
 
 
+@pytest.mark.skipif(OTHER_TRITON, reason="runs with the Triton of the table")
 def test_faulty_configurations_fail_with_their_reason(tmp_path):
     """One without wgmma, one that spills, one that is too large, one that does not compile, one that is invalid."""
-    shutil.copytree(KERNELS, tmp_path / "fastbert_kernels")
+    shutil.copytree(KERNELS, tmp_path / "fastbert_kernels", ignore=shutil.ignore_patterns("nvidia-h200.json"))
     path = tmp_path / "fastbert_kernels" / "configs" / "sm_90.json"
     table = json.loads(path.read_text())
     few, *_, many = table["qkv_projection"]["16"]
@@ -196,6 +200,12 @@ def test_faulty_configurations_fail_with_their_reason(tmp_path):
     few["config"]["num_stages"] = 16
     many["config"] |= {"BLOCK_M": 2048, "BLOCK_N": 1024}
     table["linear_residual_layer_norm"]["16"][0]["config"]["BLOCK_M"] = 96
+    for operation in (
+        "qkv_projection",
+        "linear_activation",
+        "linear_residual",
+    ):  # no others, which take long to compile
+        table[operation]["16"][1:-1] = []
     path.write_text(json.dumps(table))
     ops = ("--op=qkv_projection", "--op=linear_activation", "--op=linear_residual_layer_norm")
     run = report("--json", "--target=sm_90", "--dtype=bf16", *ops, packages=tmp_path)

@@ -92,7 +92,12 @@ def check_other_sizes(session, model: nn.Module, *shapes: tuple[int, ...]) -> No
             torch.testing.assert_close(torch.from_numpy(a), b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "dynamo"])
+@pytest.mark.parametrize(
+    ("kernels_are_wanted", "dynamo"),
+    [("on the CPU", False), ("as on a GPU", False), ("as on a GPU", True)],
+    indirect=["kernels_are_wanted"],
+    ids=["traced on the CPU", "traced as on a GPU", "dynamo as on a GPU"],
+)
 @pytest.mark.parametrize(("head", "attention"), [*((head, "sdpa") for head in HEADS), ("BertModel", "eager")])
 def test_exported_models_take_other_sizes(head, attention, dynamo, kernels_are_wanted, tmp_path):
     ours, _ = pair(head, attention, num_hidden_layers=1)

@@ -107,7 +107,7 @@ def test_outputs(mask, dtype, packed_on, no_eager, launches):
     assert Counter(launches) == Counter({name: 3 * count for name, count in layer.items()}) + around
 
 
-@pytest.mark.parametrize("mask", ["right", "holes"])
+@pytest.mark.parametrize(("mask", "packed_on"), [("right", "host"), ("holes", "device")], indirect=["packed_on"])
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head(head, mask, packed_on, no_eager):
     ours, theirs, truth = models(head)
@@ -123,8 +123,9 @@ def test_every_head(head, mask, packed_on, no_eager):
     check_outputs(*outputs, kept[rows])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("padding", ["right", "left", "holes"])
+@pytest.mark.parametrize(
+    ("padding", "dtype"), [("right", torch.float16), ("left", torch.float16), ("holes", torch.float32)], ids=str
+)
 def test_minilm(minilm_path, tokenizer, padding, dtype, no_eager, launches):
     import transformers
 
@@ -170,9 +171,10 @@ def test_gradients(head, packed_on):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mask", [None, "right"])
-@pytest.mark.parametrize("head", ["BertModel", "BertForSequenceClassification"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("head", "mask"), [("BertModel", "right"), ("BertForSequenceClassification", None), ("BertModel", None)]
+)
+@pytest.mark.parametrize(("attention", "packed_on"), [("sdpa", "host"), ("eager", "device")], indirect=["packed_on"])
 def test_a_second_derivative(attention, head, mask, packed_on):
     """A penalty on the gradients of the embeddings needs second derivatives through all layers."""
     found = []
@@ -301,7 +303,12 @@ def texts_of(lengths, seq_len):
     return on_device({"input_ids": ids % 61 * mask, "attention_mask": mask.long()})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "packed_on"),
+    [(torch.float32, "host"), (torch.float16, "device"), (torch.bfloat16, "host"), (torch.bfloat16, "device")],
+    indirect=["packed_on"],
+    ids=str,
+)
 def test_a_sequence_is_bitwise_equal_in_any_batch(dtype, packed_on):
     ours, _, _ = models(dtype=dtype, num_hidden_layers=1)
     lengths = (5, 12, 1, 9, 12, 3)

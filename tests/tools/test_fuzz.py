@@ -13,7 +13,7 @@ import fastbert
 from fastbert import fusion
 from fastbert.ops import eager
 
-ROUNDS = 8
+ROUNDS = 4
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares on the CPU, kernels in the interpreter")
 

@@ -205,7 +205,7 @@ start = time.perf_counter()
 from fastbert import BertConfig, BertForMaskedLM, BertModel, backend, explain
 print(time.perf_counter() - start)
 """
-    assert min(float(run(code)) for _ in range(3)) < 0.2
+    assert any(float(run(code)) < 0.2 for _ in range(3))
 
 
 def test_the_repository_root_is_not_on_the_path():
