@@ -35,8 +35,8 @@ KEYS = (
     "tma", "code_bytes", "compile_s", "ctas_per_sm", "occupancy", "reasons", "shapes",
 )  # fmt: skip
 
-# With another Triton than the table's, tests leave out what one version proves: the report's own errors, and float16, whose
-# code differs from that of bfloat16 in conversions only.
+# With another Triton than the table's, tests leave out what one version proves: the report's own errors, and float16,
+# whose code differs from that of bfloat16 in conversions only.
 OTHER_TRITON = f"Triton {triton.__version__}." not in COMMITTED.read_text()
 COMPILED = [dtype for dtype in DTYPES if not OTHER_TRITON or dtype != "fp16"]
 
