@@ -82,8 +82,8 @@ def explain(obj) -> Explanation:
         for op, by, reason in served:
             rows.append(Served(name, op, "refused" if chosen == "triton" != by else by, reason))
     for name, module in root.named_modules():
-        if (kind := inference.kind_of(module)) in inference.MODELS:
-            why = inference.why_unserved(module)
+        if (kind := inference.sentence_transformers_class(module)) in inference.MODELS:
+            why = inference.why_unsupported(module)
             through = f"through sentence-transformers' own code: {why}" if why else "tokenized ahead and packed"
             rows.notes.append(f"the texts of {name or kind} go {through}")
         if _is_own_code(module) and not any(_is_own_code(part) for part in module.modules() if part is not module):
@@ -99,7 +99,7 @@ def _graphs(root: nn.Module) -> Iterator[str]:
     inner = {part for model in models.values() for part in model.modules() if part is not model}
     for name, model in models.items():
         if model not in inner or automatic.graphs_of(model):
-            yield f"CUDA graphs of {name or type(model).__name__}: {automatic.told(model)}"
+            yield f"CUDA graphs of {name or type(model).__name__}: {automatic.describe(model)}"
 
 
 def _projections(root: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
