@@ -64,13 +64,13 @@ class EmptyGraphs(graphs.CudaGraphs):
 
         return replay, run()
 
-    def in_order(self) -> None:
+    def order_after_last_replay(self) -> None:
         pass
 
-    def done(self) -> None:
+    def record_replay(self) -> None:
         pass
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         pass
 
 

@@ -1,10 +1,10 @@
-"""`explain`: which back end serves each block and op, and why not another."""
+"""`explain`: which back end runs each block and op, and why not another."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import automatic, inference, sentences
@@ -13,17 +13,18 @@ from fastbert.heads import PARTS, PROJECTIONS, Head
 from fastbert.ops import backend
 from fastbert.pretrained import BertPreTrainedModel
 
-SERVED = "a kernel serves it"
-# Whose modules around BertModel do not use what stands at padding.
+KERNEL = "a kernel runs it"
+# Libraries whose modules ignore the hidden states at padding.
 LIBRARIES = ("fastbert", "torch", "transformers", "sentence_transformers", "peft", "accelerate")
 OWN_CODE = (
-    "hidden states at padding are zeros: where it uses them, as ColBERT's queries do, it has to pass a mask of scores, "
+    "hidden states at padding are zeros. If it uses them, as ColBERT's queries do, it must pass a mask of scores, "
     "attention_mask[:, None, None].bool()"
 )
+Choice: TypeAlias = tuple[str, str, str]  # op, back end and reason
 
 
-class Served(NamedTuple):
-    """One line of `explain`: what serves an op of a block."""
+class Row(NamedTuple):
+    """A row of `explain`: the back end of an op of a block, and the reason."""
 
     block: str
     op: str
@@ -31,23 +32,22 @@ class Served(NamedTuple):
     reason: str
 
 
-class Explanation(list[Served]):
-    """The lines of `explain`, one for every block and op; layers that are served alike print as one. notes follow, and
-    what there is of CUDA graphs."""
+class Explanation(list[Row]):
+    """The result of `explain`: a row per block and op, notes, and lines on CUDA graphs. Prints equal layers as one."""
 
-    def __init__(self, rows: Iterable[Served] = ()):
+    def __init__(self, rows: Iterable[Row] = ()):
         super().__init__(rows)
         self.notes: list[str] = []
         self.graphs: list[str] = []
 
     def __str__(self) -> str:
-        blocks: dict[str, list[tuple[str, ...]]] = {}
-        for block, *served in self:
-            blocks.setdefault(block, []).append(tuple(served))
-        rows = [Served("block", "op", "backend", "reason")]
-        for served, names in groupby(blocks, key=blocks.get):
+        blocks: dict[str, list[Choice]] = {}
+        for row in self:
+            blocks.setdefault(row.block, []).append((row.op, row.backend, row.reason))
+        rows = [Row("block", "op", "backend", "reason")]
+        for choices, names in groupby(blocks, key=blocks.__getitem__):
             first, *rest = names
-            rows += [Served(f"{first}-{rest[-1].rpartition('.')[2]}" if rest else first, *row) for row in served]
+            rows += [Row(f"{first}-{rest[-1].rpartition('.')[2]}" if rest else first, *choice) for choice in choices]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + self.notes + self.graphs)
 
@@ -55,14 +55,14 @@ class Explanation(list[Served]):
 
 
 def explain(obj) -> Explanation:
-    """A table of what serves each block and op of a fastbert model on this device, and why not something else.
+    """Tell which back end runs each block and op of a fastbert model on its device, and why not another.
 
-    obj is a model or what holds one, as `optimize` takes. backend is "triton" (our kernels), "eager" (the ops' twins in
-    plain PyTorch), "modules" (the block's own modules, one after another, which is where hooks fire and adapters
-    count), or "refused" where "triton" was asked for and a call would raise. Notes below tell whether texts go packed
-    to a model of sentence-transformers', and name each module of no library we know that calls the model; the last
-    lines have the CUDA graphs of each model: their mode, buckets and memory, or why there are none. Raises TypeError
-    for an object without such blocks.
+    obj: a model or an object that holds one, as for `optimize`. The back end is "triton" (our kernels), "eager" (the
+    reference ops in plain PyTorch), "modules" (the block's own modules, so that hooks and adapters take part), or
+    "unsupported" if "triton" was chosen and a call would raise. Notes tell whether the texts of a sentence-transformers
+    model are packed, and name modules of unknown libraries that call the model. The last lines give the mode, buckets
+    and memory of each model's CUDA graphs, or why there are none. Raises TypeError for an object without a fastbert
+    encoder.
     """
     root = module_of(obj)
     if not any(isinstance(module, FusableBlock) for module in root.modules()):
@@ -70,20 +70,21 @@ def explain(obj) -> Explanation:
     rows, chosen = Explanation(), backend.current_backend()
     weight = next(root.parameters(), None)
     projections = list(_projections(root))
+    choices: Iterable[Choice]
     for name, block in root.named_modules():
         if isinstance(block, FusableBlock):
-            served = _served_block(block)
-        elif calling := [whole for linear, whole in projections if linear is block]:
-            served = [_served_linear(block, calling[0])]
+            choices = _choices_of_block(block)
+        elif callers := [caller for linear, caller in projections if linear is block]:
+            choices = [_choice_of_linear(block, callers[0])]
         elif sentences.pools(block) and weight is not None:
-            served = [_served("pool", weight)]
+            choices = [_choice("pool", weight)]
         else:
             continue
-        for op, by, reason in served:
-            rows.append(Served(name, op, "refused" if chosen == "triton" != by else by, reason))
+        for op, back_end, reason in choices:
+            rows.append(Row(name, op, "unsupported" if chosen == "triton" != back_end else back_end, reason))
     for name, module in root.named_modules():
-        if (kind := inference.kind_of(module)) in inference.MODELS:
-            why = inference.why_unserved(module)
+        if (kind := inference.sentence_transformers_class(module)) in inference.MODELS:
+            why = inference.why_unsupported(module)
             through = f"through sentence-transformers' own code: {why}" if why else "tokenized ahead and packed"
             rows.notes.append(f"the texts of {name or kind} go {through}")
         if _is_own_code(module) and not any(_is_own_code(part) for part in module.modules() if part is not module):
@@ -94,15 +95,15 @@ def explain(obj) -> Explanation:
 
 
 def _graphs(root: nn.Module) -> Iterator[str]:
-    """A line for each model of ours that no other of them calls, or that has graphs itself."""
+    """A line for each fastbert model that is not inside another one or has graphs itself."""
     models = {name: module for name, module in root.named_modules() if isinstance(module, BertPreTrainedModel)}
     inner = {part for model in models.values() for part in model.modules() if part is not model}
     for name, model in models.items():
         if model not in inner or automatic.graphs_of(model):
-            yield f"CUDA graphs of {name or type(model).__name__}: {automatic.told(model)}"
+            yield f"CUDA graphs of {name or type(model).__name__}: {automatic.describe(model)}"
 
 
-def _projections(root: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _projections(root: nn.Module) -> Iterator[tuple[nn.Module | None, nn.Module]]:
     """The linear layers of our heads, each with the module that calls it, which may be transformers'."""
     for module in (part for head in root.modules() if isinstance(head, Head) for part in head.modules()):
         for kind, names in PROJECTIONS.items():
@@ -111,40 +112,42 @@ def _projections(root: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _is_own_code(module: nn.Module) -> bool:
-    """Whether a module's forward is of no library we know, and there is a BertModel in it."""
+    """Whether a module contains a BertModel, and its forward is not of a library in LIBRARIES."""
     known = type(module).forward.__module__.partition(".")[0] in LIBRARIES
     return not known and any(isinstance(part, hf.BertModel) for part in module.modules())
 
 
-def _served(op: str, weight: nn.Parameter) -> tuple[str, str, str]:
-    """Op, back end and reason of an op on tensors like the weight, without gradients."""
+def _choice(op: str, weight: Tensor) -> Choice:
+    """The choice for an op on tensors like the weight, without gradients."""
     reason = backend.why_eager(op, weight.device, weight.dtype)
-    return op, "eager" if reason else "triton", reason or SERVED
+    return op, "eager" if reason else "triton", reason or KERNEL
 
 
-def _served_linear(module: nn.Module, whole: nn.Module) -> tuple[str, str, str]:
-    """Op, back end and reason of the linear layer of a head, or of a part of one."""
-    linear, refused = fused_linear(module)
-    if not isinstance(whole, (Head, *PARTS.values())):
-        linear, refused = None, f"it is called by a {class_name(whole)}"
-    return ("linear_activation", "modules", refused) if linear is None else _served("linear_activation", linear.weight)
+def _choice_of_linear(module: nn.Module, caller: nn.Module) -> Choice:
+    """The choice for a linear layer of a head."""
+    linear, reason = fused_linear(module)
+    if not isinstance(caller, (Head, *PARTS.values())):
+        linear, reason = None, f"it is called by a {class_name(caller)}"
+    if linear is None:
+        return "linear_activation", "modules", reason or ""
+    return _choice("linear_activation", linear.weight)
 
 
-def _served_block(block: FusableBlock) -> Iterator[tuple[str, str, str]]:
-    """Op, back end and reason of each op of a block."""
-    _, refused = fused_parts(block)
+def _choices_of_block(block: FusableBlock) -> Iterator[Choice]:
+    """The choice for each op of a block."""
+    _, unfused_reason = fused_parts(block)
     weight = next(block.parameters(), None)
     for op in block.ops_used:
-        if refused or weight is None:
-            yield op, "modules", refused or "it has no parameters"
+        if unfused_reason or weight is None:
+            yield op, "modules", unfused_reason or "it has no parameters"
         elif reason := why_eager(block, op, weight):
             yield op, "eager", reason
         else:
-            yield op, "triton", f"{SERVED}, eager a mask of scores" if op == "attention" else SERVED
+            yield op, "triton", f"{KERNEL}, but eager for a mask of scores" if op == "attention" else KERNEL
 
 
 def module_of(obj) -> nn.Module:
-    """obj itself, or the model that it (a pipeline) holds; raises TypeError where there is none."""
+    """obj if it is a module, else its attribute `model`, as of a pipeline. Raises TypeError if there is no module."""
     if isinstance(obj, nn.Module):
         return obj
     held = getattr(obj, "model", None)

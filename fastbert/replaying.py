@@ -1,4 +1,4 @@
-"""What lets a class's forward replay CUDA graphs by itself: a wrapper, which looks whether there might be a GPU."""
+"""The wrapper around a class's forward that lets it replay CUDA graphs if its inputs are on a GPU."""
 
 import functools
 from collections.abc import Callable
@@ -9,31 +9,32 @@ from torch import Tensor, nn
 
 from fastbert.ops.backend import is_tracing, is_transforming
 
-HOME = "_fastbert_home"  # of a wrapper: the class that has the forward, and the forward if that is the wrapped class
+# An attribute of a wrapper: the class that defines the wrapped forward, and that forward unless it is inherited.
+HOME = "_fastbert_home"
 _homes: dict[type[nn.Module], tuple[type[nn.Module], Callable | None]] = {}
 
 
 def replays(*kinds: type[nn.Module]) -> None:
-    """Wrap the forwards of these classes. Classes derived from them replay nothing."""
+    """Wrap the forwards of these classes. Their subclasses replay nothing."""
     for kind in kinds:
         kind.forward = _replaying(kind)
 
 
 def plain_forward(kind: type[nn.Module]) -> Callable:
-    """The forward of a class without its wrapper."""
+    """The forward of a class, without the wrapper if it has one."""
     home, own = getattr(kind.forward, HOME, (kind, None))
     return own or home.forward
 
 
 def original_forward(kind: type[nn.Module]) -> Callable:
-    """What the wrapper of a class calls, whether or not somebody has patched the class since."""
+    """The forward that the wrapper of a class calls, even if the class has been patched since."""
     home, own = _homes[kind]
     return own or home.forward
 
 
 @functools.cache
 def _imported(name: str) -> ModuleType:
-    # They import the model, which imports this.
+    # Not at the top: these modules import the model, which imports this one.
     return import_module(f"fastbert.{name}")
 
 
@@ -43,7 +44,7 @@ def _replaying(kind: type[nn.Module]) -> Callable:
 
     @functools.wraps(kind.forward)
     def forward(self, *args, **kwargs):
-        # What is inherited is looked up in each call: somebody may patch it for every model.
+        # Look up an inherited forward in each call, because it may be patched for every model.
         plain = own or home.forward
         if is_tracing() or is_transforming() or type(self) is not kind:
             return plain(self, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Texts as packed token ids by the `tokenizers` library itself, token by token those of transformers' wrapper.
+"""Texts to packed token ids by the `tokenizers` library, with the same tokens as transformers' wrapper gives.
 
-The wrapper's own work, Python lists and padded tensors of what the library gives, takes several times as long as
-tokenizing. It is asked for one text only, so that it sets truncation as it would for all.
+The wrapper turns the library's results into Python lists and padded tensors, which takes several times as long as
+tokenizing. It is called for one text only, so that it sets truncation as for all texts.
 """
 
 import copy
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain, count, groupby
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers
@@ -20,32 +20,32 @@ from fastbert._compat import TOKENIZES, set_backend_tokenizer
 from fastbert.fusion import class_name
 
 Texts = Sequence[str] | Sequence[Sequence[str]]
-# What of the wrapper makes tokens of texts; a class that derives from it may have its own.
+# The wrapper's methods that influence tokens. A derived class may override them.
 METHODS = {
     name: getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "set_truncation_and_padding", *TOKENIZES)
 }
 SEQUENCES = (normalizers.Sequence, pre_tokenizers.Sequence)
 COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor")
-SERVED_OUTPUTS = {"input_ids", "token_type_ids", "attention_mask"}
+SUPPORTED_OUTPUTS = {"input_ids", "token_type_ids", "attention_mask"}
 
 
-class Unserved(Exception):
-    """Why texts have to go through the original code; empty where that is no news."""
+class Unsupported(Exception):
+    """Why texts must go through the original code; empty if the reason is not worth a log line."""
 
 
 class PackedTokens(NamedTuple):
-    """The tokens of N texts, laid end to end: input_ids and token_type_ids int32 [T] (None if the wrapper gives none),
-    lengths int64 [N]."""
+    """The tokens of N texts, one text after another: input_ids and token_type_ids, int32 [T]; lengths, int64 [N].
+    token_type_ids is None if the wrapper returns none."""
 
     input_ids: np.ndarray
     token_type_ids: np.ndarray | None
     lengths: np.ndarray
 
 
-def why_wrapper(tokenizer: object) -> str | None:
-    """Why the tokens of a tokenizer are the wrapper's affair; None if `PackingTokenizer` may serve it."""
+def why_only_wrapper(tokenizer: object) -> str | None:
+    """Why only transformers' wrapper gives a tokenizer's tokens; None if `PackingTokenizer` supports the tokenizer."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return f"a {class_name(tokenizer)} does not tokenize by the tokenizers library"
+        return f"a {class_name(tokenizer)} is not based on the tokenizers library"
     for name, own in METHODS.items():
         if name in vars(tokenizer) or getattr(type(tokenizer), name) is not own:
             return f"{class_name(tokenizer)}.{name} is not transformers' own"
@@ -57,45 +57,44 @@ def why_wrapper(tokenizer: object) -> str | None:
     return None
 
 
-def _is_in_python(component: object) -> bool:
-    """Whether a component, or one of a sequence, is somebody's class, which is wrapped in these; the library's derive
-    from them."""
+def _is_in_python(component: Any) -> bool:
+    """Whether a component, or one in a sequence, is written in Python: the library wraps those in its base classes."""
     if type(component) in SEQUENCES:
         with suppress(IndexError):
-            for place in count():
-                if _is_in_python(component[place]):
+            for index in count():
+                if _is_in_python(component[index]):
                     return True
         return False
     return type(component) in (normalizers.Normalizer, pre_tokenizers.PreTokenizer)
 
 
 class PackingTokenizer:
-    """The tokens that a tokenizer of transformers' gives for texts, or pairs of texts, called with these options.
+    """Gives the tokens that a transformers tokenizer gives for texts, or pairs of texts, with these options.
 
-    It works on a copy, as truncation and padding are state of the tokenizer: the user's own is never touched. The copy
-    shares the vocabulary and is made in a tenth of a millisecond, and another half for each 100 added tokens; so there
-    is one for each call, and no change of the original's is ever missed.
+    It works on a copy, because truncation and padding are state of the tokenizer, and the user's own must not change.
+    The copy shares the vocabulary. Making it takes 0.1 ms, and 0.5 ms for each 100 added tokens. So each call makes a
+    new copy, which has all changes of the original.
 
-    tokenizer: one of which `why_wrapper` says nothing. options: truncation, max_length, and padding, which has to be
-    True or "longest". Raises Unserved for a tokenizer or options that are the wrapper's affair, and what the wrapper
-    raises.
+    tokenizer: one for which `why_only_wrapper` is None. options: truncation, max_length, and padding, which must be
+    True or "longest". Raises Unsupported for a tokenizer or options that only the wrapper supports, and what the
+    wrapper raises.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, **options):
         padding = options.get("padding")
         if padding not in (True, "longest"):
-            raise Unserved(f"padding={padding!r} is asked for")
+            raise Unsupported(f"padding={padding!r} is asked for")
         self._tokenizer = _copy_of(tokenizer.backend_tokenizer)
         wrapper = copy.copy(tokenizer)
         set_backend_tokenizer(wrapper, self._tokenizer)
         found = wrapper(["a"], **options)
-        if not {"input_ids", "attention_mask"} <= found.keys() <= SERVED_OUTPUTS:
-            raise Unserved(f"the tokenizer gives {', '.join(found)}")
+        if not {"input_ids", "attention_mask"} <= found.keys() <= SUPPORTED_OUTPUTS:
+            raise Unsupported(f"the tokenizer gives {', '.join(found)}")
         self._gives_types = "token_type_ids" in found
         self._tokenizer.no_padding()
 
     def __call__(self, texts: Texts, first: int = 0) -> PackedTokens:
-        """Raises what the tokenizer raises for a text, and names the text, counted from `first`."""
+        """The tokens of texts. Raises what the tokenizer raises, with the number of the text, counted from `first`."""
         try:
             encodings = self._tokenizer.encode_batch_fast(texts)
         except Exception as error:
@@ -104,7 +103,7 @@ class PackingTokenizer:
         size = int(lengths.sum())
         types = None
         if self._gives_types:
-            # A type belongs to one of the two texts or to a special token: the longest encoding has all that there are.
+            # Types mark the second text and special tokens, so the longest encoding has every type that occurs.
             paired = not isinstance(texts[0], str)
             has_types = paired or any(encodings[int(lengths.argmax())].type_ids)
             types = _flat(encodings, "type_ids", size) if has_types else np.zeros(size, np.int32)
@@ -129,7 +128,7 @@ def _shown(text: object) -> str:
 
 
 def _copy_of(original: Tokenizer) -> Tokenizer:
-    """A tokenizer that makes the same tokens and shares the original's vocabulary. Raises Unserved if it does not."""
+    """A tokenizer with the original's vocabulary and the same tokens. Raises Unsupported if its tokens would differ."""
     copied = Tokenizer(original.model)
     for name in COMPONENTS:
         setattr(copied, name, getattr(original, name))
@@ -137,16 +136,16 @@ def _copy_of(original: Tokenizer) -> Tokenizer:
     for special, tokens in groupby((added[index] for index in sorted(added)), key=attrgetter("special")):
         (copied.add_special_tokens if special else copied.add_tokens)(list(tokens))
     if copied.get_added_tokens_decoder() != added:
-        raise Unserved("the tokenizer's added tokens have ids that adding them again does not give")
-    # A tokenizer whose normalizer was changed in place goes on looking for what the old one had made of these.
+        raise Unsupported("the ids of the tokenizer's added tokens change when they are added again")
+    # The original may still look for added tokens as an old normalizer wrote them, if that was changed in place.
     normalized = [token.content for token in added.values() if token.normalized]
     if type(original.normalizer) is normalizers.BertNormalizer:
-        # However it is set, it leaves such words as they are.
+        # None of its options changes such words.
         normalized = [content for content in normalized if not re.fullmatch("[a-z0-9]+", content)]
     if normalized:
         ours, theirs = (x.encode_batch_fast(normalized, add_special_tokens=False) for x in (copied, original))
         for mine, its_own in zip(ours, theirs, strict=True):
             kept = [id for id, keep in zip(its_own.ids, its_own.attention_mask, strict=True) if keep]
             if mine.ids != kept:
-                raise Unserved("the tokenizer's normalizer was changed after tokens were added")
+                raise Unsupported("the tokenizer's normalizer was changed after tokens were added")
     return copied

@@ -1,29 +1,29 @@
-"""Many texts as packed batches: tokenized one window ahead of the device, sorted by length, and cut by tokens.
+"""Batches of packed tokens from many texts: tokenized a window ahead of the device, sorted by length, cut by tokens.
 
-A text's vector does not depend on its batch, so that batches may hold whichever texts are of one length. Nothing is
-padded on either side: a window's ids and the bounds of all of its batches go to the device in one copy.
+A text's vector does not depend on the other texts of its batch, so texts can be sorted by length. Nothing is padded.
+The ids and cu_seqlens of all batches of a window go to the device in one copy.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastbert.tokenization import PackedTokens, PackingTokenizer, Texts
 
-# Texts in a call of the tokenizer, between two of which it can be stopped.
+# Texts per tokenizer call. Tokenizing can be stopped between calls.
 CHUNK = 512
-# Texts that are sorted together. The first window is small, for the device has nothing to do meanwhile.
+# Texts that are sorted together. The first window is small because the device is idle until it is tokenized.
 FIRST_WINDOW, LARGEST_WINDOW = 1024, 16384
-# Tokens of a batch at most. 16384 keep a GPU busy, while the widest activation of BERT large in float32, [16384, 4096],
-# takes 256 MiB. On a CPU larger batches leave its cache: MiniLM is then up to a seventh slower.
+# Maximum tokens of a batch. 16384 keep a GPU busy, and the widest activation of BERT large in float32, [16384, 4096],
+# takes 256 MiB. On a CPU larger batches exceed the cache: MiniLM is then up to a seventh slower.
 TOKENS, CPU_TOKENS = 16384, 2048
-# Numbers from one part of a window to the next: of addresses that 16 bytes divide, kernels are other variants.
+# Parts of a window begin at multiples of this many int32 numbers: kernels have other variants for addresses that 16
+# bytes do not divide.
 ALIGNED = 4
 
 T = TypeVar("T")
@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 @dataclass
 class Window:
-    """Texts that are worked on together.
+    """Texts that are sorted together, as batches.
 
-    rows: int64 [N], the place of each among all texts, longest first. lengths: int64 [N], their tokens. cuts: where
-    batches begin among the N, and N. packed: int32, of each batch its input_ids [T], its token_type_ids [T] if
-    has_types, and the bounds of its texts, which begin with 0; each ALIGNED.
+    rows: int64 [N], the index of each text among all texts, longest text first. lengths: int64 [N], their token counts.
+    cuts: the index in [0, N) of each batch's first text, and N. packed: int32, for each batch its input_ids [T], its
+    token_type_ids [T] if has_types, and its cu_seqlens; each part is ALIGNED.
     """
 
     rows: np.ndarray
@@ -44,51 +44,52 @@ class Window:
     packed: np.ndarray
     has_types: bool
 
-    def batches(self, device: torch.device) -> Iterator[tuple[int, dict[str, Tensor | int]]]:
-        """For each batch the number of its texts, and the arguments of a model on the device."""
+    def batches(self, device: torch.device) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield for each batch the number of its texts and the arguments of the model, on the device."""
         packed = torch.from_numpy(self.packed)
-        if device.type == "cuda":  # pinned memory is torch's to reuse, once the copy is done
+        if device.type == "cuda":  # torch reuses the pinned memory only after the copy
             packed = packed.pin_memory().to(device, non_blocking=True)
         names = ("input_ids", "token_type_ids") if self.has_types else ("input_ids",)
         start = 0
         for first, last in pairwise(self.cuts):
             lengths = self.lengths[first:last]
-            given = {"max_length_q": int(lengths[0])}
-            num_tokens, num_bounds = int(lengths.sum()), len(lengths) + 1
+            given: dict[str, Any] = {"max_length_q": int(lengths[0])}
+            num_tokens, num_offsets = int(lengths.sum()), len(lengths) + 1
             for name in names:
                 given[name] = packed[None, start : start + num_tokens]
                 start += num_tokens + -num_tokens % ALIGNED
-            given["cu_seq_lens_q"] = packed[start : start + num_bounds]
-            start += num_bounds + -num_bounds % ALIGNED
+            given["cu_seq_lens_q"] = packed[start : start + num_offsets]
+            start += num_offsets + -num_offsets % ALIGNED
             yield len(lengths), given
 
 
-def ahead(jobs: Iterable[Callable[[threading.Event], T | None]]) -> Iterator[T]:
-    """What the jobs give, of which a thread does the next one while the caller works on the last; None ends it.
+def ahead(jobs: Iterable[Callable[[threading.Event], T | None]]) -> Generator[T, None, None]:
+    """Yield the results of jobs until one is None. A thread runs the next job while the caller uses the last result.
 
-    The first is done by the caller's thread, so that one job alone needs no other. A job is given an event: once it is
-    set, nobody waits for what the job gives. Raises what a job raises, in its place. Closing ends the thread.
+    The caller's thread runs the first job, so a single job needs no other thread. Each job gets an event, which is set
+    when its result is no longer needed. Raises the error of a job in the place of its result. Closing ends the thread.
     """
-    stopped, jobs, upcoming = threading.Event(), iter(jobs), None
-    done = next(jobs)(stopped)
+    stopped, waiting, upcoming = threading.Event(), iter(jobs), None
+    done = next(waiting)(stopped)
     try:
         while done is not None:
-            job = next(jobs, None)
-            upcoming = job and _Upcoming(job, stopped)
+            job = next(waiting, None)
+            upcoming = None if job is None else _Upcoming(job, stopped)
             yield done
-            done = upcoming and upcoming.result()
+            done = None if upcoming is None else upcoming.result()
     finally:
         stopped.set()
         if upcoming is not None:
             upcoming.join()
 
 
-class _Upcoming(threading.Thread):
-    """A call in a thread of its own; `result` waits for it, and raises what it raised."""
+class _Upcoming(threading.Thread, Generic[T]):
+    """A function call in its own thread. `result` waits for it and returns or raises what it did."""
 
-    def __init__(self, function: Callable, *args):
+    def __init__(self, function: Callable[..., T], *args):
         super().__init__(name="fastbert-tokenizing")
-        self._function, self._args, self._error = function, args, None
+        self._function, self._args = function, args
+        self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
@@ -97,7 +98,7 @@ class _Upcoming(threading.Thread):
         except BaseException as error:
             self._error = error
 
-    def result(self):
+    def result(self) -> T:
         self.join()
         if self._error is not None:
             raise self._error
@@ -105,7 +106,7 @@ class _Upcoming(threading.Thread):
 
 
 def spans(count: int) -> Iterator[tuple[int, int]]:
-    """Where the windows of so many texts begin and end."""
+    """Yield the start and stop index of each window of `count` texts."""
     start, size = 0, FIRST_WINDOW
     while start < count:
         stop = min(start + size, count)
@@ -114,46 +115,46 @@ def spans(count: int) -> Iterator[tuple[int, int]]:
 
 
 def window_of(
-    tokenizer: PackingTokenizer, texts: Texts, first: int, batch_size: int, most_tokens: int, stopped: threading.Event
+    tokenizer: PackingTokenizer, texts: Texts, first: int, batch_size: int, max_tokens: int, stopped: threading.Event
 ) -> Window | None:
-    """The window of some texts, the first of which is at that place among all; None if it was stopped meanwhile.
+    """Tokenize texts and cut them into a window. Returns None if `stopped` was set meanwhile.
 
-    No batch has more tokens than batch_size times the longest text, nor more than most_tokens, but for a text that
-    alone has more. Raises what the tokenizer raises.
+    first: the index of the first text among all texts. A batch has at most batch_size times the tokens of the longest
+    text, and at most max_tokens; a longer text is a batch alone. Raises what the tokenizer raises.
     """
     chunks = []
     for start in range(0, len(texts), CHUNK):
         if stopped.is_set():
             return None
         chunks.append(tokenizer(texts[start : start + CHUNK], first + start))
-    return _window(chunks, first, batch_size, most_tokens)
+    return _window(chunks, first, batch_size, max_tokens)
 
 
-def _window(chunks: Sequence[PackedTokens], first: int, batch_size: int, most_tokens: int) -> Window:
+def _window(chunks: Sequence[PackedTokens], first: int, batch_size: int, max_tokens: int) -> Window:
     lengths = np.concatenate([chunk.lengths for chunk in chunks])
     order = np.argsort(-lengths, kind="stable")
     begins, lengths = (lengths.cumsum() - lengths)[order], lengths[order]
     ends = lengths.cumsum()
-    # The place of each token of the sorted texts among those of the chunks.
-    places = np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1])
-    per_token = [np.concatenate([chunk.input_ids for chunk in chunks])[places]]
+    # The index of each token of the sorted texts among the tokens of the chunks.
+    indices = np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1])
+    per_token = [np.concatenate([chunk.input_ids for chunk in chunks])[indices]]
     has_types = chunks[0].token_type_ids is not None
     if has_types:
-        per_token.append(np.concatenate([chunk.token_type_ids for chunk in chunks])[places])
-    cuts, parts = _cuts(ends, min(batch_size * int(lengths[0]), most_tokens)), []
+        per_token.append(np.concatenate([chunk.token_type_ids for chunk in chunks])[indices])
+    cuts, parts = _cuts(ends, min(batch_size * int(lengths[0]), max_tokens)), []
     for start, stop in pairwise(cuts):
-        before, end = (int(ends[place - 1]) if place else 0 for place in (start, stop))
-        bounds = np.concatenate([[0], ends[start:stop] - before])
-        for part in (*(values[before:end] for values in per_token), bounds):
+        before, end = (int(ends[index - 1]) if index else 0 for index in (start, stop))
+        cu_seqlens = np.concatenate([[0], ends[start:stop] - before])
+        for part in (*(values[before:end] for values in per_token), cu_seqlens):
             parts.append(np.pad(part.astype(np.int32), (0, -len(part) % ALIGNED)))
     return Window(first + order, lengths, cuts, np.concatenate(parts), has_types)
 
 
-def _cuts(ends: np.ndarray, most_tokens: int) -> list[int]:
-    """Where batches of at most so many tokens begin, and where the last one ends; ends: of each text, int64 [N]."""
+def _cuts(ends: np.ndarray, max_tokens: int) -> list[int]:
+    """The index of each batch's first text, and the number of texts. ends: int64 [N], the last offset of each text."""
     cuts = [0]
     while cuts[-1] < len(ends):
         before = ends[cuts[-1] - 1] if cuts[-1] else 0
-        stop = int(np.searchsorted(ends, before + most_tokens, side="right"))
+        stop = int(np.searchsorted(ends, before + max_tokens, side="right"))
         cuts.append(max(stop, cuts[-1] + 1))
     return cuts

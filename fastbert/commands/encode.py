@@ -34,7 +34,7 @@ from fastbert.commands.lines import (
 )
 from fastbert.commands.resumable import resumable
 from fastbert.inference import FEW_TEXTS, PackedEncoder, to_host
-from fastbert.tokenization import Unserved
+from fastbert.tokenization import Unsupported
 from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead
 
 try:
@@ -244,8 +244,8 @@ class _Vectors:
         self._tokens = tokens or (CPU_TOKENS if embedder.device.type == "cpu" else TOKENS)
         try:
             # A batch is as large as its tokens allow, however many texts these are.
-            self._packed = PackedEncoder(embedder, FEW_TEXTS, False, prompt, self._tokens, most_tokens=self._tokens)
-        except Unserved as error:
+            self._packed = PackedEncoder(embedder, FEW_TEXTS, False, prompt, self._tokens, max_tokens=self._tokens)
+        except Unsupported as error:
             report(f"texts go through sentence-transformers' own code: {error}")
             self._packed = None
         probe = embedder.encode(["text"], prompt=prompt, show_progress_bar=False)
@@ -257,7 +257,7 @@ class _Vectors:
             return texts
         try:
             return self._packed.window(texts, first, stopped)
-        except Unserved:  # texts without any token
+        except Unsupported:  # texts without any token
             return texts
 
     @torch.inference_mode()

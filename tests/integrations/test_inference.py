@@ -372,10 +372,10 @@ def test_what_goes_through_sentence_transformers_own_code(way, tiny_path, origin
 def test_what_is_patched_for_every_model(kind, name, tiny_path, monkeypatch):
     """As people patch: under the name of what they patch."""
     _, optimized = two(embedder, tiny_path)
-    assert inference.why_unserved(optimized) is None
+    assert inference.why_unsupported(optimized) is None
     real = getattr(kind, name)
     monkeypatch.setattr(kind, name, functools.wraps(real)(lambda *args, **kwargs: real(*args, **kwargs)))
-    assert inference.why_unserved(optimized).endswith(f"{kind.__name__}.{name} is patched for every model")
+    assert inference.why_unsupported(optimized).endswith(f"{kind.__name__}.{name} is patched for every model")
 
 
 def test_a_patched_tokenizer_or_formatter(tiny_path, monkeypatch):
@@ -383,10 +383,10 @@ def test_a_patched_tokenizer_or_formatter(tiny_path, monkeypatch):
     call = transformers.PreTrainedTokenizerBase.__call__
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedTokenizerBase, "__call__", lambda *args, **kwargs: call(*args, **kwargs))
-        assert inference.why_unserved(optimized).endswith("__call__ is not transformers' own")
-    assert inference.why_unserved(optimized) is None
+        assert inference.why_unsupported(optimized).endswith("__call__ is not transformers' own")
+    assert inference.why_unsupported(optimized) is None
     optimized[0].input_formatter.parse_inputs = optimized[0].input_formatter.parse_inputs
-    assert inference.why_unserved(optimized) == "its input_formatter is patched"
+    assert inference.why_unsupported(optimized) == "its input_formatter is patched"
 
 
 def test_explain_tells_what_encode_does(tiny_path, monkeypatch):
@@ -395,7 +395,7 @@ def test_explain_tells_what_encode_does(tiny_path, monkeypatch):
     assert "not given to fastbert.optimize as a whole" in fastbert.explain(inner).notes[0]
     _, optimized = two(embedder, tiny_path)
     monkeypatch.setattr(transformers.PreTrainedModel, "device", property(lambda model: torch.device("xpu")))
-    assert inference.why_unserved(optimized) == "no kernel packs on xpu"
+    assert inference.why_unsupported(optimized) == "no kernel packs on xpu"
 
 
 def test_a_default_device_does_not_matter(tiny_path, originals):
@@ -454,17 +454,17 @@ def test_a_hook_on_the_encoder_of_a_cross_encoder(cross_paths, originals):
     )
     check(optimized.predict([("a", "b c"), ("d", "e")]), plain.predict([("a", "b c"), ("d", "e")]))
     assert [len(shape) and shape[0] for shape in shapes] == [2]
-    assert "its encoder has hooks" in inference.why_unserved(optimized)
+    assert "its encoder has hooks" in inference.why_unsupported(optimized)
 
 
 def test_messages_and_first_modules_that_drop_bounds(tiny_path):
     _, optimized = two(embedder, tiny_path)
     optimized[0].model_forward_params = {"input_ids", "attention_mask"}
-    assert "hands no bounds of packed texts on" in inference.why_unserved(optimized)
+    assert "does not pass cu_seq_lens_q on" in inference.why_unsupported(optimized)
     optimized[0].model_forward_params = {"input_ids", "cu_seq_lens_q", "max_length_q"}
-    assert inference.why_unserved(optimized) is None
+    assert inference.why_unsupported(optimized) is None
     optimized[0].modality_config["message"] = optimized[0].modality_config["text"]
-    assert inference.why_unserved(optimized) == "its texts are messages"
+    assert inference.why_unsupported(optimized) == "it formats texts as chat messages"
 
 
 def test_a_model_in_training_mode_embeds_without_dropout(minilm_path, originals):
@@ -499,11 +499,11 @@ def test_a_prompt_without_a_special_token_at_its_end(tiny_path, originals):
 
 def test_releases_and_dtypes_that_are_not_known(tiny_path):
     _, optimized = two(embedder, tiny_path)
-    assert inference.why_unserved(optimized) is None
+    assert inference.why_unsupported(optimized) is None
     optimized[0].model.embeddings.LayerNorm.double()
-    assert inference.why_unserved(optimized) == "its embeddings are of several dtypes"
+    assert inference.why_unsupported(optimized) == "its embeddings have several dtypes"
     del optimized[0].processing_kwargs
-    assert "has no processing_kwargs, as sentence-transformers 6.2 has" in inference.why_unserved(optimized)
+    assert "has no processing_kwargs, as sentence-transformers 6.2 has" in inference.why_unsupported(optimized)
 
 
 def test_queries_that_are_expanded(tiny_path, originals):
@@ -532,7 +532,7 @@ def test_modules_that_may_look_at_padding(tiny_path, originals):
         [transformer, Pooling(48), Dense(48, 48, module_input_name="token_embeddings")],
     ):  # fmt: skip
         plain, optimized = two(SentenceTransformer, modules=modules, device="cpu")
-        reasons.append(inference.why_unserved(optimized))
+        reasons.append(inference.why_unsupported(optimized))
         expected = plain.encode(docstrings(6))
         originals.clear()
         check(optimized.encode(docstrings(6)), expected, atol=1e-4)
@@ -548,7 +548,7 @@ def test_a_compiled_model_keeps_padded_batches(tiny_path, originals):
     plain, optimized = two(embedder, tiny_path)
     optimized.compile(backend="eager")
     check(optimized.encode(docstrings(4)), plain.encode(docstrings(4)))
-    assert "is compiled" in inference.why_unserved(optimized)
+    assert "is compiled" in inference.why_unsupported(optimized)
     assert originals
 
 

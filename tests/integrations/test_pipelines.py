@@ -221,5 +221,7 @@ def test_a_pipeline_of_another_model_is_refused(tokenizer):
     pipe = transformers.pipeline(
         "text-classification", model=transformers.RobertaForSequenceClassification(config), tokenizer=tokenizer
     )
-    with pytest.raises(TypeError, match=r"RoBERTa is planned and not served yet \(found a .*RobertaForSequenceClass"):
+    with pytest.raises(
+        TypeError, match=r"RoBERTa is planned but not supported yet \(found a .*RobertaForSequenceClass"
+    ):
         fastbert.optimize(pipe)

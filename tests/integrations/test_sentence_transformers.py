@@ -422,7 +422,7 @@ def masks_given(monkeypatch) -> list[Tensor]:
 
 def preprocessed(model, texts) -> dict:
     """The features of texts as `encode` and `predict` make them."""
-    with sentences.carrying(), torch.inference_mode():
+    with sentences.keep_host_masks(), torch.inference_mode():
         return model.preprocess(texts)
 
 
@@ -1028,7 +1028,7 @@ def test_other_families_are_named_in_one_sentence_and_left_alone(family, tokeniz
     with pytest.raises(TypeError) as raised:
         fastbert.optimize(model)
     message = str(raised.value)
-    assert message.startswith(f"{family} is planned and not served yet")
+    assert message.startswith(f"{family} is planned but not supported yet")
     assert class_name(model[0].model) in message
     assert "\n" not in message
     assert ". " not in message

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertTokenizer, DistilBertTokenizer, PreTrainedTokenizerFast, XLMRobertaTokenizer
 
 from fastbert.commands.texts import docstrings
-from fastbert.tokenization import PackedTokens, PackingTokenizer, Unserved, why_wrapper
+from fastbert.tokenization import PackedTokens, PackingTokenizer, Unsupported, why_only_wrapper
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 AS_ENCODE_CALLS_IT = {"padding": True, "truncation": "longest_first"}
@@ -208,7 +208,7 @@ def test_a_normalizer_that_was_changed_after_tokens_were_added(tokenizer):
     changed.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     check(changed, ["foobár Foobár foobar"])  # set anew, it makes anew what was added
     changed.backend_tokenizer.normalizer.lowercase = True
-    with pytest.raises(Unserved, match="normalizer was changed after tokens were added"):
+    with pytest.raises(Unsupported, match="normalizer was changed after tokens were added"):
         PackingTokenizer(changed, **AS_ENCODE_CALLS_IT)
 
 
@@ -260,17 +260,17 @@ def padding_left(tokenizer):
     [
         (with_python, "the pre_tokenizer of its tokenizer is written in Python"),
         (lambda x: Overriding(vocabulary(x)), "Overriding._encode_plus is not transformers' own"),
-        (lambda x: Slow(), "Slow does not tokenize by the tokenizers library"),
+        (lambda x: Slow(), "Slow is not based on the tokenizers library"),
         (patched, "BertTokenizer._encode_plus is not transformers' own"),
         (padding_left, "padding_side='left' lets positions depend on the batch"),
-        (lambda x: None, "a builtins.NoneType does not tokenize by the tokenizers library"),
+        (lambda x: None, "a builtins.NoneType is not based on the tokenizers library"),
     ],
     ids=["Python", "derived", "slow", "patched", "left", "none"],
 )
 def test_whose_tokens_are_the_wrappers_affair(make, reason, tokenizer):
     made = make(tokenizer)
-    assert why_wrapper(made).endswith(reason)
-    assert why_wrapper(tokenizer) is None
+    assert why_only_wrapper(made).endswith(reason)
+    assert why_only_wrapper(tokenizer) is None
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_whose_tokens_are_the_wrappers_affair(make, reason, tokenizer):
 def test_outputs_that_are_the_wrappers_affair(options, names, reason, tokenizer):
     made = copy.deepcopy(tokenizer)
     made.model_input_names = names or made.model_input_names
-    with pytest.raises(Unserved, match=reason):
+    with pytest.raises(Unsupported, match=reason):
         PackingTokenizer(made, **(AS_ENCODE_CALLS_IT | options))
 
 

@@ -31,9 +31,9 @@ class Counting:
         return PackedTokens(ids, ids + 1 if self.has_types else None, lengths)
 
 
-def run(lengths: list[int], batch_size: int = 32, most_tokens: int = 64, tokenizer=None):
+def run(lengths: list[int], batch_size: int = 32, max_tokens: int = 64, tokenizer=None):
     def job(start, stop, stopped):
-        return windows.window_of(tokenizer or Counting(), lengths[start:stop], start, batch_size, most_tokens, stopped)
+        return windows.window_of(tokenizer or Counting(), lengths[start:stop], start, batch_size, max_tokens, stopped)
 
     return windows.ahead(partial(job, *span) for span in windows.spans(len(lengths)))
 
@@ -53,15 +53,15 @@ def tokenizing() -> list[threading.Thread]:
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=70).filter(any),
     batch_size=st.integers(1, 40),
-    most_tokens=st.integers(1, 100),
+    max_tokens=st.integers(1, 100),
     has_types=st.booleans(),
 )
-def test_every_token_is_in_one_batch_within_its_bounds(lengths, batch_size, most_tokens, has_types):
-    found, spans = list(run(lengths, batch_size, most_tokens, Counting(has_types))), []
+def test_every_token_is_in_one_batch_within_its_bounds(lengths, batch_size, max_tokens, has_types):
+    found, spans = list(run(lengths, batch_size, max_tokens, Counting(has_types))), []
     for window in found:
         spans.append((window.rows.min(), window.rows.max() + 1))
         longest = int(window.lengths[0])
-        limit = min(batch_size * longest, most_tokens)
+        limit = min(batch_size * longest, max_tokens)
         assert (np.diff(window.lengths) <= 0).all()
         assert window.lengths.tolist() == [lengths[row] for row in window.rows]
         rows = iter(window.rows.tolist())
@@ -86,11 +86,11 @@ def test_every_token_is_in_one_batch_within_its_bounds(lengths, batch_size, most
 
 
 def test_batches_are_as_full_as_they_may_be():
-    (window,) = run([4] * 40, batch_size=5, most_tokens=64)
+    (window,) = run([4] * 40, batch_size=5, max_tokens=64)
     assert [count for count, _ in window.batches(CPU)] == [5] * 8
-    (window,) = run([4] * 40, batch_size=500, most_tokens=64)
+    (window,) = run([4] * 40, batch_size=500, max_tokens=64)
     assert [count for count, _ in window.batches(CPU)] == [16, 16, 8]
-    (window,) = run([100, 70, 3, 3], batch_size=500, most_tokens=64)
+    (window,) = run([100, 70, 3, 3], batch_size=500, max_tokens=64)
     assert [count for count, _ in window.batches(CPU)] == [1, 1, 2]
 
 
@@ -141,7 +141,7 @@ def test_a_graph_may_be_captured_beside_the_thread(small):
     found = run([2] * 20, tokenizer=Waiting())
     next(found)
     assert len(tokenizing()) == 1
-    assert graph_rules._other_thread() is None
+    assert graph_rules._why_threads_block() is None
     go_on.set()
     found.close()
 

@@ -149,24 +149,24 @@ def test_the_least_recently_used_makes_room(captures, monkeypatch):
 
 
 def test_a_batch_beyond_the_places_is_launched(captures, monkeypatch, caplog):
-    monkeypatch.setattr(automatic, "MOST_PLACES", 64)
+    monkeypatch.setattr(automatic, "MAX_TOKENS", 64)
     model = made()
     call(model, 3, (5, 16))
     call(model, 3, (4, 16))
     assert captures == [(4, 16)]
-    assert "beyond 64 places" in caplog.text
+    assert "more than 64 tokens" in caplog.text
 
 
 def test_inputs_that_lie_elsewhere_meet_the_models_own_errors(captures):
     model, batch = made(), texts(2, 16)
     call(model)
     ids, types = batch["input_ids"], batch["token_type_ids"].to("meta")
-    its, elsewhere = graphs.of_models[model], "inputs are not on"
-    assert its._why_not_from(torch.device("meta"), {"input_ids": ids}).reason.startswith(elsewhere)
-    assert its._why_not_from(DEVICE, {"input_ids": ids, "token_type_ids": types}).reason.startswith(elsewhere)
+    its, elsewhere = graphs.graphs_by_model[model], "inputs are not on"
+    assert its._why_wrong_device(torch.device("meta"), {"input_ids": ids}).reason.startswith(elsewhere)
+    assert its._why_wrong_device(DEVICE, {"input_ids": ids, "token_type_ids": types}).reason.startswith(elsewhere)
     packed = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 2], device="meta")}
-    assert "bounds are not on" in its._why_not_from(DEVICE, packed).reason
-    assert its._why_not_from(DEVICE, {"input_ids": ids, "token_type_ids": batch["token_type_ids"]}) is None
+    assert "cu_seq_lens_q are not on" in its._why_wrong_device(DEVICE, packed).reason
+    assert its._why_wrong_device(DEVICE, {"input_ids": ids, "token_type_ids": batch["token_type_ids"]}) is None
 
 
 def with_memory(monkeypatch, bytes_of_a_graph: int) -> None:
@@ -231,10 +231,10 @@ def test_a_failed_capture_is_forgotten_and_tried_again_after_a_minute(captures, 
         patch.setattr(graphs.CudaGraphs, "capture", full)
         call(model, 4)
     assert len(tries) == 1
-    assert "there was no memory to capture 2x16" in caplog.text
+    assert "not enough memory to capture 2x16" in caplog.text
     assert len(graph_rules._captured_at) == 1  # it counts as a capture
-    its = graphs.of_models[model]
-    assert its._device is None
+    its = graphs.graphs_by_model[model]
+    assert its._cuda is None
     call(model)
     assert captures == []
     now[0] = 60.0
@@ -261,8 +261,8 @@ def test_no_capture_follows_one_that_cuda_refused(captures, monkeypatch, caplog)
 
 
 def test_an_allocator_whose_pools_nobody_can_measure(captures, monkeypatch, caplog):
-    reason = "the memory of graphs is measured for torch's native allocator only"
-    monkeypatch.setattr(graphs.CudaGraphs, "why_unmeasured", staticmethod(lambda: reason))
+    reason = "the memory of graphs is known for torch's native allocator only"
+    monkeypatch.setattr(graphs.CudaGraphs, "why_memory_unknown", staticmethod(lambda: reason))
     model = made()
     call(model, 3)
     assert captures == []
@@ -273,7 +273,7 @@ def test_an_allocator_whose_pools_nobody_can_measure(captures, monkeypatch, capl
 def test_outputs_too_large_are_not_captured_again_and_those_of_the_encoder_are(captures, monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(graph_rules, "clock", lambda: now[0])
-    monkeypatch.setattr(graphs, "MOST_OUTPUT_BYTES", 2 * 16 * 48 * 4)
+    monkeypatch.setattr(graphs, "MAX_OUTPUT_BYTES", 2 * 16 * 48 * 4)
     model = made("BertForMaskedLM")
     call(model, 4)
     now[0] = 100.0
@@ -402,14 +402,14 @@ def test_off_holds_for_what_is_graphed(captures, caplog, monkeypatch):
     model(**texts(2, 16))
     assert launched == [1]
     assert model.forward.num_graphs == 0
-    assert "they are turned off" in caplog.text
+    assert "CUDA graphs are turned off" in caplog.text
 
 
 def test_bad_names(captures, monkeypatch):
     for arguments in (("maybe",), ("", made())):
         with pytest.raises(ValueError, match="choose one of off, auto, on"):
             fastbert.cuda_graphs(*arguments)
-    with pytest.raises(TypeError, match="no model of fastbert's in a torch.nn.modules.linear.Linear"):
+    with pytest.raises(TypeError, match="no fastbert model in a torch.nn.modules.linear.Linear"):
         fastbert.cuda_graphs("off", nn.Linear(1, 1))
     monkeypatch.setattr(graph_rules, "default", "maybe")
     with pytest.raises(ValueError, match="FASTBERT_GRAPHS: unknown mode 'maybe' of CUDA graphs, choose"):
@@ -474,7 +474,7 @@ def test_a_model_that_is_dropped_is_freed(captures, monkeypatch):
 
 def test_replicas_of_data_parallel_are_launched(captures):
     model = made("BertForSequenceClassification")
-    batch, known = texts(2, 16), len(graphs.of_models)
+    batch, known = texts(2, 16), len(graphs.graphs_by_model)
     for _ in range(3):
         replica = copy.copy(model)  # as torch.nn.parallel.replicate makes them, of every module
         replica.__dict__ = model.__dict__ | {"_is_replica": True, "_modules": dict(model._modules)}
@@ -482,7 +482,7 @@ def test_replicas_of_data_parallel_are_launched(captures):
         replica.bert.__dict__ = model.bert.__dict__ | {"_is_replica": True}
         assert_same(replica(**batch), plain(model, **batch))
     assert captures == []
-    assert len(graphs.of_models) == known
+    assert len(graphs.graphs_by_model) == known
 
 
 def test_a_compiler_sees_the_plain_forward(captures):
@@ -614,7 +614,7 @@ def test_weights_of_other_classes_are_launched(of, captures, caplog):
     with fastbert.backend("auto"):
         for _ in range(3):
             assert torch.equal(model(**texts(2, 16)).logits, plain(model, **texts(2, 16)).logits)
-    assert "a Wrapped is in the place of a plain Parameter" in caplog.text
+    assert "a parameter is a Wrapped, not a plain Parameter" in caplog.text
 
 
 def test_a_model_that_cannot_be_looked_at_is_launched(captures, monkeypatch, caplog):
@@ -622,7 +622,7 @@ def test_a_model_that_cannot_be_looked_at_is_launched(captures, monkeypatch, cap
     monkeypatch.setattr(graphs, "State", lambda *given: 1 / 0)
     call(model, 3)
     assert captures == []
-    assert "cannot be looked at: ZeroDivisionError" in caplog.text
+    assert "cannot be inspected: ZeroDivisionError" in caplog.text
 
 
 class Subclass(fastbert.BertModel):
@@ -684,19 +684,19 @@ with pytest.MonkeyPatch.context() as patch, fastbert.backend("triton"), torch.no
     graphed(**texts(1, 16))
     Recordings.model = model
     call(model)
-    its = graphs.of_models[model]
+    its = graphs.graphs_by_model[model]
     its._lock.acquire()  # as another thread might
     child = os.fork()
     if not child:
         call(model, 3)
         graphed(**texts(1, 16))
-        told = automatic.told(model)
+        told = automatic.describe(model)
         os._exit(0 if len(captures) == 2 and "forked" in told and told.startswith("off") else 1)
     its._lock.release()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     call(model, 1)
-    assert automatic.told(model).startswith("auto, 1 captured")
+    assert automatic.describe(model).startswith("auto, 1 captured")
 """
 
 
@@ -726,8 +726,8 @@ def test_explain_tells_of_graphs(captures, monkeypatch):
     assert line.endswith(" MiB")
     assert str(fastbert.explain(model)).endswith(line)
     with fastbert.cuda_graphs("off", model):
-        assert fastbert.explain(model).graphs[0].endswith("off, none captured: they are turned off")
-    monkeypatch.setattr(graph_rules, "_other_thread", lambda: "somebody waits")
+        assert fastbert.explain(model).graphs[0].endswith("off, none captured: CUDA graphs are turned off")
+    monkeypatch.setattr(graph_rules, "_why_threads_block", lambda: "somebody waits")
     call(model)
     assert fastbert.explain(model).graphs[0].endswith("auto, none captured: somebody waits")
 
@@ -748,12 +748,12 @@ def test_encode_replays(captures, tmp_path, tokenizer, monkeypatch, caplog):
         np.testing.assert_allclose(embedder.encode(SENTENCES), expected, atol=1e-5)
     assert captures == [(32, 4, 40)]
     np.testing.assert_allclose(embedder.encode(SENTENCES[:3]), expected[:3], atol=1e-5)
-    assert "1 captured (32 tokens of 4 texts of up to 40)" in fastbert.explain(embedder).graphs[0]
-    monkeypatch.setattr(automatic, "MOST_NUMBERS", 64 * 48 - 1)
+    assert "1 captured (32 tokens in 4 sequences of up to 40)" in fastbert.explain(embedder).graphs[0]
+    monkeypatch.setattr(automatic, "MAX_PACKED_ELEMENTS", 64 * 48 - 1)
     for _ in range(3):
         embedder.encode([*SENTENCES, "Nobody at all, as far as anybody knows, has ever seen one of them."])
     assert len(captures) == 1
-    assert "launches cost nothing beside the work" in caplog.text
+    assert "gains nothing from a graph" in caplog.text
 
 
 def test_explain_tells_of_a_cpu():
@@ -844,8 +844,8 @@ def test_a_model_that_moves_frees_what_its_graphs_keep(captures):
     whole = nn.Sequential(nn.Module())
     whole[0].bert = model
     call(model)
-    forward = weakref.ref(graphs.of_models[model])
-    kept = weakref.ref(graphs.of_models[model]._state)
+    forward = weakref.ref(graphs.graphs_by_model[model])
+    kept = weakref.ref(graphs.graphs_by_model[model]._state)
     whole.double()
     gc.collect()
     assert kept() is None
@@ -857,14 +857,14 @@ def test_graphs_are_turned_off_while_another_thread_calls(captures, monkeypatch)
     model, batch = made(), texts(2, 16)
     call(model)
     expected, replaying, go_on = plain(model, **batch), threading.Event(), threading.Event()
-    in_order = Recordings.in_order
+    order = Recordings.order_after_last_replay
 
     def wait(self):
         replaying.set()
         go_on.wait(10)
-        return in_order(self)
+        return order(self)
 
-    monkeypatch.setattr(graphs.CudaGraphs, "in_order", wait)
+    monkeypatch.setattr(graphs.CudaGraphs, "order_after_last_replay", wait)
     found = []
 
     def serve():
@@ -910,7 +910,7 @@ def test_who_graphs_a_model_keeps_no_graphs_that_it_captured_by_itself(captures)
     model = made()
     call(model)
     fastbert.graphed(model)
-    assert model not in graphs.of_models
+    assert model not in graphs.graphs_by_model
 
 
 def test_what_raised_once_is_looked_at_again(captures, monkeypatch):
@@ -937,4 +937,4 @@ def test_a_context_may_be_entered_again():
             assert graph_rules.thread.mode == "off"
         assert graph_rules.thread.mode == "off"
     assert graph_rules.thread.mode is None
-    assert graph_rules.thread.before == []
+    assert graph_rules.thread.previous == []

@@ -528,7 +528,7 @@ def test_what_is_refused_is_named_and_left_as_it_was(name):
 def test_another_dtype_is_refused_before_anything_is_changed(dtype):
     model = made()
     modules, tensors = modules_of(model), tensors_of(model)
-    with pytest.raises(ValueError, match=f"dtype={dtype} is not served: choose torch.float32"):
+    with pytest.raises(ValueError, match=f"dtype={dtype} is not supported: choose torch.float32"):
         fastbert.optimize(model, dtype)
     assert modules_of(model) == modules
     assert tensors_of(model) == tensors
@@ -539,13 +539,13 @@ MODERN = {**TINY, "global_attn_every_n_layers": 1, "pad_token_id": 0, "bos_token
 DISTIL = {"vocab_size": 61, "dim": 48, "n_layers": 1, "n_heads": 3, "hidden_dim": 80}
 SMALL_GPT = {"vocab_size": 61, "n_embd": 48, "n_layer": 1, "n_head": 3, "bos_token_id": 0, "eos_token_id": 0}
 NOT_BERT = {
-    "Roberta": (TINY, "RoBERTa is planned and not served yet"),
-    "XLMRoberta": (TINY, "XLM-RoBERTa is planned and not served yet"),
-    "DistilBert": (DISTIL, "DistilBERT is planned and not served yet"),
-    "ModernBert": (MODERN, "ModernBERT is planned and not served yet"),
-    "MPNet": (TINY, "MPNet is planned and not served yet"),
-    "GPT2": (SMALL_GPT, "of model_type 'gpt2': fastbert serves BERT"),
-    "Electra": ({**TINY, "embedding_size": 48}, "of model_type 'electra': fastbert serves BERT"),
+    "Roberta": (TINY, "RoBERTa is planned but not supported yet"),
+    "XLMRoberta": (TINY, "XLM-RoBERTa is planned but not supported yet"),
+    "DistilBert": (DISTIL, "DistilBERT is planned but not supported yet"),
+    "ModernBert": (MODERN, "ModernBERT is planned but not supported yet"),
+    "MPNet": (TINY, "MPNet is planned but not supported yet"),
+    "GPT2": (SMALL_GPT, "of model_type 'gpt2': fastbert supports BERT"),
+    "Electra": ({**TINY, "embedding_size": 48}, "of model_type 'electra': fastbert supports BERT"),
 }
 
 

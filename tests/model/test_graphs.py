@@ -102,9 +102,9 @@ def test_one_graph_serves_every_mix_of_packed_texts_of_a_bucket(captures):
     assert_same(model(**given), plain(**given))
     assert captures[2:] == [(64, 4, 40)]
     assert [str(bucket) for bucket in model.forward.buckets()] == [
-        "32 tokens of 1 texts of up to 40",
-        "32 tokens of 4 texts of up to 40",
-        "64 tokens of 4 texts of up to 40",
+        "32 tokens in 1 sequences of up to 40",
+        "32 tokens in 4 sequences of up to 40",
+        "64 tokens in 4 sequences of up to 40",
     ]
 
 
@@ -272,10 +272,10 @@ def test_ids_that_are_checked_in_each_call_run_without(captures, caplog, monkeyp
 
 
 def test_a_batch_beyond_the_largest_bucket_runs_without(captures, caplog, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_PLACES", 64)
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 64)
     model, plain = models()
     assert_same(model(**texts(5, 16)), plain(**texts(5, 16)))
-    assert "beyond 64 places" in caplog.text
+    assert "more than 64 tokens" in caplog.text
     assert captures == []
 
 
@@ -523,7 +523,7 @@ def test_a_merged_adapter_is_not_captured(captures, caplog):
     with fastbert.backend("auto"):
         assert_same(model(**batch), model.forward.plain(**batch))
     assert captures == []
-    assert "an adapter may leave the weights unseen" in caplog.text
+    assert "a merged adapter can change the weights unnoticed" in caplog.text
 
 
 def test_an_optimized_sentence_transformer_replays(captures, tokenizer, tmp_path):
@@ -563,7 +563,7 @@ def test_a_failed_capture_is_not_tried_again(captures, caplog, monkeypatch):
             assert_same(model(**texts(2, 16)), plain(**texts(2, 16)))
         assert_same(model(**texts(1, 16)), plain(**texts(1, 16)))
     assert tries == [1]
-    assert "there was no memory to capture 2x16" in caplog.text
+    assert "not enough memory to capture 2x16" in caplog.text
     assert captures == [(1, 16)]
     model.bfloat16()
     model(**texts(2, 16))
@@ -571,7 +571,7 @@ def test_a_failed_capture_is_not_tried_again(captures, caplog, monkeypatch):
 
 
 def test_outputs_too_large_to_be_kept_run_without(captures, caplog, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_OUTPUT_BYTES", 16 * 48 * 4)
+    monkeypatch.setattr(graphs, "MAX_OUTPUT_BYTES", 16 * 48 * 4)
     model, plain = models()
     for _ in range(2):
         assert_same(model(**texts(1, 16)), plain(**texts(1, 16)))
@@ -654,7 +654,7 @@ def test_the_model_stays_what_it_is(captures, tmp_path):
 
 
 def test_what_cannot_be_graphed():
-    with pytest.raises(TypeError, match="Linear is no model of fastbert's"):
+    with pytest.raises(TypeError, match="Linear is not a fastbert model"):
         fastbert.graphed(nn.Linear(2, 2))
     model = fastbert.BertModel(tiny_config(num_hidden_layers=1))
     with pytest.raises(ValueError, match="max_graphs is 0"):
@@ -734,10 +734,10 @@ def test_what_is_asked_of_a_cuda_device(monkeypatch):
     cuda.log.clear()
     for stream in ("main", "main", "other", "other", "main"):
         cuda.stream = stream
-        device.in_order()
+        device.order_after_last_replay()
         replay()
-        device.done()
-    device.wait()
+        device.record_replay()
+    device.synchronize()
     in_order = ["other after main", "replay", "replay", "main after other", "replay"]
     assert cuda.log == ["replay"] * 2 + in_order + ["wait for main"]
 

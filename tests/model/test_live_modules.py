@@ -530,7 +530,7 @@ def test_a_patch_of_every_model_counts_or_raises(name, back_end):
     with torch.no_grad():
         before = theirs(**inputs)
         with EVERY_MODEL[name]():
-            with pytest.raises(ValueError, match="which fastbert would not run: take that back first"):
+            with pytest.raises(ValueError, match="which fastbert would not run: undo that first"):
                 fastbert.optimize(ours)
             assert type(ours) is transformers.BertModel
         fastbert.optimize(ours)

@@ -49,13 +49,13 @@ class Recordings(graphs.CudaGraphs):
 
         return replay, outputs
 
-    def in_order(self):
+    def order_after_last_replay(self):
         pass
 
-    def done(self):
+    def record_replay(self):
         pass
 
-    def wait(self):
+    def synchronize(self):
         pass
 
 

@@ -139,7 +139,7 @@ def test_info_of_graphs_and_of_a_cold_start(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(graph_rules, "default", "on")
     facts = dict(information.facts())
-    limits = "32 graphs and 1024 MiB a model, 16384 places a graph, 20 captures a minute"
+    limits = "32 graphs and 1024 MiB a model, 16384 tokens a graph, 20 captures a minute"
     assert facts["CUDA graphs"] == f"on: at most {limits}"
     imports, kernels = facts["cold start"].split("; ")
     assert 0 < float(imports.removeprefix("imports: ").removesuffix(" s")) < 300

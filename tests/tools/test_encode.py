@@ -113,7 +113,7 @@ def progress_of(output):
 
 def without_a_probe(self, embedder, prompt, tokens, report):
     self._embedder, self._prompt, self._tokens = embedder, prompt, tokens
-    self._packed = PackedEncoder(embedder, 1, False, prompt, tokens, most_tokens=tokens)
+    self._packed = PackedEncoder(embedder, 1, False, prompt, tokens, max_tokens=tokens)
     self.dim, self.dtype = 32, np.dtype(np.float32)
 
 

@@ -100,7 +100,7 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "graph_rules": {"_compat"},
         "replaying": {"ops"},
         "automatic": {"_compat", "capture", "graph_rules", "graph_state", "graphs", "ops", "pretrained", "replaying"},
-        "graph_state": {"_compat", "fusion", "inputs", "layers", "model", "patches"},
+        "graph_state": {"_compat", "fusion", "inputs", "layers", "model", "patches", "pretrained"},
         "graphs": {"_compat", "capture", "graph_rules", "graph_state", "inputs", "ops", "pretrained", "replaying"},
         "configuration": {"_compat"},
         "commands": set(),

@@ -359,7 +359,7 @@ def test_what_serves_is_told_in_one_line():
     reason = "the tensors are on 'cpu' and the kernels need a CUDA device"
     assert served(ours) == f"eager (12 of 17 operations: {reason}), modules (5 of 17 operations: BertLayer has hooks)"
     with fastbert.backend("triton"):
-        assert served(ours) == "triton (12 of 17 operations), refused (5 of 17 operations: BertLayer has hooks)"
+        assert served(ours) == "triton (12 of 17 operations), unsupported (5 of 17 operations: BertLayer has hooks)"
 
 
 def test_bench(saved, monkeypatch):
