@@ -45,6 +45,12 @@ class Patch:
         # A weak reference: a reference cycle would keep the module until the next garbage collection.
         self.function, self._module = function, weakref.ref(module)
 
+    def __call__(self, *args, **kwargs):
+        return self.function(self._module(), *args, **kwargs)
+
+    def __reduce__(self):
+        return Patch, (self.function, self._module())
+
 
 class OnHost:
     """Hides an array in a batch. A tensor would be moved to the device; an array would be an input of torch.compile."""
