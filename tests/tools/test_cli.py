@@ -109,7 +109,7 @@ def test_bench(model, monkeypatch):
         assert f" {case} " in found.stdout
 
 
-def test_bench_is_refused_before_it_says_what_serves(model, monkeypatch, no_interpreter):
+def test_bench_raises_before_it_prints_the_back_end(model, monkeypatch, no_interpreter):
     with fastbert.backend("triton"):
         found = runner.invoke(app, ["bench", model, "--device", "cpu"])
     assert found.exit_code == 2
@@ -254,7 +254,7 @@ def test_a_model_that_is_no_bert_is_named(tmp_path):
     ],
     ids=repr,
 )
-def test_what_a_command_raises(error, status, told, monkeypatch):
+def test_expected_errors_become_one_line(error, status, told, monkeypatch):
     def raising():
         raise error
 
@@ -277,7 +277,7 @@ def test_a_bug_keeps_its_traceback(bug, monkeypatch):
 @pytest.mark.parametrize(
     "arguments", [["verfy"], ["verify"], ["verify", "x", "--frobnicate"], ["bench", "x", "--dtype", "int8"]], ids=str
 )
-def test_what_typer_refuses(arguments):
+def test_wrong_arguments_exit_with_two(arguments):
     found = runner.invoke(app, arguments)
     assert found.exit_code == 2
     assert "Usage: " in found.stderr

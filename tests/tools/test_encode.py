@@ -249,7 +249,7 @@ def test_bad_lines_are_told_and_are_nan(source, output, tiny_path):
         ("né\né".encode("latin-1"), None, "2 lines is a text; line 1: invalid UTF-8 at byte 2"),
     ],
 )
-def test_an_input_without_any_text_is_refused_before_anything_is_written(
+def test_an_input_without_any_text_raises_before_anything_is_written(
     source, output, tiny_path, content, field, why, monkeypatch
 ):
     source.write_bytes(content)
@@ -503,7 +503,7 @@ def _folder(source, output):
         (_foreign_progress, ValueError, "progress.json is not a progress file: delete it"),
     ],
 )
-def test_what_is_refused(source, output, tiny_path, prepare, error, message):
+def test_unsupported_inputs_and_outputs_raise(source, output, tiny_path, prepare, error, message):
     prepare(source, output)
     files = beside(output) if output.parent.exists() else None
     with pytest.raises(error, match=message):
@@ -540,7 +540,7 @@ def test_a_full_disk_is_an_error_at_the_start(source, output, tiny_path, monkeyp
     assert beside(output) == set()
 
 
-def test_two_runs_at_once_are_refused(source, output, tiny_path):
+def test_two_runs_at_once_raise(source, output, tiny_path):
     with ResumableNpy(output).locked(), pytest.raises(RuntimeError, match="another run is writing .*partial"):
         encode_file(tiny_path, source, output)
     encode_file(tiny_path, source, output)
@@ -586,7 +586,7 @@ def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monk
 
 
 def test_a_model_that_takes_padded_batches(source, output, bert_path, tmp_path):
-    """Which sentence-transformers' own code serves, as its `encode`."""
+    """It runs in sentence-transformers' own code, as `encode` does."""
     transformer = Transformer(bert_path)
     transformer.tokenizer.padding_side = "left"
     SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(tmp_path / "left"))
@@ -740,7 +740,7 @@ def test_parquet_without_pyarrow(source, output, tiny_path, monkeypatch):
     assert beside(output) == set()
 
 
-def test_what_is_missing_without_sentence_transformers(monkeypatch):
+def test_missing_sentence_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     spec = importlib.util.spec_from_file_location("encode_alone", encode.__file__)
     with pytest.raises(ImportError, match=r"pip install 'fastbert-triton\[encode\]'"):

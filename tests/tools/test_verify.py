@@ -225,7 +225,7 @@ def test_a_mask_on_the_host_reaches_our_model_alone():
 
 
 @pytest.mark.parametrize("ours_too", [True, False])
-def test_what_transformers_gives_no_number_for_is_told(ours_too, saved, monkeypatch):
+def test_results_of_transformers_that_are_not_finite_are_reported(ours_too, saved, monkeypatch):
     load = Checkpoint.pair
 
     def overflowing(self, model_class):
@@ -253,7 +253,7 @@ def test_what_transformers_gives_no_number_for_is_told(ours_too, saved, monkeypa
         Benchmark(saved(), CPU, "float16").measure(Case(1, 8, is_full=True), 0.01)
 
 
-def test_what_is_no_number_is_wrong(saved, monkeypatch):
+def test_results_that_are_not_finite_are_wrong(saved, monkeypatch):
     exact = eager.linear_activation
 
     def poisoned(x, *others):
@@ -321,7 +321,7 @@ def test_batches_without_a_tokenizer_are_random(saved):
     assert torch.equal(ids, saved().batch(40, 24)["input_ids"])
 
 
-def test_a_tokenizer_of_another_model_is_refused(saved, tmp_path, tokenizer):
+def test_a_tokenizer_of_another_model_raises(saved, tmp_path, tokenizer):
     found = saved()
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"gives ids up to \d+, but the model has 61 words"):
@@ -352,7 +352,7 @@ def test_devices(monkeypatch):
         select_device("cuda:2")
 
 
-def test_what_serves_is_told_in_one_line():
+def test_back_ends_are_described_in_one_line():
     ours, _ = pair()
     ours.encoder.layer[1].register_forward_hook(lambda *_: None)
     reason = "the tensors are on 'cpu' and the kernels need a CUDA device"
@@ -398,7 +398,7 @@ def test_bench_times_no_graph_that_was_not_captured(saved):
         running.measure(Case(1, 8, is_full=True), 0.01)
 
 
-def test_a_model_that_is_no_bert_is_refused(tmp_path):
+def test_a_model_that_is_not_bert_raises(tmp_path):
     transformers.RobertaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a model of type 'roberta', but fastbert supports only 'bert'"):
         Checkpoint(str(tmp_path))
@@ -444,7 +444,7 @@ def test_a_folder_of_sentence_transformers(saved, tmp_path):
         Checkpoint(str(whole))
 
 
-def test_bench_is_refused_before_anything_is_said(saved, no_interpreter):
+def test_bench_raises_before_anything_is_timed(saved, no_interpreter):
     with fastbert.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot serve"):
         Benchmark(saved(), CPU, "float32")
 
