@@ -327,7 +327,7 @@ WAYS = {
     "prompt and length": (
         lambda x: setattr(x[1], "include_prompt", False),
         {"prompt": "query: ", "processing_kwargs": {"text": {"max_length": 12}}},
-        "left out where the call has a max_length of its own",
+        "leaves a prompt out and the call sets a max_length",
     ),
 }
 
