@@ -128,7 +128,7 @@ def run(model: BertPreTrainedModel, plain: Callable, args: tuple, kwargs: dict):
 
 
 def _values(outputs: object) -> tuple:
-    """The values that a forward returned, which may be of any type if somebody patched it."""
+    """The values that a forward returned, which may be of any type if it is patched."""
     if isinstance(outputs, dict):
         return tuple(outputs.values())
     return outputs if isinstance(outputs, tuple) else (outputs,)

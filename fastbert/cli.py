@@ -1,6 +1,6 @@
 """The command line: `fastbert verify`, `fastbert bench`, `fastbert encode`, `fastbert info`.
 
-torch and transformers take seconds to import: only a command that runs does, so that `--help` answers at once.
+torch and transformers take seconds to import. Only the commands import them, so `--help` answers at once.
 """
 
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ from rich.progress import track
 
 import fastbert
 
-# What is raised on purpose, here and in the libraries below, about files, the hub, models that are not served and full
-# devices becomes one line on stderr. Anything else, such as a KeyError, keeps its traceback: somebody made a mistake.
+# Expected errors, of fastbert and its libraries: files, the hub, unsupported models, full devices. They become one line
+# on stderr. Other errors, such as KeyError, are bugs and keep their traceback.
 EXPECTED = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class OneLineErrors(typer.core.TyperGroup):
-    """A group of commands whose errors are one line on stderr, with exit status 2; an interrupt's is 130."""
+    """A group of commands. An error prints one line on stderr and exits with 2, an interrupt with 130."""
 
     def invoke(self, ctx):
         try:
@@ -70,7 +70,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def _examples(*commands: str) -> str:
-    """What ends a command's help."""
+    """The end of a command's help."""
     return "\n\n".join(("[bold]Examples[/]", *commands))
 
 
@@ -100,17 +100,17 @@ def verify(
     model: Model,
     device: Device = None,
     dtype: Annotated[
-        list[Dtype] | None, typer.Option(help="Only this one; may be given again. By default all three.")
+        list[Dtype] | None, typer.Option(help="Repeat the option for several. By default all three.")
     ] = None,
 ) -> None:
     """Compare MODEL's outputs with transformers', class by class, before you trust fastbert with it.
 
-    All eight classes and pooling run in both libraries on this machine: on
-    real texts from one token to as many as the model takes, with padding on
-    the right, on the left, in between and without, in float32, float16 and
-    bfloat16. An error, against float64, may be three times transformers' own
-    and a few roundings. The exit status is 1 if one is larger, or no number.
-    A dtype in which transformers itself gives no numbers is named.
+    All eight classes and pooling run in both libraries on this machine, on
+    real texts from one token to the model's limit, with padding on the right,
+    on the left, in between and without, in float32, float16 and bfloat16. An
+    error, measured against float64, may be three times transformers' error
+    plus a few roundings. The exit status is 1 if an error is larger or a
+    result is NaN. A dtype in which transformers itself gives NaN is named.
     """
     from fastbert.commands import verify as verifying
 
@@ -134,24 +134,25 @@ def verify(
 def bench(
     model: Model,
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the weights are rounded to.")] = Dtype.FLOAT32,
+    dtype: Annotated[Dtype, typer.Option(help="The dtype of the weights.")] = Dtype.FLOAT32,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="How long a case is timed: by default 5 on a CPU, 0.5 on a GPU.",
+        float | None, typer.Option(min=0, help="Time per case: by default 5 on a CPU, 0.5 on a GPU.",
                                    show_default=False),
     ] = None,
 ) -> None:  # fmt: skip
     """Time MODEL's forward in fastbert and in transformers, with sdpa, on this machine.
 
-    Batches are real texts, without padding or half of it. Rounds of both
-    alternate: "speed" is how many times as fast as transformers fastbert was,
-    by the medians, so above 1 is faster. Nothing is timed before its results
-    are right. On a GPU fastbert runs by itself and behind fastbert.graphed.
+    Batches are real texts, without padding and half of it. Rounds of both
+    libraries alternate. "speed" is the median time of transformers divided
+    by that of fastbert, so above 1 is faster. Results are checked before
+    they are timed. On a GPU fastbert is timed with and without
+    fastbert.graphed.
     """
     from fastbert.commands import benchmark
 
     console, checkpoint, chosen = _started(model, device)
     running = benchmark.Benchmark(checkpoint, chosen, dtype.value)
-    console.print(f"{dtype.value}, served by {running.served}", highlight=False)
+    console.print(f"{dtype.value}, back end: {running.backends}", highlight=False)
     measured = {}
     cases = running.cases()
     for case in _tracked(cases, "timing", len(cases)):
@@ -168,33 +169,33 @@ def bench(
 def encode(
     model: Model,
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="A file of UTF-8 text, a text a line.", show_default=False)
+        Path, typer.Argument(metavar="INPUT", help="A file of UTF-8 text, one text per line.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="The .npy or .parquet file to make.",
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The .npy or .parquet file to write.",
                            show_default=False)
     ],
     field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Lines are JSON objects, the text is the string of this name.")
+        str | None, typer.Option(metavar="NAME", help="Lines are JSON objects with the text in this field.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Put before each text; by default the model's own.")
+        str | None, typer.Option(metavar="TEXT", help="Text to put before each line; by default the model's prompt.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; by default the checkpoint's.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="The dtype of the weights; by default the checkpoint's.")] = None,
     device: Device = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="The most in a batch: by default 16384, on a CPU 2048.",
+        typer.Option(min=1, help="Maximum tokens of a batch: by default 16384, on a CPU 2048.",
                      show_default=False),
     ] = None,
 ) -> None:  # fmt: skip
-    """Embed each line of INPUT, a vector a line in OUT, a .npy or .parquet file.
+    """Embed each line of INPUT as one vector in OUT, a .npy or .parquet file.
 
-    The vectors are those of sentence-transformers' encode, whose prompts,
-    pooling and normalizing are used. INPUT may be larger than memory, and a
-    run that was interrupted or killed goes on with the same command. A line
-    that is no text is told, and its row is NaN: the exit status is then 1.
-    At the end it says what the time went to.
+    The vectors are those of sentence-transformers' encode, with its prompts,
+    pooling and normalizing. INPUT may be larger than memory. To continue an
+    interrupted or killed run, repeat the command. A line that is not a text
+    is reported and becomes a row of NaN; the exit status is then 1. The last
+    lines tell where the time went.
     """
     import torch
     import transformers
@@ -203,7 +204,7 @@ def encode(
 
     transformers.utils.logging.disable_progress_bar()
     made = encode_file(
-        model, source, output, field=field, prompt=prompt, dtype=dtype and getattr(torch, dtype.value),
+        model, source, output, field=field, prompt=prompt, dtype=None if dtype is None else getattr(torch, dtype.value),
         device=device, tokens=tokens,
     )  # fmt: skip
     tokens_rate = f", {made.tokens_rate:,.0f} tokens/s" if made.tokens_rate else ""
@@ -211,41 +212,40 @@ def encode(
     typer.echo("waited for " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in made.seconds.items()))
     if made.bad:
         more = f", and {made.bad - len(made.bad_lines):,} more" if made.bad > len(made.bad_lines) else ""
-        typer.echo(f"rows of NaN, for lines that are no text: {', '.join(map(str, made.bad_lines))}{more}")
+        typer.echo(f"rows of NaN, for lines that are not texts: {', '.join(map(str, made.bad_lines))}{more}")
         raise typer.Exit(1)
 
 
 @app.command(epilog=_examples("fastbert info", "FASTBERT_BACKEND=eager fastbert info"))
 def info() -> None:
-    """Tell what runs here: versions, devices, kernels or why there are none, settings and caches."""
+    """Tell what runs here: versions, devices, kernels and why others do not run, settings and caches."""
     from fastbert.commands import information
 
     Console().print(information.table(), highlight=False)
 
 
 def _started(model: str, device: str | None):
-    """Print what runs where, and return what a command about a checkpoint needs: the console, the `Checkpoint` and the
-    torch.device."""
+    """Print versions and device, and return the console, the `Checkpoint` and the torch.device of a command."""
     import huggingface_hub
     import transformers
 
-    # Of transformers' remarks on what it loads nothing is wanted, of the hub's the progress of downloads.
+    # Hide transformers' remarks on what it loads, but show the progress of downloads from the hub.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
-    from fastbert.commands.checkpoint import Checkpoint, device_called
+    from fastbert.commands.checkpoint import Checkpoint, select_device
     from fastbert.commands.machine import describe, machine
 
-    console, chosen = Console(highlight=False), device_called(device)
+    console, chosen = Console(highlight=False), select_device(device)
     checkpoint = Checkpoint(model)
     console.print(f"fastbert {fastbert.__version__}, {describe(machine(chosen))}")
     if checkpoint.why_no_tokenizer:
-        console.print(f"Random tokens in place of texts, for no tokenizer can be loaded: {checkpoint.why_no_tokenizer}")
+        console.print(f"Random tokens instead of texts: no tokenizer can be loaded, {checkpoint.why_no_tokenizer}")
     return console, checkpoint, chosen
 
 
 def _tracked(steps: Iterable, description: str, total: int) -> Iterable:
-    """The steps, with a bar on a terminal."""
+    """The steps, with a progress bar on a terminal."""
     console = Console(stderr=True)
     return track(steps, description, total=total, console=console, transient=True, disable=not console.is_terminal)
 

@@ -72,7 +72,7 @@ class State:
         self._attributes = [x.__dict__ for x in others]
         # Not the model's own hooks, which fire outside of the graph.
         self._hooks = [hooks for x in others for hooks in hooks_of(x)]
-        # Our forwards may call transformers' forward, which somebody may patch.
+        # Our forwards may call transformers' forward, which may be patched.
         self._transformers_class, self._class = _transformers_class(model), type(model)
         layers = [] if self.unsupported_reason else base.encoder.layer
         self._attentions = [x.attention.self.__dict__ for x in layers]

@@ -110,11 +110,11 @@ class PackingTokenizer:
         return PackedTokens(_flat(encodings, "ids", size), types, lengths)
 
     def _raise_named(self, texts: Texts, first: int, error: Exception) -> None:
-        for place, text in enumerate(texts, first):
+        for number, text in enumerate(texts, first):
             try:
                 self._tokenizer.encode_batch_fast([text])
             except Exception as its_own:
-                raise type(its_own)(f"text {place}, {_shown(text)}, cannot be tokenized: {its_own}") from error
+                raise type(its_own)(f"text {number}, {_shown(text)}, cannot be tokenized: {its_own}") from error
         raise error
 
 

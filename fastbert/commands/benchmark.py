@@ -1,4 +1,4 @@
-"""`fastbert bench`: the forward of a checkpoint's BertModel beside transformers', timed once its results are right.
+"""`fastbert bench`: time the forward of a checkpoint's BertModel and transformers', after a check of its results.
 
 Letters as in `fastbert.tokens`.
 """
@@ -13,11 +13,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastbert
-from fastbert.commands.checkpoint import Checkpoint, right_padding, served
+from fastbert.automatic import graphs_of
+from fastbert.commands.checkpoint import Checkpoint, describe_backends, right_padding
 from fastbert.commands.timing import Measured, side_by_side, throughput_clock
 from fastbert.testing import closeness
 
-# (B, S) of the batches, each of them full and, from two texts on, half full.
+# (B, S) of the batches: without padding and, for B > 1, with about half padding.
 SHAPES = {
     "cpu": ((1, 16), (1, 128), (8, 128), (8, 384)),
     "cuda": ((1, 16), (1, 128), (8, 128), (32, 128), (32, 512)),
@@ -37,13 +38,13 @@ class Case:
 
 
 class WrongResults(RuntimeError):
-    """Ours are beyond the limit of the rule, or there are none of transformers' to hold them to."""
+    """Our results exceed the tolerance, or transformers' are NaN or infinite."""
 
 
 class Benchmark:
-    """transformers' model with sdpa and ours, in a dtype on a device; on a GPU ours also behind `fastbert.graphed`.
+    """transformers' model with sdpa and ours, in a dtype on a device; on a GPU ours also with `fastbert.graphed`.
 
-    Raises RuntimeError where the chosen back end cannot serve our model there.
+    Raises RuntimeError if the chosen back end cannot run our model on the device.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: str):
@@ -58,21 +59,21 @@ class Benchmark:
             ours(**{name: x.to(device) for name, x in checkpoint.batch(1, 1).items()})
 
     @property
-    def served(self) -> str:
-        return served(self.ours["fastbert"])
+    def backends(self) -> str:
+        return describe_backends(self.ours["fastbert"])
 
     def cases(self) -> list[Case]:
-        """What suits the device, and no longer than the model's positions."""
+        """The cases for the device that fit the model's position embeddings."""
         longest = self.checkpoint.config.max_position_embeddings
         shapes = [shape for shape in SHAPES[self.device.type] if shape[1] <= longest] or [(1, longest)]
         return [Case(*shape, is_full) for shape in shapes for is_full in (True, False) if is_full or shape[0] > 1]
 
     @torch.inference_mode()
     def measure(self, case: Case, seconds: float) -> dict[str, Measured]:
-        """The times of each of our models beside transformers', in about `seconds` each.
+        """Time each of our models and transformers' in alternation, for about `seconds` each.
 
-        Raises WrongResults where one's hidden states are wrong by the rule of `fastbert.testing`, or
-        transformers' are no numbers, and RuntimeError where nothing could be captured in a graph.
+        Raises WrongResults if hidden states exceed the tolerance of `fastbert.testing` or transformers' are NaN or
+        infinite, and RuntimeError if no graph was captured.
         """
         mask = right_padding(case.batch_size, case.seq_len) if not case.is_full else None
         batch = self.checkpoint.batch(case.batch_size, case.seq_len)
@@ -90,27 +91,28 @@ class Benchmark:
         expected, truth = hidden(theirs), hidden(forward_of(self.truth))
         if not expected.isfinite().all():
             raise WrongResults(
-                f"transformers gives no number on {case} in {self.dtype}: do not use this dtype with this checkpoint"
+                f"transformers gives NaN or infinity on {case} in {self.dtype}: do not use this dtype with this "
+                "checkpoint"
             )
         forwards = {name: forward_of(model) for name, model in self.ours.items()}
         for name, forward in forwards.items():
             if name == GRAPHED:
                 forward()
-                forward()  # captures; the third call, which is checked, replays
+                forward()  # captures if the first call did not; the third call replays and is checked
             for found in closeness(hidden(forward), expected, truth):
                 if not found.holds:
                     raise WrongResults(
                         f"{name} is wrong on {case} in {self.dtype}: it errs by {found.error:.2e} ({found.measure}), "
                         f"transformers by {found.their_error:.2e}; fastbert verify tells more"
                     )
-            if name == GRAPHED and not self.ours[name].forward.num_graphs:
+            if name == GRAPHED and not graphs_of(self.ours[name]):
                 raise RuntimeError(f"no CUDA graph was captured for {case}: the logger 'fastbert' says why")
         clock = throughput_clock(self.device)
         return {name: side_by_side(forward, theirs, seconds, clock) for name, forward in forwards.items()}
 
 
 def table(measured: dict[Case, dict[str, Measured]]) -> Table:
-    """A row for each case: medians in milliseconds, and how many times as fast as transformers each of ours is."""
+    """A row per case: median times in milliseconds, and the speed of each of our models relative to transformers."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("forward")
     names = next(iter(measured.values()), {})

@@ -21,10 +21,10 @@ from fastbert.commands.texts import docstrings
 NUM_TEXTS, SEED = 1000, 0
 
 
-def device_called(name: str | None) -> torch.device:
-    """The device of this name, which becomes the current one; by default the GPU if there is one, or else the CPU.
+def select_device(name: str | None) -> torch.device:
+    """Return the device of this name and make it the current one. None means a GPU if there is one, else the CPU.
 
-    Raises ValueError for one that is not there.
+    Raises ValueError for a device that does not exist.
     """
     count = torch.cuda.device_count()
     known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
@@ -38,31 +38,31 @@ def device_called(name: str | None) -> torch.device:
 
 
 def local_or_hub(name: str) -> str:
-    """The name, which is a folder here or could be one on the hub, which is not asked. Raises OSError for any other."""
+    """Return the name if it is a local folder or a valid name on the hub, which is not queried. Else raise OSError."""
     if not Path(name).is_dir():
         try:
             validate_repo_id(name)
         except HFValidationError:
-            raise OSError(f"there is no folder {name}, and no model on the hub can have that name") from None
+            raise OSError(f"there is no folder {name}, and it is not a valid name on the hub") from None
     return name
 
 
-def _with_weights(name: str) -> str:
-    """Where a model's own files lie: sentence-transformers' modules.json may name a folder inside for them."""
+def _weights_folder(name: str) -> str:
+    """The folder of the model's own files, which sentence-transformers' modules.json may put into a subfolder."""
     modules = Path(name, "modules.json")
     if not modules.is_file():
         return name
     try:
         return str(Path(name, json.loads(modules.read_text())[0]["path"]))
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{modules} is no list of sentence-transformers' modules") from error
+        raise ValueError(f"{modules} is not a list of sentence-transformers' modules") from error
 
 
 class Checkpoint:
-    """A folder, or a name on the hub. Raises OSError for what is none, and ValueError for a model that is not BERT."""
+    """A local folder or a model on the hub. Raises OSError if there is none, ValueError for a model other than BERT."""
 
     def __init__(self, name: str):
-        self.name = _with_weights(local_or_hub(name))
+        self.name = _weights_folder(local_or_hub(name))
         is_local = Path(name).is_dir()
         if is_local and not Path(self.name, "config.json").is_file():
             raise OSError(f"there is no config.json in {self.name}")
@@ -71,17 +71,17 @@ class Checkpoint:
         except OSError as error:
             if is_local:
                 raise
-            raise OSError(f"there is no folder {name}, and the hub does not give it: {error}") from error
+            raise OSError(f"there is no folder {name}, and it cannot be loaded from the hub: {error}") from error
         model_type = settings.get("model_type")
         if model_type is None:
-            raise ValueError(f"the config.json of {self.name} has no model_type: a BERT's would be 'bert'")
+            raise ValueError(f"the config.json of {self.name} has no model_type: BERT has 'bert'")
         if model_type != "bert":
-            raise ValueError(f"{self.name} is a model of type {model_type!r}, and fastbert serves 'bert' alone")
+            raise ValueError(f"{self.name} is a model of type {model_type!r}, but fastbert supports only 'bert'")
         self.config = transformers.BertConfig.from_pretrained(self.name)
 
     @cached_property
     def _tokens(self) -> tuple[Tensor, int | None, int | None]:
-        """Docstrings end to end in the checkpoint's tokens, int64 [T], and the ids of [CLS] and [SEP]."""
+        """The tokens of many docstrings, int64 [T], and the ids of [CLS] and [SEP]."""
         vocab_size = self.config.vocab_size
         if self.why_no_tokenizer is not None:
             generator = torch.Generator().manual_seed(SEED)
@@ -91,8 +91,8 @@ class Checkpoint:
         tokens = torch.tensor([token for text in encoded for token in text])
         if tokens.max() >= vocab_size:
             raise ValueError(
-                f"the tokenizer of {self.name} gives ids up to {tokens.max()}, and the model has {vocab_size}: they do "
-                "not belong together"
+                f"the tokenizer of {self.name} gives ids up to {tokens.max()}, but the model has {vocab_size} words: "
+                "put the model's own tokenizer into the folder"
             )
         return tokens, tokenizer.cls_token_id, tokenizer.sep_token_id
 
@@ -102,22 +102,22 @@ class Checkpoint:
 
     @cached_property
     def why_no_tokenizer(self) -> str | None:
-        """Why batches hold random ids; None where they hold texts."""
+        """Why batches hold random ids; None if they hold texts."""
         try:
             tokenizer = self._tokenizer
         except (ImportError, OSError, ValueError) as error:
             return " ".join(str(error).split())
-        # What transformers makes of a folder without a vocabulary.
+        # For a folder without a vocabulary transformers makes a tokenizer of special tokens only.
         return None if len(tokenizer) > len(tokenizer.all_special_ids) else "there is no vocabulary"
 
     def batch(self, batch_size: int, seq_len: int, first: int = 0) -> dict[str, Tensor]:
-        """input_ids and token_type_ids, int64 [B, S], of pairs of texts that fill every place: [CLS] a [SEP] b [SEP].
+        """input_ids and token_type_ids, int64 [B, S], of pairs of texts without padding: [CLS] a [SEP] b [SEP].
 
-        `first` is the number of texts in batches before, whose texts are others. Without a tokenizer ids are random.
+        first: the number of sequences in earlier batches, so that texts differ. Ids are random without a tokenizer.
         """
         tokens, start, end = self._tokens
-        places = torch.arange(first, first + batch_size)[:, None] * seq_len + torch.arange(seq_len)
-        input_ids, middle = tokens[places % len(tokens)], seq_len // 2
+        indices = torch.arange(first, first + batch_size)[:, None] * seq_len + torch.arange(seq_len)
+        input_ids, middle = tokens[indices % len(tokens)], seq_len // 2
         if end is not None:
             input_ids[:, [middle, -1]] = end
         if start is not None:
@@ -126,18 +126,18 @@ class Checkpoint:
         return {"input_ids": input_ids, "token_type_ids": token_type_ids % self.config.type_vocab_size}
 
     def pair(self, model_class: str) -> tuple[nn.Module, nn.Module, list[str]]:
-        """Our model and transformers' of a class, each loaded by its own library in float32, and the names of the
-        parameters that the checkpoint lacks: those are random, and the same in both."""
+        """Our model and transformers' of a class, both in float32, and the names of parameters that are missing in the
+        checkpoint. Missing ones are random, and equal in both models."""
         ours = getattr(fastbert, model_class).from_pretrained(self.name, **self._loading(model_class))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             theirs, found = getattr(transformers, model_class).from_pretrained(
                 self.name, output_loading_info=True, attn_implementation="sdpa", **self._loading(model_class)
             )
-        lacking = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+        missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
         weights = theirs.state_dict()
-        ours.load_state_dict({name: weights[name] for name in lacking}, strict=False)
-        return ours.eval(), theirs.eval(), lacking
+        ours.load_state_dict({name: weights[name] for name in missing}, strict=False)
+        return ours.eval(), theirs.eval(), missing
 
     def _loading(self, model_class: str) -> dict:
         config = deepcopy(self.config)
@@ -147,18 +147,18 @@ class Checkpoint:
 
 
 def right_padding(batch_size: int, seq_len: int) -> Tensor:
-    """A mask, bool [B, S], of texts from S tokens down to one in even steps: half of it is padding."""
+    """A mask, bool [B, S], of sequences from S tokens down to one in even steps. About half of it is padding."""
     lengths = torch.linspace(seq_len, 1, batch_size).long()
     return torch.arange(seq_len) < lengths[:, None]
 
 
-def served(model: nn.Module) -> str:
-    """What `fastbert.explain` says of a model of ours in one line: "triton", or what else serves, how often and why."""
+def describe_backends(model: nn.Module) -> str:
+    """`fastbert.explain` of a model in one line: "triton", or all back ends with their shares and reasons."""
     rows = fastbert.explain(model)
     counted = Counter((row.backend, "" if row.backend == "triton" else row.reason) for row in rows)
-    told = []
+    described = []
     for (backend, reason), count in counted.items():
         share = f"{count} of {len(rows)} operations" if len(counted) > 1 else ""
         details = ": ".join(filter(None, (share, reason)))
-        told.append(f"{backend} ({details})" if details else backend)
-    return ", ".join(told)
+        described.append(f"{backend} ({details})" if details else backend)
+    return ", ".join(described)

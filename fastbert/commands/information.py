@@ -1,4 +1,4 @@
-"""`fastbert info`: what runs here, and where what it needs lies."""
+"""`fastbert info`: versions, devices, kernels, settings and caches."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ from fastbert.commands.machine import machine
 from fastbert.ops import backend
 
 VARIABLES = ("FASTBERT_BACKEND", "FASTBERT_GRAPHS", "FASTBERT_CHECK", "FASTBERT_CONFIGS")
-# What a program does before its first model, and the seconds it takes.
+# A program that imports the models and prints the seconds it took.
 IMPORTS = """
 import time
 start = time.perf_counter()
@@ -28,7 +28,7 @@ print(time.perf_counter() - start)
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Names and values, in the order in which they are of use."""
+    """Names and values, most useful first."""
     devices = [*(torch.device("cuda", index) for index in range(torch.cuda.device_count())), torch.device("cpu")]
     versions = {"fastbert": fastbert.__version__} | machine(devices[0])
     for name in ("fastbert", "torch", "triton", "transformers", "python", "driver"):
@@ -36,9 +36,9 @@ def facts() -> Iterator[tuple[str, str]]:
             yield name, versions[name] or "not installed"
     for device in devices:
         yield str(device), _about(device)
-        served, refused = _operations(device)
-        yield f"kernels on {device}", "; ".join(filter(None, (served, *refused)))
-        if served:
+        in_kernels, in_pytorch = _operations(device)
+        yield f"kernels on {device}", "; ".join(filter(None, (in_kernels, *in_pytorch)))
+        if in_kernels:
             yield f"configurations on {device}", _configurations(device)
     yield "CUDA graphs", _graphs()
     for name in VARIABLES:
@@ -54,7 +54,7 @@ def facts() -> Iterator[tuple[str, str]]:
 
 
 def _graphs() -> str:
-    """The mode for this process, and what bounds graphs where they are captured without being asked for."""
+    """The mode of this process, and the limits of graphs that models capture without `fastbert.graphed`."""
     try:
         graph_rules.check_mode(graph_rules.default, "FASTBERT_GRAPHS")
     except ValueError as error:
@@ -75,7 +75,7 @@ def _size(folder: Path) -> int:
 
 @functools.cache
 def _imports(code: str) -> str:
-    """What a fresh process takes before it can have a model."""
+    """The seconds that a new process takes to import the models."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if run.returncode:
         return f"the models cannot be imported: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
@@ -92,13 +92,13 @@ def _about(device: torch.device) -> str:
 
 
 def _operations(device: torch.device) -> tuple[str, list[str]]:
-    """The operations that kernels serve on a device, and why not the others, those with the same reason together."""
+    """The operations that have kernels on a device, and the others by reason."""
     by_reason: dict[str | None, list[str]] = {}
     for op in ops.OPS:
         by_reason.setdefault(backend.why_eager(op, device, torch.float32), []).append(op)
     names = {reason: "all" if len(found) == len(ops.OPS) else ", ".join(found) for reason, found in by_reason.items()}
-    served = names.pop(None, "")
-    return served, [f"{which} in plain PyTorch: {reason}" for reason, which in names.items()]
+    in_kernels = names.pop(None, "")
+    return in_kernels, [f"{which} in plain PyTorch: {reason}" for reason, which in names.items()]
 
 
 def _configurations(device: torch.device) -> str:

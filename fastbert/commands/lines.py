@@ -1,4 +1,4 @@
-"""The input of `fastbert encode`: UTF-8, of which each line is a text, or a JSON object with the text in a field."""
+"""The input of `fastbert encode`: UTF-8 lines. Each is a text, or a JSON object with the text in a field."""
 
 import codecs
 import hashlib
@@ -8,22 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Lines in a block, the seconds of work that a killed run does again, and bytes in a block. A line that is longer is
-# read whole.
+# Maximum lines and bytes of a block, which a killed run must repeat. A longer line is read as a whole.
 BLOCK_LINES, CPU_BLOCK_LINES = 16384, 512
 BLOCK_BYTES = 4 << 20
-# Of which one has to be a text.
-CHECKED_LINES = 4096
+CHECKED_LINES = 4096  # at least one of the first lines must be a text
 
 
 def state_of(source: Path) -> tuple[int, int]:
-    """What changes when a file is written to: its size, and the time in nanoseconds."""
+    """The size and the modification time of a file in nanoseconds, which change when it is written to."""
     found = source.stat()
     return found.st_size, found.st_mtime_ns
 
 
 def count_and_hash(source: Path) -> tuple[int, str]:
-    """The number of lines of a file, and a hash of all of it."""
+    """The number of lines of a file, and a hash of its contents."""
     lines, last, digest = 0, b"\n", hashlib.sha256()
     with source.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -34,9 +32,9 @@ def count_and_hash(source: Path) -> tuple[int, str]:
 
 
 def check_source(source: Path, field: str | None) -> None:
-    """Refuse what cannot be read twice, and, with the reason, an input that begins with lines of which none is a text.
+    """Raise OSError if the input is not a file, and ValueError with the reason if no line at its beginning is a text.
 
-    How many those are depends on nothing but the input, so that a run that was begun on one device goes on elsewhere.
+    The number of checked lines depends on the input alone, so that a run can be continued on another device.
     """
     if not source.exists():
         raise FileNotFoundError(f"there is no input file {source}")
@@ -64,11 +62,12 @@ def check_source(source: Path, field: str | None) -> None:
 
 
 def read_lines(file: BinaryIO, block_lines: int) -> list[bytes]:
-    """The next lines with their ends: `block_lines`, or the first that reach BLOCK_BYTES; at the file's end none.
+    """Read the next block_lines lines, or fewer if they reach BLOCK_BYTES; none at the end of the file.
 
-    The BOM at the file's beginning, if there is one, is no part of a line.
+    Line ends are kept. A BOM at the beginning of the file is removed.
     """
-    lines, length, start = [], 0, file.tell()
+    lines: list[bytes] = []
+    length, start = 0, file.tell()
     while len(lines) < block_lines and length < BLOCK_BYTES and (line := file.readline()):
         lines.append(line)
         length += len(line)
@@ -78,7 +77,7 @@ def read_lines(file: BinaryIO, block_lines: int) -> list[bytes]:
 
 
 def text_of(line: bytes, field: str | None) -> str:
-    """The text of a line. Raises ValueError with the reason, for the user, if it has none."""
+    """The text of a line. Raises ValueError with the reason if there is none."""
     text = _decoded(line)
     if field is None:
         return text
@@ -107,7 +106,7 @@ def _decoded(line: bytes) -> str:
 def _record(text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-    except (RecursionError, ValueError) as error:  # json.loads recurses, and refuses long numbers with a ValueError
+    except (RecursionError, ValueError) as error:  # json.loads recurses, and raises ValueError for long numbers
         raise ValueError(f"invalid JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")

@@ -1,4 +1,4 @@
-"""The machine and the versions behind a figure."""
+"""The machine and the versions of a measurement."""
 
 import platform
 import re
@@ -15,7 +15,7 @@ VERSIONS = ("torch", "transformers", "triton", "python", "driver")
 
 @cache
 def machine(device: torch.device) -> dict:
-    """A device's name, the CPU's threads and the versions, which stay the same during a run."""
+    """The name of a device, the CPU threads and the versions."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU {_cpu_name()}",
@@ -29,13 +29,13 @@ def machine(device: torch.device) -> dict:
 
 
 def describe(record: dict) -> str:
-    """What `machine` tells, or a record that holds it, in one line."""
+    """The result of `machine`, or a record that contains it, in one line."""
     versions = [f"{name} {record[name]}" for name in VERSIONS if record.get(name)]
     return f"{record['device']}, {record['threads']} threads, {', '.join(versions)}"
 
 
 def _driver_version() -> str | None:
-    """The NVIDIA driver's, or None where nvidia-smi is not there to tell."""
+    """The version of the NVIDIA driver, or None without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]

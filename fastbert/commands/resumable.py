@@ -1,7 +1,7 @@
-"""A file of vectors that is written row by row, and whose writing goes on after the process was killed at any moment.
+"""A file of vectors that is written block by block, and can be continued after the process was killed at any moment.
 
-Beside OUT lie, until it is complete, OUT.partial, of OUT's size from the beginning, and OUT.progress.json, which says
-how many rows are there and what they are made of. Rows reach the disk before the progress that counts them.
+Until OUT is complete there are OUT.partial, which has OUT's size from the beginning, and OUT.progress.json, which tells
+how many rows are written and what they were made from. Rows reach the disk before the progress that counts them.
 """
 
 import io
@@ -19,19 +19,18 @@ try:
 except ImportError as error:
     raise ImportError(f"fastbert encode needs a POSIX system, for the lock on its output ({error})") from error
 
-# Bad lines whose numbers are kept.
-BAD_LINES = 1000
+BAD_LINES = 1000  # number of bad lines whose numbers are kept
 PARQUET = ".parquet"
 ROW_GROUP = 16384  # rows
 
 
 @dataclass
 class Progress:
-    """What OUT.progress.json holds.
+    """The contents of OUT.progress.json.
 
-    fingerprint: what the rows are made of, by name. rows: how many are complete; offset: where in the input, in bytes,
-    the next one's line begins. bad: how many rows are NaN because their line is no text; bad_lines: the numbers of the
-    first BAD_LINES such lines, from 1.
+    fingerprint: what the rows are made from, by name. rows: the number of complete rows. offset: the byte offset of the
+    next line in the input. bad: the number of rows that are NaN because their line is not a text. bad_lines: the
+    numbers of the first BAD_LINES such lines, counted from 1.
     """
 
     fingerprint: dict[str, str | None]
@@ -42,16 +41,16 @@ class Progress:
 
     @staticmethod
     def read(path: Path) -> "Progress | None":
-        """The progress in a file, None without the file. Raises ValueError for a file of something else."""
+        """Read the progress from a file; None if there is no file. Raises ValueError for other contents."""
         try:
             return Progress(**json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not the progress of a run: delete it, or give another -o ({error})") from error
+            raise ValueError(f"{path} is not a progress file: delete it, or give another -o ({error})") from error
 
     def write(self, path: Path) -> None:
-        """Replace the file, which at any moment holds all of the old progress or all of the new."""
+        """Replace the file atomically."""
         new = path.with_name(path.name + ".new")
         with new.open("w") as file:
             json.dump(asdict(self), file)
@@ -61,29 +60,32 @@ class Progress:
 
 
 def resumable(path: Path) -> "ResumableNpy":
-    """The output of this name, by its ending: Parquet, or .npy. Raises ImportError for Parquet without pyarrow."""
+    """The output for a file name: Parquet if it ends with .parquet, else .npy. Raises ImportError without pyarrow."""
     return ResumableParquet(path) if path.suffix == PARQUET else ResumableNpy(path)
 
 
 class ResumableNpy:
-    """OUT while it is made: `with locked():`, `begin` once, `append` for each block of rows, `finish`."""
+    """Writes OUT: `with locked():`, `begin` once, `append` for each block of rows, `finish`."""
+
+    progress: Progress
 
     def __init__(self, path: Path):
         self.path = path
-        # Not with_name, which refuses "." before check_paths can.
+        # Not with_name, which raises an error of its own for ".".
         self.partial = path.parent / f"{path.name}.partial"
         self.progress_path = path.parent / f"{path.name}.progress.json"
 
     def check_paths(self, source: Path) -> None:
-        """Refuse an input that would be written over, and an output that exists or has no folder."""
+        """Raise an error if the input would be overwritten, or if the output exists or has no folder."""
         for path in (self.path, self.partial, self.progress_path):
             if path.exists() and source.exists() and path.samefile(source):
-                raise ValueError(f"{source} would be written over: give another -o")
+                raise ValueError(f"{source} would be overwritten: give another -o")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {self.path.parent} for the output")
-        self._refuse_existing()
+        self._check_absent()
 
-    def _refuse_existing(self) -> None:
+    def _check_absent(self) -> None:
+        """Raise FileExistsError or IsADirectoryError if the output exists."""
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder: name a file, such as -o {self.path / 'vectors.npy'}")
         if self.path.exists():
@@ -91,9 +93,9 @@ class ResumableNpy:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Open the partial file, which no other run may have open; one that stays empty goes in the end.
+        """Open and lock the partial file. At the end, delete it if it is empty.
 
-        Raises RuntimeError if another run has it, OSError if it cannot be written.
+        Raises RuntimeError if another run has locked it, OSError if it cannot be written.
         """
         self.partial.touch()
         with self.partial.open("r+b") as self._file:
@@ -102,18 +104,18 @@ class ResumableNpy:
             except BlockingIOError:
                 raise RuntimeError(f"another run is writing {self.partial}") from None
             try:
-                # The run that had the lock may have completed since.
-                self._refuse_existing()
+                # A run that had the lock may have completed the output since.
+                self._check_absent()
                 yield
             finally:
                 if not self._size():
                     self.partial.unlink(missing_ok=True)
 
     def begin(self, fingerprint: dict[str, str | None], rows: int, dim: int, dtype: np.dtype) -> Progress:
-        """The progress from which an array [rows, dim] with this fingerprint goes on; its disk space is reserved.
+        """Begin or continue an array [rows, dim] with this fingerprint. Reserves its disk space, returns the progress.
 
-        Raises ValueError if the partial file holds rows with another fingerprint, FileExistsError if it is no partial
-        run at all, OSError without the disk space.
+        Raises ValueError if the partial file has another fingerprint, FileExistsError if it is not a partial output,
+        OSError if the disk is full.
         """
         header = io.BytesIO()
         descr = np.lib.format.dtype_to_descr(dtype)
@@ -121,22 +123,24 @@ class ResumableNpy:
         self._row_bytes = dim * dtype.itemsize
         self._first_row = header.tell()
         size = self._first_row + rows * self._row_bytes
-        self.progress = Progress.read(self.progress_path)
-        if self.progress is None and self._size():
+        progress = Progress.read(self.progress_path)
+        if progress is None and self._size():
             raise FileExistsError(f"{self.partial} is not the beginning of a run: delete it, or give another -o")
-        if self.progress is not None and self.progress.rows:
-            self._refuse_another(fingerprint)
+        if progress is not None and progress.rows:
+            self._check_fingerprint(progress, fingerprint)
             if self._size() == size:
-                return self.progress
+                self.progress = progress
+                return progress
         self.progress = Progress(fingerprint)
-        # Before the first byte: a partial file without progress is somebody else's.
+        # Before the first byte: a partial file without progress is not overwritten.
         self.progress.write(self.progress_path)
         self._allocate(size)
         self._file.write(header.getbuffer())
         return self.progress
 
-    def _refuse_another(self, fingerprint: dict[str, str | None]) -> None:
-        differing = [name for name, value in fingerprint.items() if self.progress.fingerprint.get(name) != value]
+    def _check_fingerprint(self, progress: Progress, fingerprint: dict[str, str | None]) -> None:
+        """Raise ValueError if the progress has another fingerprint."""
+        differing = [name for name, value in fingerprint.items() if progress.fingerprint.get(name) != value]
         if differing:
             raise ValueError(
                 f"{self.partial} was begun with another {' and another '.join(differing)}: delete it and "
@@ -144,7 +148,7 @@ class ResumableNpy:
             )
 
     def _allocate(self, size: int) -> None:
-        """Reserve the partial file's bytes, so that a full disk is an error now and not in hours."""
+        """Reserve the partial file's bytes, so that a full disk is an error at once and not after hours."""
         self._file.truncate(0)
         try:
             if hasattr(os, "posix_fallocate"):
@@ -157,7 +161,7 @@ class ResumableNpy:
             raise OSError(error.errno, f"{size:,} bytes for the vectors: {error.strerror}", str(self.path)) from error
 
     def append(self, rows: np.ndarray, offset: int, bad_lines: list[int]) -> None:
-        """Write the next rows [N, dim], of the lines up to the byte `offset` of the input, and then the progress."""
+        """Write the next rows [N, dim] and then the progress. offset: the byte offset of the next line in the input."""
         progress = self.progress
         self._file.seek(self._first_row + progress.rows * self._row_bytes)
         self._file.write(rows.data)
@@ -173,9 +177,9 @@ class ResumableNpy:
         self.progress = done
 
     def finish(self) -> None:
-        """Give the complete file its name, and remove the progress."""
+        """Rename the complete file to OUT, and delete the progress."""
         self._flush()
-        self._refuse_existing()
+        self._check_absent()
         self.partial.rename(self.path)
         self.progress_path.unlink()
 
@@ -188,10 +192,10 @@ class ResumableNpy:
 
 
 class ResumableParquet(ResumableNpy):
-    """A Parquet file of one column, "vector", a list of dim float16 or float32 numbers a row; NaN as in the rows.
+    """A Parquet file with one column, "vector": a list of dim float16 or float32 numbers per row.
 
-    Parquet cannot be appended to after a crash. So the rows lie in OUT.partial as those of a .npy do, and become
-    Parquet in `finish`, ROW_GROUP rows a group, which takes the disk space of both.
+    Parquet cannot be appended to after a crash. So OUT.partial is a .npy file, and `finish` converts it to Parquet with
+    ROW_GROUP rows per group. This needs disk space for both.
     """
 
     def __init__(self, path: Path):
@@ -206,7 +210,7 @@ class ResumableParquet(ResumableNpy):
         import pyarrow.parquet
 
         self._flush()
-        self._refuse_existing()
+        self._check_absent()
         rows, new = np.load(self.partial, mmap_mode="r"), self.partial.with_name(self.partial.name + ".new")
         numbers = pyarrow.from_numpy_dtype(rows.dtype)
         schema = pyarrow.schema([("vector", pyarrow.list_(numbers, rows.shape[1]))])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-# Tests say little in prose, and what is installed beside the library differs from machine to machine.
+# Tests have little prose, and installed packages differ between machines.
 _SKIPPED = {"test", "tests", "site-packages", "dist-packages"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -15,7 +15,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def docstrings(limit: int | None = None) -> list[str]:
     """The first `limit` distinct docstrings (None: all), in the order of the files' paths.
 
-    The sources are parsed, never imported: one version of Python gives the same texts everywhere.
+    The sources are parsed, not imported. A version of Python gives the same texts on every machine.
     """
     return list(islice(_distinct_docstrings(), limit))
 

@@ -1,4 +1,4 @@
-"""Times of two calls in rounds that alternate, so that what else the machine does hits both."""
+"""Timing of two calls in alternating rounds, so that disturbances affect both."""
 
 import statistics
 import time
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 
 LEAST_ROUNDS, MOST_ROUNDS, WARMUP_ROUNDS = 4, 300, 2
-# A round on the GPU is long beside the few microseconds that its first launch and its end take.
+# Much longer than the few microseconds of the first launch and the end of a round on the GPU.
 ROUND_SECONDS = 3e-3
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds a call in each round, of a provider and of its baseline.
+    """Seconds per call in each round, of a provider and of its baseline.
 
-    clock: "host", each call from its start to its end, the device's work included; "device", by events around `calls`
-    calls back to back. host_s is then what the host takes to issue a call (median): where it is nearly the median, the
-    host is the limit and not the device.
+    clock: "host" measures each call from start to end, with the device's work. "device" uses events around `calls`
+    calls back to back; host_s is then the median time to issue a call. If that is close to the median, the host is the
+    bottleneck.
     """
 
     clock: str
@@ -28,13 +28,13 @@ class Measured:
     host_s: float
 
     def fields(self) -> dict:
-        """What goes into the record."""
+        """The fields of a record."""
         about = {"clock": self.clock, "calls": self.calls, "host_s": self.host_s}
         return about | summary(self.seconds, self.baseline_seconds)
 
 
 def summary(seconds: list[float], baseline_seconds: list[float]) -> dict:
-    """The statistics of a record's times, from the seconds of each round."""
+    """The statistics of a record, from the seconds of each round."""
     median_s, baseline_median_s = map(statistics.median, (seconds, baseline_seconds))
     q20_s, *_, q80_s = statistics.quantiles(seconds, n=5, method="inclusive")
     return {
@@ -48,7 +48,7 @@ def summary(seconds: list[float], baseline_seconds: list[float]) -> dict:
 
 
 def host_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
-    """Seconds a call by the host's clock, twice; a call that leaves work to a device has to wait for it."""
+    """Seconds per call by the host's clock, twice. The call must wait for its work on a device."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -57,7 +57,7 @@ def host_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
 
 
 def device_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
-    """Seconds a call by the device's events, and seconds in which the host issued it."""
+    """Seconds per call by the device's events, and seconds per call that the host took to issue it."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     host_s, _ = host_seconds(call, calls)
@@ -70,13 +70,13 @@ CLOCKS = {"host": host_seconds, "device": device_seconds}
 
 
 def throughput_clock(device: torch.device) -> str:
-    """The clock that tells how much a device gets done, whether or not the host keeps up."""
+    """The clock that measures the throughput of a device."""
     return "host" if device.type == "cpu" else "device"
 
 
 def side_by_side(call: Callable, baseline: Callable, seconds: float, clock: str) -> Measured:
-    """Time both for about `seconds` in all, a round of the baseline before each of the call; the number of rounds
-    follows from the least that each takes in a tenth as long."""
+    """Time both for about `seconds` in all, each round of the call after one of the baseline. The number of rounds
+    follows from the minimum times in a first tenth of the time."""
     clocked = CLOCKS[clock]
     least, baseline_least = (_undisturbed(clocked, each, seconds / 10) for each in (call, baseline))
     repeats = (1, 1) if clock == "host" else [max(1, round(ROUND_SECONDS / each)) for each in (least, baseline_least)]
@@ -92,7 +92,7 @@ def side_by_side(call: Callable, baseline: Callable, seconds: float, clock: str)
 
 
 def _undisturbed(clocked: Callable, call: Callable, seconds: float) -> float:
-    """The least that `call` takes in so many seconds of tries."""
+    """The minimum time of `call` over about `seconds` of tries."""
     tries = [clocked(call)[0]]
     while sum(tries) < seconds:
         tries.append(clocked(call)[0])

@@ -1,26 +1,27 @@
-"""`fastbert verify`: every class beside transformers', by a checkpoint's weights, under the project's tolerance rule.
+"""`fastbert verify`: compare each class with transformers', with a checkpoint's weights and the tolerance rule.
 
-The truth is transformers' model in float64, of the weights as the dtype has rounded them. What differs on purpose is
-left out: hidden states and logits at padding, what is pooled where padding is on the left (transformers pools a pad),
-and question answering's loss with padding (which takes an answer there for possible). sentence-transformers' pooling
-is compared with its formula in plain PyTorch. Letters as in `fastbert.tokens`.
+The truth is transformers' model in float64, with weights rounded to the dtype. Intended differences are left out:
+hidden states and logits at padding, the pooled output with left padding (transformers pools a padding token), and the
+loss of question answering with padding (which counts answers there). sentence-transformers' pooling is compared with
+its formula in plain PyTorch. Letters as in `fastbert.tokens`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import PreTrainedModel
 
 import fastbert
 from fastbert import ops
-from fastbert.commands.checkpoint import Checkpoint, right_padding, served
+from fastbert.commands.checkpoint import Checkpoint, describe_backends, right_padding
 from fastbert.testing import Closeness, closeness
 from fastbert.tokens import layout_from_mask
 
@@ -28,10 +29,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Outputs(NamedTuple):
-    """The outputs of a class that are compared: one value for each token [B, S, ...], and for each text [B, ...]."""
+    """The outputs of a class that are compared: per token [B, S, ...] and per sequence [B, ...]."""
 
-    of_tokens: tuple[str, ...] = ()
-    of_texts: tuple[str, ...] = ()
+    per_token: tuple[str, ...] = ()
+    per_sequence: tuple[str, ...] = ()
 
 
 HEADS = {
@@ -46,39 +47,39 @@ HEADS = {
 MODEL_OUTPUTS = Outputs(("last_hidden_state",), ("pooler_output",))
 CLASSES = ("BertModel", *HEADS)
 LEFT_OUT = (
-    "hidden states and logits at padding, what is pooled where padding is on the left, question answering's loss "
-    "with padding"
+    "hidden states and logits at padding, the pooled output with left padding, the loss of question answering with "
+    "padding"
 )
 
-# (B, S) of the batches, some of many texts and some of many tokens; on a GPU also around 64 and 128 tokens, where
-# kernels change. The longest texts come on top.
+# (B, S) of the batches, some with many sequences and some with long ones; on a GPU also around 64 and 128 tokens,
+# where kernel variants change. A batch of the longest sequences is added.
 SHAPES = {
     "cpu": ((4, 1), (64, 2), (4, 16), (4, 128)),
     "cuda": ((8, 1), (64, 2), (8, 16), (8, 63), (8, 64), (8, 65), (64, 128), (8, 129)),
 }
 LONGEST_BATCH = 2
-# Heads see B * S places under any mask: texts of this length have all of them, the others padding on the right.
+# Heads run with every mask at this sequence length, and only with right padding at others.
 HEAD_EVERY_MASK = 16
-# The most places of a head's batch. Where each has a logit for every word, it takes 244 kB with BERT's, in float64.
-HEAD_PLACES = {"cpu": 512, "cuda": 8192}
-VOCABULARY_HEADS, VOCABULARY_PLACES = ("BertForPreTraining", "BertForMaskedLM"), 128
+# Maximum B * S of a head's batch. With a logit per word each position takes 244 kB for BERT's vocabulary, in float64.
+HEAD_TOKENS = {"cpu": 512, "cuda": 8192}
+VOCABULARY_HEADS, VOCABULARY_TOKENS = ("BertForPreTraining", "BertForMaskedLM"), 128
 STATES_SHAPE = (4, 32)
-# Of few numbers transformers' may be right by luck. Outputs of fewer are compared together with those of other batches,
-# and so are losses, which are single numbers.
+# Few numbers of transformers may be exact by chance. Outputs with fewer than this are compared together with those of
+# other batches, and so are losses.
 FEW_NUMBERS = 64
 LOSS_SHAPE, LOSS_BATCHES = (2, 12), 4
 
 
 class Models(NamedTuple):
-    ours: nn.Module
-    theirs: nn.Module
-    truth: nn.Module
+    ours: PreTrainedModel
+    theirs: PreTrainedModel
+    truth: PreTrainedModel
 
     @torch.no_grad()
-    def __call__(self, mask_on_host: bool = False, **inputs) -> tuple:
-        """The outputs of each on the same inputs, whose floats take the model's dtype.
+    def __call__(self, inputs: Mapping[str, Any], mask_on_host: bool = False) -> tuple:
+        """The outputs of each model on the same inputs. Floating-point inputs are cast to the model's dtype.
 
-        mask_on_host: ours gets its attention_mask on the CPU.
+        mask_on_host: our model gets its attention_mask on the CPU.
         """
         device, found = self.ours.device, []
         for model in self:
@@ -94,10 +95,9 @@ class Models(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of all that was compared under a subject, what came closest to its limit, or went the farthest beyond, and the
-    output and the batch where it did.
+    """The comparison of a subject that came closest to its limit or exceeded it most, and its output and batch.
 
-    closeness: None where transformers gives no number at all. is_finite: whether it gives nothing but numbers.
+    closeness: None if transformers gives only NaN or infinity. is_finite: whether it gives none of these.
     """
 
     subject: str
@@ -115,13 +115,13 @@ class Verdict:
 
 
 class Verified(NamedTuple):
-    """A class in a dtype: its verdicts, what served our model, and the parameters that the checkpoint lacks."""
+    """A class in a dtype: its verdicts, the back ends of our model, and the parameters missing in the checkpoint."""
 
     model_class: str
     dtype: str
     verdicts: list[Verdict]
-    served: str
-    lacking: list[str]
+    backends: str
+    missing: list[str]
 
     @property
     def holds(self) -> bool:
@@ -133,15 +133,15 @@ class Verified(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """Values that have to agree: ours, transformers' and the truth, under a subject that has one verdict."""
+    """Values of ours, transformers and the truth that must agree. There is one verdict per subject."""
 
     subject: str
     where: str
-    values: tuple[Tensor, Tensor, Tensor]
+    values: tuple[Tensor, ...]
 
 
 def masks(batch_size: int, seq_len: int) -> dict[str, Tensor]:
-    """What is kept of a batch, bool [B, S]: column 0 is, but for padding on the left."""
+    """Masks by kind, bool [B, S]. Column 0 is kept, except with left padding."""
     full = torch.ones(batch_size, seq_len, dtype=torch.bool)
     if seq_len == 1:
         return {"full": full}
@@ -164,26 +164,27 @@ def verify(
 ) -> Iterator[Verified]:
     """Compare each class in each dtype.
 
-    shapes: (B, S) of the batches; by default what suits the device.
+    shapes: (B, S) of the batches; None means SHAPES and the longest sequences.
     """
     if shapes is None:
         longest = checkpoint.config.max_position_embeddings
         shapes = [shape for shape in SHAPES[device.type] if shape[1] < longest] + [(LONGEST_BATCH, longest)]
     for model_class in classes:
-        ours, theirs, lacking = checkpoint.pair(model_class)
+        ours, theirs, missing = checkpoint.pair(model_class)
         for dtype in dtypes:
-            rounded = [deepcopy(model).to(device, getattr(torch, dtype)) for model in (ours, theirs)]
-            models = Models(*rounded, deepcopy(rounded[1]).double())
+            copies: list[Any] = [deepcopy(model).to(device, getattr(torch, dtype)) for model in (ours, theirs)]
+            models = Models(copies[0], copies[1], deepcopy(copies[1]).double())
             found = (_model if model_class == "BertModel" else _head)(checkpoint, models, shapes)
-            yield Verified(model_class, dtype, _verdicts(found), served(models.ours), lacking)
+            yield Verified(model_class, dtype, _verdicts(found), describe_backends(models.ours), missing)
 
 
 def _verdicts(found: Iterable[Compared]) -> list[Verdict]:
     worst: dict[str, Verdict] = {}
     for subject, where, values in found:
-        _, theirs, _ = values
+        ours, theirs, truth = values
         is_finite = bool(theirs.isfinite().all())
-        for each in closeness(*values) or ([] if is_finite else [None]):
+        measures: list[Closeness | None] = [*closeness(ours, theirs, truth)]
+        for each in measures or ([] if is_finite else [None]):
             verdict = Verdict(subject, where, each, is_finite)
             if subject not in worst or verdict.severity > worst[subject].severity:
                 worst[subject] = verdict
@@ -194,7 +195,7 @@ def _model(checkpoint: Checkpoint, models: Models, shapes: Iterable[tuple[int, i
     for shape in shapes:
         of_kinds = masks(*shape)
         for kind, mask in of_kinds.items():
-            outputs = models(**checkpoint.batch(*shape), **_given(kind, mask))
+            outputs = models(checkpoint.batch(*shape) | _given(kind, mask))
             where = f"{shape[0]}x{shape[1]} {kind}"
             for name, values in _values(outputs, MODEL_OUTPUTS, kind, mask):
                 yield Compared(f"BertModel {name}", where, values)
@@ -204,20 +205,21 @@ def _model(checkpoint: Checkpoint, models: Models, shapes: Iterable[tuple[int, i
         # On a CPU every mask is on the host.
         if models.ours.device.type != "cpu":
             mask = of_kinds.get("right", of_kinds["full"])
-            outputs = models(**checkpoint.batch(*shape), attention_mask=mask.long(), mask_on_host=True)
+            outputs = models(checkpoint.batch(*shape) | {"attention_mask": mask.long()}, mask_on_host=True)
             for name, values in _values(outputs, MODEL_OUTPUTS, "right", mask):
                 yield Compared(f"BertModel {name}", f"{shape[0]}x{shape[1]}, mask on host", values)
     shape = _fitting(STATES_SHAPE, checkpoint)
-    batch, mask = checkpoint.batch(*shape), masks(*shape)["right"]
-    outputs = models(**batch, attention_mask=mask.long(), output_hidden_states=True)
+    mask = masks(*shape)["right"]
+    batch: dict[str, Any] = checkpoint.batch(*shape) | {"attention_mask": mask.long()}
+    outputs = models(batch | {"output_hidden_states": True})
     for layer, states in enumerate(zip(*(each.hidden_states for each in outputs), strict=True)):
         values = tuple(state[mask.to(state.device)] for state in states)
         yield Compared("BertModel hidden_states", f"state {layer}, right", values)
     for model in (models.theirs, models.truth):
         model.set_attn_implementation("eager")
-    # The modules compute attention weights on every device, which the back end "triton" would refuse.
+    # The back end "triton" does not support attention weights, which the modules compute on every device.
     with fastbert.backend("eager"):
-        outputs = models(**batch, attention_mask=mask.long(), output_attentions=True)
+        outputs = models(batch | {"output_attentions": True})
     for layer, weights in enumerate(zip(*(each.attentions for each in outputs), strict=True)):
         values = tuple(x.transpose(1, 2)[mask.to(x.device)] for x in weights)
         yield Compared("BertModel attentions", f"layer {layer}, right", values)
@@ -225,12 +227,13 @@ def _model(checkpoint: Checkpoint, models: Models, shapes: Iterable[tuple[int, i
 
 @torch.no_grad()
 def _pooled(mode: str, hidden: tuple[Tensor, ...], kind: str, mask: Tensor) -> tuple[Tensor, ...]:
-    """Normalized vectors [B, E] of each model's last hidden state [B, S, E]: ours by the operation, theirs and the
-    truth by sentence-transformers' formula."""
+    """Normalized vectors [B, E] from each model's last hidden state [B, S, E]: ours by the op `pool`, the others by
+    sentence-transformers' formula."""
     ours, *others = hidden
     keep = mask.to(ours.device)
-    # By the mask on the host: a device without kernels does not pack.
-    layout = layout_from_mask(None if kind == "full" else mask, *mask.shape, ours.device)
+    # Use the mask on the host, because a device without kernels does not pack.
+    batch_size, seq_len = mask.shape
+    layout = layout_from_mask(None if kind == "full" else mask, batch_size, seq_len, ours.device)
     found = [ops.pool(ours.flatten(0, 1), layout.cu_seqlens, mode, normalize=True, indices=layout.indices)]
     for states in others:
         if mode == "mean":
@@ -244,40 +247,42 @@ def _pooled(mode: str, hidden: tuple[Tensor, ...], kind: str, mask: Tensor) -> t
 
 def _head(checkpoint: Checkpoint, models: Models, shapes: Iterable[tuple[int, int]]) -> Iterator[Compared]:
     model_class, config = type(models.ours).__name__, models.ours.config
-    most = VOCABULARY_PLACES if model_class in VOCABULARY_HEADS else HEAD_PLACES[models.ours.device.type]
+    max_tokens = VOCABULARY_TOKENS if model_class in VOCABULARY_HEADS else HEAD_TOKENS[models.ours.device.type]
 
-    def of_texts(kind: str, mask: Tensor, first: int = 0) -> dict[str, Tensor]:
-        inputs = checkpoint.batch(*mask.shape, first) | _given(kind, mask)
+    def inputs_of(kind: str, mask: Tensor, first: int = 0) -> dict[str, Tensor]:
+        batch_size, seq_len = mask.shape
+        inputs = checkpoint.batch(batch_size, seq_len, first) | _given(kind, mask)
         return {name: x[None] for name, x in inputs.items()} if model_class == "BertForMultipleChoice" else inputs
 
-    of_few: dict[str, list[list[Tensor]]] = {}
-    for batch_size, seq_len in dict.fromkeys(_cut(shape, most) for shape in shapes):
+    small: dict[str, list[list[Tensor]]] = {}
+    for batch_size, seq_len in dict.fromkeys(_cut(shape, max_tokens) for shape in shapes):
         of_kinds = masks(batch_size, seq_len)
         if seq_len != HEAD_EVERY_MASK and seq_len > 1:
             of_kinds = {"right": of_kinds["right"]}
         for kind, mask in of_kinds.items():
-            for name, values in _values(models(**of_texts(kind, mask)), HEADS[model_class], kind, mask):
+            for name, values in _values(models(inputs_of(kind, mask)), HEADS[model_class], kind, mask):
                 if values[0].numel() < FEW_NUMBERS:
-                    of_few.setdefault(name, []).append([x.flatten() for x in values])
+                    small.setdefault(name, []).append([x.flatten() for x in values])
                 else:
                     yield Compared(model_class, f"{name}, {batch_size}x{seq_len} {kind}", values)
-    for name, values in of_few.items():
-        yield Compared(model_class, f"{name}, of few", tuple(torch.cat(each) for each in zip(*values, strict=True)))
+    for name, batches in small.items():
+        joined = tuple(torch.cat(each) for each in zip(*batches, strict=True))
+        yield Compared(model_class, f"{name}, small batches", joined)
     generator = torch.Generator().manual_seed(0)
     losses = []
     shape = _fitting(LOSS_SHAPE, checkpoint)
     for kind, mask in masks(*shape).items():
         for index in range(LOSS_BATCHES if _compares_loss(model_class, kind) else 0):
             labels = _labels(model_class, config, mask, generator)
-            outputs = models(**of_texts(kind, mask, first=index * shape[0]), **labels)
+            outputs = models(inputs_of(kind, mask, first=index * shape[0]) | labels)
             losses.append(tuple(each.loss for each in outputs))
     yield Compared(model_class, "loss", tuple(torch.stack(each) for each in zip(*losses, strict=True)))
 
 
-def _cut(shape: tuple[int, int], most: int) -> tuple[int, int]:
-    """A batch of this shape, or as many and as long texts of it as make `most` places."""
-    seq_len = min(shape[1], most)
-    return min(shape[0], most // seq_len), seq_len
+def _cut(shape: tuple[int, int], max_tokens: int) -> tuple[int, int]:
+    """The shape (B, S), reduced to at most max_tokens."""
+    seq_len = min(shape[1], max_tokens)
+    return min(shape[0], max_tokens // seq_len), seq_len
 
 
 def _fitting(shape: tuple[int, int], checkpoint: Checkpoint) -> tuple[int, int]:
@@ -285,28 +290,26 @@ def _fitting(shape: tuple[int, int], checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _given(kind: str, mask: Tensor) -> dict[str, Tensor]:
-    """The mask as it is given to the models: none where nothing is padding."""
+    """The mask argument of a batch; none without padding."""
     return {} if kind == "full" else {"attention_mask": mask.long()}
 
 
-def _values(
-    outputs: tuple, compared: Outputs, kind: str, mask: Tensor
-) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
-    """What is compared of the outputs: the kept tokens' [T, ...], and the texts' but for padding on the left."""
-    for name in compared.of_tokens:
+def _values(outputs: tuple, compared: Outputs, kind: str, mask: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """The outputs to compare: those of kept tokens [T, ...], and those of sequences except with left padding."""
+    for name in compared.per_token:
         yield name, tuple(each[name][mask.to(each[name].device)] for each in outputs)
     if kind != "left":
-        for name in compared.of_texts:
+        for name in compared.per_sequence:
             yield name, tuple(each[name] for each in outputs)
 
 
 def _compares_loss(model_class: str, kind: str) -> bool:
-    """Whether the loss of such a batch is to be transformers': two masks are enough to see what padding does to it."""
+    """Whether to compare the loss with this kind of mask. Two kinds suffice to see the effect of padding."""
     return kind == "full" or (kind == "right" and model_class != "BertForQuestionAnswering")
 
 
 def _labels(model_class: str, config, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random labels of a batch, as its class takes them; padding has none."""
+    """Random labels for a batch of a class; padding is ignored."""
     batch_size, seq_len = mask.shape
 
     def classes(count: int, *size: int) -> Tensor:
@@ -328,7 +331,7 @@ def _labels(model_class: str, config, mask: Tensor, generator: torch.Generator) 
             return {"labels": classes(batch_size, 1)}
         case "BertForQuestionAnswering":
             return {"start_positions": classes(seq_len, batch_size), "end_positions": classes(seq_len, batch_size)}
-    # What transformers takes an unsaid problem for.
+    # transformers' default for problem_type.
     problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     if problem == "single_label_classification":
         return {"labels": classes(config.num_labels, batch_size)}
@@ -342,43 +345,44 @@ def table(found: Sequence[Verified]) -> Table:
     table.add_column(no_wrap=True)
     for heading in ("error", "theirs", "limit"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("closest to it in")
+    table.add_column("closest in")
     table.add_column(no_wrap=True)
     for dtype in dict.fromkeys(each.dtype for each in found):
         table.add_section()
         table.add_row(Text(dtype, "bold"))
         for verdict in (verdict for each in found if each.dtype == dtype for verdict in each.verdicts):
             close, where = verdict.closeness, verdict.where
+            errors: Iterable[str]
             if close is None:
                 errors = ("-", "-", "-")
             else:
                 errors = (f"{error:.1e}" for error in (close.error, close.their_error, close.limit))
                 where = f"{where}, {close.measure}"
-            told = Text("ok", "green") if verdict.is_finite else Text("no number", "bold yellow")
-            table.add_row(verdict.subject, *errors, where, told if verdict.holds else Text("MISS", "bold red"))
+            result = Text("ok", "green") if verdict.is_finite else Text("not finite", "bold yellow")
+            table.add_row(verdict.subject, *errors, where, result if verdict.holds else Text("MISS", "bold red"))
     return table
 
 
 def remarks(found: Sequence[Verified]) -> Iterator[Text]:
-    """What has to be known beside the table, the sum of it last."""
-    yield Text("limit: three times transformers' own error and a few roundings, in the maximum and in the rms")
-    yield Text(f"left out, for fastbert differs there on purpose: {LEFT_OUT}")
-    lacking = dict.fromkeys(each.model_class for each in found if each.lacking)
-    if lacking:
-        yield Text(f"random weights, the same in both, for what the checkpoint lacks: {', '.join(lacking)}")
-    for by in dict.fromkeys(each.served for each in found):
-        of = dict.fromkeys(f"{each.model_class} in {each.dtype}" for each in found if each.served == by)
-        which = "served by" if len(of) == len(found) else f"{', '.join(of)} served by"
-        yield Text(f"{which} {by}", "" if by == "triton" else "yellow")
+    """Notes on the table; the last ones sum it up."""
+    yield Text("limit: three times transformers' own error plus a few roundings, for the maximum and the rms")
+    yield Text(f"left out, because fastbert differs there on purpose: {LEFT_OUT}")
+    missing = dict.fromkeys(each.model_class for each in found if each.missing)
+    if missing:
+        yield Text(f"weights missing in the checkpoint are random, the same in both: {', '.join(missing)}")
+    for used in dict.fromkeys(each.backends for each in found):
+        users = dict.fromkeys(f"{each.model_class} in {each.dtype}" for each in found if each.backends == used)
+        label = "back end" if len(users) == len(found) else f"back end of {', '.join(users)}"
+        yield Text(f"{label}: {used}", "" if used == "triton" else "yellow")
     wrong = dict.fromkeys(f"{each.model_class} in {each.dtype}" for each in found if not each.holds)
     if wrong:
         yield Text(f"fastbert is WRONG here, beyond the limit: {', '.join(wrong)}", "bold red")
     elif all(each.is_finite for each in found):
         yield Text("fastbert gives transformers' results here, all within the limit", "bold green")
     for dtype in dict.fromkeys(each.dtype for each in found if not each.is_finite):
-        of = ", ".join(each.model_class for each in found if each.dtype == dtype and not each.is_finite)
+        affected = ", ".join(each.model_class for each in found if each.dtype == dtype and not each.is_finite)
         yield Text(
-            f"transformers gives no number here in {dtype}, so nothing to compare with, in {of}: do "
-            "not use this dtype with this checkpoint",
+            f"transformers gives NaN or infinity here in {dtype}, so there is nothing to compare with, in {affected}: "
+            "do not use this dtype with this checkpoint",
             "bold yellow",
         )

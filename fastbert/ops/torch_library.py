@@ -114,7 +114,7 @@ def gradients(compute: Callable[..., Tensor], inputs: tuple, wanted: tuple[bool,
 
 def _embed_within_bounds(input_ids, token_type_ids, position_ids, inputs_embeds, indices, *others):
     """The eager reference with indices clamped to their tables: an index out of range would be a fatal device assert.
-    The kernel has already set that sequence to NaN and recorded the index for the error."""
+    The kernel has already set that token to NaN and recorded the index for the error."""
     word_table, position_table, token_type_table, *_ = others
     tables = word_table, token_type_table, position_table
     known = (

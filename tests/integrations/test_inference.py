@@ -327,13 +327,13 @@ WAYS = {
     "prompt and length": (
         lambda x: setattr(x[1], "include_prompt", False),
         {"prompt": "query: ", "processing_kwargs": {"text": {"max_length": 12}}},
-        "left out where the call has a max_length of its own",
+        "leaves a prompt out and the call sets a max_length",
     ),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_goes_through_sentence_transformers_own_code(way, tiny_path, originals, caplog):
+def test_unsupported_calls_run_sentence_transformers_own_code(way, tiny_path, originals, caplog):
     change, options, reason = WAYS[way]
     plain, optimized = two(embedder, tiny_path)
     for model in (plain, optimized):
@@ -369,7 +369,7 @@ def test_what_goes_through_sentence_transformers_own_code(way, tiny_path, origin
         (Pooling, "forward"),
     ],
 )
-def test_what_is_patched_for_every_model(kind, name, tiny_path, monkeypatch):
+def test_methods_patched_for_every_model_are_unsupported(kind, name, tiny_path, monkeypatch):
     """As people patch: under the name of what they patch."""
     _, optimized = two(embedder, tiny_path)
     assert inference.why_unsupported(optimized) is None
@@ -427,7 +427,7 @@ def test_many_added_tokens_are_not_copied_for_few_texts(tiny_path, originals, mo
 
 
 @pytest.mark.parametrize("replace", ["patched", "replaced", "hooked"])
-def test_a_pooler_of_somebodys_sees_padded_batches(replace, cross_paths):
+def test_a_replaced_pooler_gets_padded_batches(replace, cross_paths):
     plain, optimized = two(CrossEncoder, cross_paths[1], device="cpu")
     for model in (plain, optimized):
         pooler = model[0].model.bert.pooler

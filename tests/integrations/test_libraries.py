@@ -198,7 +198,7 @@ def test_grounding_dino():
         check_same([ours(**inputs).pred_boxes], [theirs(**inputs).pred_boxes])
 
 
-def test_what_divides_by_the_norm_of_padding_has_a_mask_of_scores():
+def test_code_that_divides_by_the_norm_of_padding_needs_a_mask_of_scores():
     """Hidden states at padding are zeros, and 0 / 0 times 0 is NaN: torchmetrics' BERTScore would show it as 0."""
     ours, theirs = (model.bert for model in both())
     keep = MASKS["right"]

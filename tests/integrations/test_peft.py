@@ -51,8 +51,8 @@ def check_logits(model: nn.Module, expected: nn.Module | torch.Tensor) -> None:
     torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
 
 
-def served(model: nn.Module) -> dict[str, set[str]]:
-    """What serves the ops of each layer."""
+def back_ends(model: nn.Module) -> dict[str, set[str]]:
+    """The back ends of each layer's ops."""
     rows = {}
     for row in fastbert.explain(model):
         if ".layer." in row.block:
@@ -130,23 +130,23 @@ def test_merged_adapters_leave_the_layers_fused(tuner, order):
     model, expected = adapted(order, TUNERS[tuner]), adapted(TRANSFORMERS, TUNERS[tuner])
     trained(model)
     trained(expected)
-    live, live_layers = logits_of(model), served(model)
+    live, live_layers = logits_of(model), back_ends(model)
     in_layers = tuner != "trained tokens"
     assert live_layers == all_layers("modules" if in_layers else "eager")
     model.merge_adapter()
     expected.merge_adapter()
-    assert served(model) == all_layers("eager")
+    assert back_ends(model) == all_layers("eager")
     assert {row.backend for row in fastbert.explain(model)} == {"eager"}
     torch.testing.assert_close(logits_of(model), logits_of(expected), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits_of(model), live, atol=1e-4, rtol=1e-4)
     model.unmerge_adapter()
-    assert served(model) == live_layers
+    assert back_ends(model) == live_layers
     torch.testing.assert_close(logits_of(model), live, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("tuner", MERGED)
-def test_what_is_merged_and_unloaded_is_a_model_of_fastbert(tuner, order):
+def test_a_merged_and_unloaded_model_is_a_fastbert_model(tuner, order):
     model, expected = adapted(order, TUNERS[tuner]), adapted(TRANSFORMERS, TUNERS[tuner])
     unmerged = logits_of(model)
     model, expected = model.merge_and_unload(), expected.merge_and_unload()
@@ -169,7 +169,7 @@ def test_unloading_gives_back_the_weights_from_before(order):
     before = pair(HEAD)[1]
     assert not torch.allclose(logits_of(model), logits_of(before), atol=1e-2)
     model = model.unload()
-    assert served(model) == all_layers("eager")
+    assert back_ends(model) == all_layers("eager")
     weights = model.state_dict()
     assert all(torch.equal(weights[name], x) for name, x in before.state_dict().items())
     check_logits(model, before)
@@ -188,13 +188,13 @@ def test_disabled_adapters_do_not_count(order, merged):
     check_logits(model, adapters_on)
     assert not torch.allclose(adapters_on, base, atol=1e-2)
     with model.disable_adapter():
-        assert served(model) == all_layers("modules")
+        assert back_ends(model) == all_layers("modules")
         for _ in range(2):
             torch.testing.assert_close(logits_of(model), base, atol=1e-4, rtol=1e-4)
-    assert served(model) == all_layers("modules")
+    assert back_ends(model) == all_layers("modules")
     torch.testing.assert_close(logits_of(model), adapters_on, atol=1e-4, rtol=1e-4)
     model.merge_adapter()
-    assert served(model) == all_layers("eager")
+    assert back_ends(model) == all_layers("eager")
     torch.testing.assert_close(logits_of(model), adapters_on, atol=1e-4, rtol=1e-4)
 
 
@@ -219,7 +219,7 @@ def test_two_adapters_take_turns(order):
     check_logits(models[0], results["default"])
     models[0].merge_adapter(["second"])
     # The first adapter's places are not merged, the second's are.
-    assert served(models[0]) == all_layers("modules")
+    assert back_ends(models[0]) == all_layers("modules")
     models[0].unmerge_adapter()
     for model in models:
         model.delete_adapter("second")
@@ -234,7 +234,7 @@ def test_a_layer_is_fused_only_once_all_its_adapters_are_merged():
     assert "attention.self.value is a peft.tuners.lora" in reasons["encoder.layer.1"]
     assert "attention.self.query is a peft.tuners.lora" in reasons["encoder.layer.0"]
     layer.attention.self.value.merge()
-    assert served(model) == all_layers("modules") | {"encoder.layer.1": {"eager"}}
+    assert back_ends(model) == all_layers("modules") | {"encoder.layer.1": {"eager"}}
     check_logits(model, adapted(TRANSFORMERS, lora(target_modules=["query", "value"])))
 
 
@@ -245,7 +245,7 @@ def test_a_hook_on_what_a_merged_adapter_wraps_fires():
         lambda *_: calls.append(1)
     )
     model.merge_adapter()
-    assert served(model) == all_layers("eager") | {"encoder.layer.1": {"modules"}}
+    assert back_ends(model) == all_layers("eager") | {"encoder.layer.1": {"modules"}}
     logits_of(model)
     assert calls == [1]
 
@@ -333,11 +333,11 @@ def test_prompt_tuning(config, order):
     assert any(name.startswith("prompt_encoder") for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-3, msg=name)
-    assert served(model) == all_layers("eager")
+    assert back_ends(model) == all_layers("eager")
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_prefix_tuning_is_refused(order):
+def test_prefix_tuning_is_unsupported(order):
     """Its keys and values come in a cache, which an encoder of fastbert's does not have."""
     model = adapted(order, peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5))
     with pytest.raises(ValueError, match="past_key_values: only encoders are supported"):

@@ -214,7 +214,7 @@ def test_a_pipeline_is_optimized_with_a_dtype_and_restored(task, folder_of):
     assert results_of(pipe, task) == before
 
 
-def test_a_pipeline_of_another_model_is_refused(tokenizer):
+def test_a_pipeline_of_another_model_raises(tokenizer):
     config = transformers.RobertaConfig(
         vocab_size=len(tokenizer), hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
     )

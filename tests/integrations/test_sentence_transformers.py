@@ -492,7 +492,7 @@ def test_no_mask_is_carried_for_a_model_on_the_cpu_or_one_that_is_restored(tiny_
     assert HOST_MASK not in preprocessed(fastbert.restore(model), texts[:3])
 
 
-def test_no_mask_is_carried_where_somebody_may_change_the_batch(tiny_path, texts, on_a_device, masks_given):
+def test_no_host_mask_where_user_code_may_change_the_batch(tiny_path, texts, on_a_device, masks_given):
     """Of another order of texts, or another mask, the shape would tell nothing."""
     plain, optimized = (model.eval() for model in two(around, tiny_path))
     found = []
@@ -581,7 +581,7 @@ class OwnClassifier(transformers.BertForSequenceClassification):
     """Somebody's head, which may look at the mask where its own tensors are."""
 
 
-def test_no_mask_is_carried_for_a_class_of_somebody_elses(cross_paths, texts, on_a_device):
+def test_no_host_mask_for_other_classes(cross_paths, texts, on_a_device):
     pairs = list(zip(texts[:4], texts[4:8], strict=True))
 
     def make():
@@ -727,7 +727,7 @@ def test_doing_it_twice_is_doing_it_once(tiny_path, texts):
     assert state_of(fastbert.restore(model)) == before
 
 
-def test_what_somebody_patched_stays_theirs(tiny_path, texts):
+def test_methods_patched_by_the_user_stay(tiny_path, texts):
     model = around(tiny_path)
     calls = []
 
@@ -785,7 +785,7 @@ def test_a_cast_is_as_close_as_sentence_transformers_and_is_taken_back(mode, min
     assert torch.equal(encode(model), expected)
 
 
-def test_what_was_learned_in_bfloat16_is_kept(tiny_path, texts):
+def test_values_trained_in_bfloat16_are_kept(tiny_path, texts):
     model = around(tiny_path, normalize=False)
     before = bits_of(model)
     fastbert.optimize(model, dtype=torch.bfloat16)

@@ -267,7 +267,7 @@ def padding_left(tokenizer):
     ],
     ids=["Python", "derived", "slow", "patched", "left", "none"],
 )
-def test_whose_tokens_are_the_wrappers_affair(make, reason, tokenizer):
+def test_tokenizers_that_only_the_wrapper_supports(make, reason, tokenizer):
     made = make(tokenizer)
     assert why_only_wrapper(made).endswith(reason)
     assert why_only_wrapper(tokenizer) is None
@@ -282,14 +282,14 @@ def test_whose_tokens_are_the_wrappers_affair(make, reason, tokenizer):
         ({"return_special_tokens_mask": True}, None, "gives .*special_tokens_mask"),
     ],
 )
-def test_outputs_that_are_the_wrappers_affair(options, names, reason, tokenizer):
+def test_outputs_that_only_the_wrapper_supports(options, names, reason, tokenizer):
     made = copy.deepcopy(tokenizer)
     made.model_input_names = names or made.model_input_names
     with pytest.raises(Unsupported, match=reason):
         PackingTokenizer(made, **(AS_ENCODE_CALLS_IT | options))
 
 
-def test_what_cannot_be_tokenized_is_named(tokenizer):
+def test_a_text_that_cannot_be_tokenized_is_named(tokenizer):
     tokenize = PackingTokenizer(tokenizer, **AS_ENCODE_CALLS_IT)
     with pytest.raises(TypeError, match=r"^text 1002, 'half of a pair: \\ud800', cannot be tokenized: TextEncodeInput"):
         tokenize(["one", "two", "half of a pair: \ud800", "four"], 1000)

@@ -117,7 +117,7 @@ def test_the_next_window_is_made_while_the_caller_works(small):
     found.close()
 
 
-def test_what_is_done_ahead_ends_with_none():
+def test_ahead_ends_with_the_first_none():
     jobs = iter([1, 2, None, 4])
     assert list(windows.ahead(lambda stopped: next(jobs) for _ in range(9))) == [1, 2]
     assert next(jobs) == 4
@@ -166,7 +166,7 @@ def test_closing_ends_the_thread_within_a_chunk(small):
     assert len(tokenizer.calls) == 3
 
 
-def test_what_is_raised_in_the_thread_reaches_the_caller_in_its_place(small):
+def test_an_error_in_the_thread_is_raised_in_the_place_of_its_result(small):
     class Failing(Counting):
         def __call__(self, texts, first):
             if first >= 12:

@@ -148,7 +148,7 @@ def test_the_least_recently_used_makes_room(captures, monkeypatch):
     assert automatic.graphs_of(model).buckets() == [(1, 16), (4, 16)]
 
 
-def test_a_batch_beyond_the_places_is_launched(captures, monkeypatch, caplog):
+def test_a_batch_beyond_the_token_limit_is_launched(captures, monkeypatch, caplog):
     monkeypatch.setattr(automatic, "MAX_TOKENS", 64)
     model = made()
     call(model, 3, (5, 16))
@@ -157,7 +157,7 @@ def test_a_batch_beyond_the_places_is_launched(captures, monkeypatch, caplog):
     assert "more than 64 tokens" in caplog.text
 
 
-def test_inputs_that_lie_elsewhere_meet_the_models_own_errors(captures):
+def test_inputs_on_other_devices_raise_the_models_own_errors(captures):
     model, batch = made(), texts(2, 16)
     call(model)
     ids, types = batch["input_ids"], batch["token_type_ids"].to("meta")
@@ -242,7 +242,7 @@ def test_a_failed_capture_is_forgotten_and_tried_again_after_a_minute(captures, 
     assert captures == [(2, 16)]
 
 
-def test_no_capture_follows_one_that_cuda_refused(captures, monkeypatch, caplog):
+def test_no_capture_after_an_error_of_cuda(captures, monkeypatch, caplog):
     """What the next would meet is not known; other errors are of one model alone."""
     monkeypatch.setattr(graph_rules, "broken", None)
 
@@ -260,7 +260,7 @@ def test_no_capture_follows_one_that_cuda_refused(captures, monkeypatch, caplog)
     assert "RuntimeError: operation not permitted" in caplog.text
 
 
-def test_an_allocator_whose_pools_nobody_can_measure(captures, monkeypatch, caplog):
+def test_an_allocator_with_unknown_pool_sizes(captures, monkeypatch, caplog):
     reason = "the memory of graphs is known for torch's native allocator only"
     monkeypatch.setattr(graphs.CudaGraphs, "why_memory_unknown", staticmethod(lambda: reason))
     model = made()
@@ -436,7 +436,7 @@ def test_where_labels_keep_a_head_from_replaying_its_encoder_does(captures):
 
 
 @pytest.mark.parametrize("graphed", [False, True])
-def test_a_call_that_somebody_captures_is_launched(graphed, captures, monkeypatch):
+def test_a_call_within_a_users_capture_is_launched(graphed, captures, monkeypatch):
     model = made()
     model = fastbert.graphed(model) if graphed else model
     monkeypatch.setattr(graphs.CudaGraphs, "is_capturing", staticmethod(lambda: True))
@@ -617,7 +617,7 @@ def test_weights_of_other_classes_are_launched(of, captures, caplog):
     assert "a parameter is a Wrapped, not a plain Parameter" in caplog.text
 
 
-def test_a_model_that_cannot_be_looked_at_is_launched(captures, monkeypatch, caplog):
+def test_a_model_that_cannot_be_inspected_is_launched(captures, monkeypatch, caplog):
     model = made()
     monkeypatch.setattr(graphs, "State", lambda *given: 1 / 0)
     call(model, 3)
@@ -635,7 +635,7 @@ def test_classes_derived_from_ours_are_launched(captures):
     assert captures == []
 
 
-def test_a_model_inside_of_somebodys_module_captures(captures):
+def test_a_model_inside_a_users_module_captures(captures):
     class Doubled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -650,7 +650,7 @@ def test_a_model_inside_of_somebodys_module_captures(captures):
     assert captures == [(2, 16)]
 
 
-def test_needless_gradients_are_told_of_once(captures, caplog):
+def test_needless_gradients_are_warned_of_once(captures, caplog):
     model, frozen = made("BertForSequenceClassification"), made().requires_grad_(False)
     with torch.enable_grad():
         frozen(**texts(2, 16))
@@ -823,7 +823,7 @@ def test_patches_of_our_parts_are_called(kind, captures, monkeypatch, caplog):
         expected = model(**batch)
     assert captures == [(2, 16)]
     monkeypatch.setattr(kind, "forward", counted)
-    # An encoder whose forward somebody patched gets a mask of scores, which no kernel serves.
+    # An encoder with a patched forward gets a mask of scores, which no kernel supports.
     packed = kind is not fastbert.model.BertEncoder
     for _ in range(3):
         calls.clear()
@@ -839,7 +839,7 @@ def test_patches_of_our_parts_are_called(kind, captures, monkeypatch, caplog):
 
 
 def test_a_model_that_moves_frees_what_its_graphs_keep(captures):
-    """Also inside of somebody's module, and whether or not it is called again."""
+    """Also inside a user's module, and whether or not it is called again."""
     model = made()
     whole = nn.Sequential(nn.Module())
     whole[0].bert = model
@@ -906,14 +906,14 @@ def test_a_patched_forward_may_return_anything_where_gradients_are_recorded(capt
             assert model(**texts(2, 16)) is result
 
 
-def test_who_graphs_a_model_keeps_no_graphs_that_it_captured_by_itself(captures):
+def test_graphed_frees_automatic_graphs(captures):
     model = made()
     call(model)
     fastbert.graphed(model)
     assert model not in graphs.graphs_by_model
 
 
-def test_what_raised_once_is_looked_at_again(captures, monkeypatch):
+def test_a_model_that_raised_is_inspected_again(captures, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(graph_state.time, "monotonic", lambda: now[0])
     model, state = made(), graph_state.State

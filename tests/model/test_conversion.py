@@ -510,7 +510,7 @@ def call(model):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_named_and_left_as_it_was(name):
+def test_unsupported_models_raise_and_stay_unchanged(name):
     make, message = REFUSED[name]
     model = make()
     with torch.no_grad():
@@ -525,7 +525,7 @@ def test_what_is_refused_is_named_and_left_as_it_was(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "float16"], ids=str)
-def test_another_dtype_is_refused_before_anything_is_changed(dtype):
+def test_an_unsupported_dtype_raises_before_anything_is_changed(dtype):
     model = made()
     modules, tensors = modules_of(model), tensors_of(model)
     with pytest.raises(ValueError, match=f"dtype={dtype} is not supported: choose torch.float32"):
@@ -567,7 +567,7 @@ def test_planned_models_are_models_of_transformers():
 
 @pytest.mark.parametrize("obj", ["bert-base-uncased", None, {"model": 1}, NotAModel(), torch.zeros(2)], ids=class_name)
 @pytest.mark.parametrize("function", [fastbert.optimize, fastbert.restore, fastbert.explain])
-def test_what_is_no_module_is_named(function, obj):
+def test_objects_without_a_module_raise(function, obj):
     with pytest.raises(TypeError, match=f"got a {class_name(obj)}: pass a transformers model"):
         function(obj)
 
@@ -579,7 +579,7 @@ def test_a_module_without_transformers_is_named():
     assert fastbert.restore(linear) is linear
 
 
-def test_a_patched_or_replaced_leaf_is_no_reason_to_refuse():
+def test_a_patched_or_replaced_leaf_is_supported():
     model = made()
     layers = model.bert.encoder.layer
     query = layers[0].attention.self.query
@@ -864,7 +864,7 @@ def test_the_real_model_stays_within_the_promise(minilm_path, tokenizer):
 
 
 @pytest.mark.parametrize("then", [torch.float32, torch.float16, None], ids=str)
-def test_restore_gives_the_old_bits_after_another_cast(then):
+def test_restore_is_bitwise_equal_after_another_cast(then):
     _, model = pair("BertForMaskedLM")
     before = {name: x.clone() for name, x in model.state_dict().items()}
     fastbert.optimize(model, dtype=torch.bfloat16)
@@ -878,7 +878,7 @@ def test_restore_gives_the_old_bits_after_another_cast(then):
         assert same.all(), name
 
 
-def test_what_was_not_trained_keeps_its_bits():
+def test_untrained_weights_stay_bitwise_equal():
     _, model = pair()
     table = model.embeddings.word_embeddings.weight
     before = table.detach().clone()

@@ -55,7 +55,7 @@ def models(head: str = "BertModel", max_graphs: int = 32, **settings) -> tuple[n
     return model, plain
 
 
-def test_one_graph_serves_every_mix_of_lengths_of_a_bucket(captures):
+def test_one_graph_runs_every_mix_of_lengths_of_a_bucket(captures):
     model, plain = models()
     for seed, (batch_size, seq_len) in enumerate([(3, 20), (4, 32), (3, 17), (3, 20), (4, 31), (3, 20)]):
         batch = texts(batch_size, seq_len, seed=seed)
@@ -88,7 +88,7 @@ def packed(lengths: list[int], *, seed: int = 0, bounds: torch.dtype = torch.int
     return given | {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
 
 
-def test_one_graph_serves_every_mix_of_packed_texts_of_a_bucket(captures):
+def test_one_graph_runs_every_mix_of_packed_sequences_of_a_bucket(captures):
     model, plain = models()
     mixes = [[5, 9, 3], [5, 9, 3, 14], [30], [1, 1, 1, 30 - 3], [5, 9, 3], [0, 8, 0, 20], [17]]
     for seed, lengths in enumerate(mixes):
@@ -135,7 +135,7 @@ def test_heads_of_packed_texts(head, captures):
     assert captures == [(32, 4, 40)]
 
 
-def test_packed_texts_that_no_graph_serves(captures, caplog):
+def test_unsupported_packed_inputs_run_without_a_graph(captures, caplog):
     model, plain = models()
     given = packed([5, 9, 3])
     others = [
@@ -214,7 +214,7 @@ def test_the_least_recently_used_graph_makes_room(captures, caplog):
     assert captures == [(2, 16)]
 
 
-REFUSED = {
+UNSUPPORTED = {
     "output_hidden_states is given": {"output_hidden_states": True},
     "output_attentions is given": {"output_attentions": True},
     "position_ids is given": {"position_ids": torch.arange(18, device=DEVICE)[None]},
@@ -226,14 +226,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_no_graph_serves_runs_without_and_says_why(reason, captures, caplog):
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_unsupported_inputs_run_without_a_graph_and_log_the_reason(reason, captures, caplog):
     model, plain = models()
-    batch = texts(3, 18) | REFUSED[reason]
+    batch = texts(3, 18) | UNSUPPORTED[reason]
     if "inputs_embeds" in batch:
         batch["inputs_embeds"] = torch.randn(3, 18, plain.config.hidden_size, device=DEVICE)
         reason = "inputs_embeds is given"
-    with fastbert.backend("auto"):  # attention weights run in eager PyTorch, which "triton" refuses
+    with fastbert.backend("auto"):  # attention weights run in eager PyTorch, which "triton" does not support
         expected = plain(**batch)
         for _ in range(2):
             outputs = model(**batch)
@@ -653,7 +653,7 @@ def test_the_model_stays_what_it_is(captures, tmp_path):
     assert len(captures) == 1
 
 
-def test_what_cannot_be_graphed():
+def test_graphed_raises_for_unsupported_models_and_limits():
     with pytest.raises(TypeError, match="Linear is not a fastbert model"):
         fastbert.graphed(nn.Linear(2, 2))
     model = fastbert.BertModel(tiny_config(num_hidden_layers=1))
@@ -722,7 +722,7 @@ class FakeCuda:
         return self.streams[self.stream]
 
 
-def test_what_is_asked_of_a_cuda_device(monkeypatch):
+def test_cuda_calls_of_capture_and_replay(monkeypatch):
     """A first run that is not captured, the shared pool, and an order among the streams of calls."""
     cuda = FakeCuda(monkeypatch)
     device = graphs.CudaGraphs("cuda:0")

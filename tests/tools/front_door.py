@@ -1,9 +1,7 @@
 """What a type checker knows of `import fastbert`: mypy checks this file, and nothing runs it."""
 
-from typing import assert_type
-
 from sentence_transformers import SentenceTransformer
-from transformers import pipeline
+from typing_extensions import assert_type
 
 import fastbert
 from fastbert.heads import BertForMaskedLM

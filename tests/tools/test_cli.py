@@ -83,7 +83,7 @@ def test_verify(model, monkeypatch):
     assert first.startswith(f"fastbert {fastbert.__version__}, CPU ")
     assert max(map(len, lines)) <= 80
     told = " ".join(found.stdout.split())
-    assert "Random tokens in place of texts, for no tokenizer can be loaded: there is no vocabulary" in told
+    assert "Random tokens instead of texts: no tokenizer can be loaded, there is no vocabulary" in told
     assert "fastbert gives transformers' results here" in told
     rows = [line.split() for line in lines if line.startswith((" Bert", "Bert"))]
     assert [row[0] for row in rows if row[-1] == "ok"][3:] == [
@@ -104,16 +104,16 @@ def test_bench(model, monkeypatch):
     monkeypatch.setattr(benchmark, "SHAPES", {"cpu": ((1, 8), (2, 16))})
     found = runner.invoke(app, ["bench", model, "--seconds", "0.01", "--dtype", "bfloat16", "--device", "cpu"])
     assert found.exit_code == 0, found.output
-    assert "bfloat16, served by eager" in found.stdout
+    assert "bfloat16, back end: eager" in found.stdout
     for case in ("1x8 full", "2x16 full", "2x16 50% filled"):
         assert f" {case} " in found.stdout
 
 
-def test_bench_is_refused_before_it_says_what_serves(model, monkeypatch, no_interpreter):
+def test_bench_raises_before_it_prints_the_back_end(model, monkeypatch, no_interpreter):
     with fastbert.backend("triton"):
         found = runner.invoke(app, ["bench", model, "--device", "cpu"])
     assert found.exit_code == 2
-    assert "served by" not in found.stdout
+    assert "back end" not in found.stdout
     assert found.stderr.startswith("fastbert: backend 'triton' cannot run ")
 
 
@@ -223,8 +223,8 @@ def test_info_of_gpus(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["verify", "/no/such"], "fastbert: there is no folder /no/such, and no model on the hub can have that name\n"),
-        (["bench", "/no/such"], "fastbert: there is no folder /no/such, and no model on the hub can have that name\n"),
+        (["verify", "/no/such"], "fastbert: there is no folder /no/such, and it is not a valid name on the hub\n"),
+        (["bench", "/no/such"], "fastbert: there is no folder /no/such, and it is not a valid name on the hub\n"),
         (["encode", "/no/such", __file__, "-o", "/tmp/no-such.npy"], "fastbert: there is no folder /no/such, "),
         (["verify", "/no/such", "--device", "tpu"], "fastbert: there is no device 'tpu' here, only cpu"),
     ],
@@ -242,7 +242,7 @@ def test_a_model_that_is_no_bert_is_named(tmp_path):
     transformers.RobertaConfig().save_pretrained(tmp_path)
     found = runner.invoke(app, ["verify", str(tmp_path)])
     assert found.exit_code == 2
-    assert found.stderr == (f"fastbert: {tmp_path} is a model of type 'roberta', and fastbert serves 'bert' alone\n")
+    assert found.stderr == (f"fastbert: {tmp_path} is a model of type 'roberta', but fastbert supports only 'bert'\n")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_model_that_is_no_bert_is_named(tmp_path):
     ],
     ids=repr,
 )
-def test_what_a_command_raises(error, status, told, monkeypatch):
+def test_expected_errors_become_one_line(error, status, told, monkeypatch):
     def raising():
         raise error
 
@@ -277,7 +277,7 @@ def test_a_bug_keeps_its_traceback(bug, monkeypatch):
 @pytest.mark.parametrize(
     "arguments", [["verfy"], ["verify"], ["verify", "x", "--frobnicate"], ["bench", "x", "--dtype", "int8"]], ids=str
 )
-def test_what_typer_refuses(arguments):
+def test_wrong_arguments_exit_with_two(arguments):
     found = runner.invoke(app, arguments)
     assert found.exit_code == 2
     assert "Usage: " in found.stderr

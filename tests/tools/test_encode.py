@@ -33,7 +33,7 @@ from fastbert.inference import PackedEncoder
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="encoding needs sentence-transformers")
 from sentence_transformers import SentenceTransformer  # noqa: E402
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer  # noqa: E402
 
 SHORT = [" ".join(text.split())[:80] for text in docstrings(160)]
 
@@ -207,7 +207,9 @@ def test_dtypes(source, output, tiny_path, dtype, rows):
 def test_a_folder_without_modules_gets_mean_pooling_and_says_so(source, output, bert_path, tiny_path):
     said = []
     encode_file(bert_path, source, output, report=said.append)
-    assert without_progress(said) == [f"{bert_path} has no modules.json: a vector is the mean over its text's tokens"]
+    assert without_progress(said) == [
+        f"{bert_path} has no modules.json: vectors are the mean over the tokens of a text"
+    ]
     np.testing.assert_allclose(np.load(output), expected(tiny_path, SHORT[:100]), rtol=0, atol=1e-5)
 
 
@@ -247,7 +249,7 @@ def test_bad_lines_are_told_and_are_nan(source, output, tiny_path):
         ("né\né".encode("latin-1"), None, "2 lines is a text; line 1: invalid UTF-8 at byte 2"),
     ],
 )
-def test_an_input_without_any_text_is_refused_before_anything_is_written(
+def test_an_input_without_any_text_raises_before_anything_is_written(
     source, output, tiny_path, content, field, why, monkeypatch
 ):
     source.write_bytes(content)
@@ -261,12 +263,12 @@ def test_an_input_without_any_text_is_refused_before_anything_is_written(
 
 def test_of_many_bad_lines_the_first_are_told(source, output, tiny_path, monkeypatch):
     """Whatever blocks they are in: here the third message is the last of the first block."""
-    monkeypatch.setattr(encode, "TOLD_LINES", 3)
+    monkeypatch.setattr(encode, "REPORTED_LINES", 3)
     source.write_bytes(b"text\n" + b"\xff\n" * 99)
     said = []
     made = encode_file(tiny_path, source, output, block_lines=4, report=said.append)
     assert [message.split(":")[0] for message in without_progress(said)] == [
-        "line 2", "line 3", "line 4", "line 5 is no text, either"
+        "line 2", "line 3", "line 4", "line 5 is not a text either"
     ]  # fmt: skip
     assert (made.bad, made.bad_lines) == (99, list(range(2, 101)))
 
@@ -301,7 +303,7 @@ def test_bad_lines_of_before_a_resume_are_counted_and_the_first_kept(source, out
     made = encode_file(tiny_path, source, output, block_lines=20, report=said.append)
     assert (made.bad, made.bad_lines) == (50, list(range(2, 31, 2)))
     assert [message.split(":")[0] for message in without_progress(said)] == [
-        "going on after line 40 of 100", *(f"line {number}" for number in range(42, 101, 2))
+        "continuing after line 40 of 100", *(f"line {number}" for number in range(42, 101, 2))
     ]  # fmt: skip
 
 
@@ -325,7 +327,7 @@ def test_a_killed_run_goes_on(source, output, minilm_path):
     done = Progress.read(progress_of(output)).rows
     said = []
     encode_file(minilm_path, source, output, block_lines=16, report=said.append)
-    assert without_progress(said) == [f"going on after line {done} of 160"]
+    assert without_progress(said) == [f"continuing after line {done} of 160"]
     assert output.read_bytes() == once.read_bytes()
     assert beside(output) == {output.name, once.name}
 
@@ -444,7 +446,7 @@ def test_batches_and_device_may_change_in_a_resume(source, output, tiny_path):
     interrupted(source, output, tiny_path)
     said = []
     encode_file(tiny_path, source, output, tokens=50, device="cpu", report=said.append)
-    assert without_progress(said) == ["going on after line 40 of 100"]
+    assert without_progress(said) == ["continuing after line 40 of 100"]
     np.testing.assert_allclose(np.load(output), expected(tiny_path, SHORT[:100]), rtol=0, atol=1e-5)
 
 
@@ -495,13 +497,13 @@ def _folder(source, output):
         (lambda source, output: source.unlink(), FileNotFoundError, "^there is no input file .*/texts$"),
         (_folder, OSError, "texts is a folder or a pipe"),
         (_pipe, OSError, "texts is a folder or a pipe"),
-        (_input_is_the_output, ValueError, "texts would be written over"),
-        (_input_is_the_partial_file, ValueError, "texts would be written over"),
+        (_input_is_the_output, ValueError, "texts would be overwritten"),
+        (_input_is_the_partial_file, ValueError, "texts would be overwritten"),
         (_foreign_partial_file, FileExistsError, "partial is not the beginning of a run: delete it"),
-        (_foreign_progress, ValueError, "progress.json is not the progress of a run: delete it"),
+        (_foreign_progress, ValueError, "progress.json is not a progress file: delete it"),
     ],
 )
-def test_what_is_refused(source, output, tiny_path, prepare, error, message):
+def test_unsupported_inputs_and_outputs_raise(source, output, tiny_path, prepare, error, message):
     prepare(source, output)
     files = beside(output) if output.parent.exists() else None
     with pytest.raises(error, match=message):
@@ -538,7 +540,7 @@ def test_a_full_disk_is_an_error_at_the_start(source, output, tiny_path, monkeyp
     assert beside(output) == set()
 
 
-def test_two_runs_at_once_are_refused(source, output, tiny_path):
+def test_two_runs_at_once_raise(source, output, tiny_path):
     with ResumableNpy(output).locked(), pytest.raises(RuntimeError, match="another run is writing .*partial"):
         encode_file(tiny_path, source, output)
     encode_file(tiny_path, source, output)
@@ -550,8 +552,8 @@ def test_an_input_that_changes_meanwhile(source, output, tiny_path, monkeypatch)
             file.write("one more\n")
         return real(*given)
 
-    real = encode._Vectors.of
-    monkeypatch.setattr(encode._Vectors, "of", of)
+    real = encode._Embedder.of
+    monkeypatch.setattr(encode._Embedder, "of", of)
     with pytest.raises(RuntimeError, match="texts changed while it was read"):
         encode_file(tiny_path, source, output)
     assert not output.exists()
@@ -575,7 +577,7 @@ def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monk
     source.write_text("\n".join(SHORT[:100]) if fits else "word")
     monkeypatch.setattr(SentenceTransformer, "__call__", call)
     if not fits:
-        monkeypatch.setattr(encode._Vectors, "__init__", without_a_probe)
+        monkeypatch.setattr(encode._Embedder, "__init__", without_a_probe)
     with pytest.raises(RuntimeError, match=advice) as error:
         encode_file(tiny_path, source, output, tokens=100_000)
     if fits:
@@ -584,7 +586,7 @@ def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monk
 
 
 def test_a_model_that_takes_padded_batches(source, output, bert_path, tmp_path):
-    """Which sentence-transformers' own code serves, as its `encode`."""
+    """It runs in sentence-transformers' own code, as `encode` does."""
     transformer = Transformer(bert_path)
     transformer.tokenizer.padding_side = "left"
     SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(tmp_path / "left"))
@@ -595,6 +597,30 @@ def test_a_model_that_takes_padded_batches(source, output, bert_path, tmp_path):
     assert said[-1].endswith(" texts/s")
     assert np.load(output).shape == (100, 32)
     assert not np.isnan(np.load(output)).any()
+
+
+def test_padded_batches_that_do_not_fit_without_a_length_limit(source, output, bert_path, tmp_path, monkeypatch):
+    transformer = Transformer(bert_path)
+    transformer.tokenizer.padding_side = "left"
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(tmp_path / "left"))
+    plain = SentenceTransformer.encode
+
+    def call(self, texts, **kwargs):
+        if len(texts) > 1:
+            raise torch.OutOfMemoryError
+        return plain(self, texts, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "max_seq_length", None)
+    monkeypatch.setattr(SentenceTransformer, "encode", call)
+    with pytest.raises(RuntimeError, match="does not fit on the device"):
+        encode_file(str(tmp_path / "left"), source, output)
+
+
+def test_a_model_without_a_configuration_is_named(source, output, tokenizer, tmp_path):
+    static = StaticEmbedding(tokenizer.backend_tokenizer, embedding_dim=8)
+    SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
+    with pytest.raises(TypeError, match="found no transformers model in a .*SentenceTransformer"):
+        encode_file(str(tmp_path / "static"), source, output)
 
 
 def test_texts_without_any_token(source, output, bert_path, tmp_path):
@@ -646,7 +672,7 @@ def test_a_block_is_written_while_the_device_works_on_the_next(source, output, t
         real = getattr(kind, name)
         monkeypatch.setattr(kind, name, lambda self, *given: log.append(of(*given)) or real(self, *given))
 
-    noting(encode._Vectors, "of", lambda block, told: f"begin {block.end}")
+    noting(encode._Embedder, "of", lambda block, told: f"begin {block.end}")
     noting(ResumableNpy, "append", lambda rows, offset, bad: f"write {offset}")
     encode_file(tiny_path, source, output, block_lines=40)
     ends = [int(entry.split()[1]) for entry in log if entry.startswith("write")]
@@ -693,7 +719,7 @@ def test_a_run_that_died_while_parquet_was_made_goes_on(source, output, tiny_pat
     assert not path.exists()
     said = []
     encode_file(tiny_path, source, path, report=said.append)
-    assert "going on after line 100 of 100" in said
+    assert "continuing after line 100 of 100" in said
     assert beside(path) == {path.name}
     assert parquet(path).metadata.num_rows == 100
 
@@ -714,7 +740,7 @@ def test_parquet_without_pyarrow(source, output, tiny_path, monkeypatch):
     assert beside(output) == set()
 
 
-def test_what_is_missing_without_sentence_transformers(monkeypatch):
+def test_missing_sentence_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     spec = importlib.util.spec_from_file_location("encode_alone", encode.__file__)
     with pytest.raises(ImportError, match=r"pip install 'fastbert-triton\[encode\]'"):
@@ -736,7 +762,7 @@ def test_the_command(source, output, tiny_path):
     source.write_text(jsonl(["one", "two"]) + "three\n")
     done = command(tiny_path, source, "-o", output, "--field", "text", "--prompt", "p: ", "--dtype", "float16")
     assert done.exit_code == 1
-    nan_rows = "rows of NaN, for lines that are no text: 3"
+    nan_rows = "rows of NaN, for lines that are not texts: 3"
     waited = r"waited for reading and tokenizing [\d.]+ s, the device [\d.]+ s, writing [\d.]+ s"
     said = rf"{output}: float16 \[3, 32\], [\d,.]+ texts/s, [\d,]+ tokens/s\n{waited}\n{nan_rows}\n"
     assert re.fullmatch(said, done.stdout)
@@ -769,5 +795,5 @@ def test_an_interrupted_command_says_how_to_go_on(source, output, tiny_path, mon
     monkeypatch.setattr(encode, "CPU_BLOCK_LINES", 30)
     ended = command(tiny_path, source, "-o", output)
     assert (ended.exit_code, ended.stdout) == (130, "")
-    how = "30 of 100 lines are done: the same command goes on from there\n" if done else ""
+    how = "30 of 100 lines are done: repeat the command to continue\n" if done else ""
     assert ended.stderr == f"{how}fastbert: interrupted\n"

@@ -111,7 +111,7 @@ def test_the_arrow_points_from_the_model_to_the_ops():
         "commands.resumable": set(),
         "commands.checkpoint": {"commands.texts"},
         "commands.verify": {"commands.checkpoint", "ops", "testing", "tokens"},
-        "commands.benchmark": {"commands.checkpoint", "commands.timing", "testing"},
+        "commands.benchmark": {"automatic", "commands.checkpoint", "commands.timing", "testing"},
         "commands.information": {"automatic", "commands.machine", "graph_rules", "ops"},
         "commands.lines": set(),
         "commands.encode": {

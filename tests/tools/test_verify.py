@@ -13,7 +13,7 @@ import fastbert
 from fastbert import heads, ops, tokens
 from fastbert.commands import benchmark, verify
 from fastbert.commands.benchmark import GRAPHED, Benchmark, Case, WrongResults
-from fastbert.commands.checkpoint import Checkpoint, device_called, local_or_hub, right_padding, served
+from fastbert.commands.checkpoint import Checkpoint, describe_backends, local_or_hub, right_padding, select_device
 from fastbert.commands.verify import CLASSES
 from fastbert.ops import eager
 from fastbert.testing import closeness
@@ -73,12 +73,12 @@ def test_minilm(minilm_path):
     assert [verdict.subject.removeprefix("BertModel ") for verdict in found[0].verdicts] == [
         "last_hidden_state", "pooler_output", "pool mean", "pool first", "hidden_states", "attentions",
     ]  # fmt: skip
-    assert not found[0].lacking
-    assert found[2].lacking == ["qa_outputs.bias", "qa_outputs.weight"]
+    assert not found[0].missing
+    assert found[2].missing == ["qa_outputs.bias", "qa_outputs.weight"]
     text = printed(verify.table(found), *verify.remarks(found))
     assert text.count(" ok\n") == 14
-    assert "random weights, the same in both, for what the checkpoint lacks: BertForQuestionAnswering\n" in text
-    assert "\nserved by eager (the tensors are on 'cpu' and the kernels need a CUDA device)\n" in text
+    assert "weights missing in the checkpoint are random, the same in both: BertForQuestionAnswering\n" in text
+    assert "\nback end: eager (the tensors are on 'cpu' and the kernels need a CUDA device)\n" in text
     assert text.endswith("fastbert gives transformers' results here, all within the limit\n")
 
 
@@ -86,7 +86,7 @@ def test_minilm(minilm_path):
 def test_every_class_by_its_own_weights(head, saved):
     (found,) = verified(saved(head), head)
     assert found.holds, found
-    assert not found.lacking
+    assert not found.missing
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
@@ -94,7 +94,7 @@ def test_every_class_by_an_encoders_weights(dtype, saved):
     found = verified(saved(), *CLASSES, dtype=dtype)
     assert [each.model_class for each in found] == list(HEADS) == list(CLASSES)
     assert not missed(found)
-    assert all(each.lacking for each in found[1:])
+    assert all(each.missing for each in found[1:])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_problem_types(settings, saved):
         "BertForSequenceClassification", "BertForQuestionAnswering", "BertForMultipleChoice", dtype="float16",
     )  # fmt: skip
     assert not missed(found)
-    assert not found[0].lacking
+    assert not found[0].missing
 
 
 def test_no_token_types_and_few_positions(saved):
@@ -126,7 +126,7 @@ def test_in_the_kernels(saved):
     with fastbert.backend("triton"):
         found = verified(saved(num_hidden_layers=1), "BertModel", "BertForTokenClassification", shapes=[(2, 5)])
     assert not missed(found)
-    assert {each.served for each in found} == {"triton"}
+    assert {each.backends for each in found} == {"triton"}
 
 
 def test_a_kernel_that_errs_is_found(saved, monkeypatch):
@@ -148,10 +148,10 @@ def test_a_weight_that_was_loaded_wrong_is_found(saved, monkeypatch):
     load = Checkpoint.pair
 
     def perturbed(self, model_class):
-        ours, theirs, lacking = load(self, model_class)
+        ours, theirs, missing = load(self, model_class)
         with torch.no_grad():
             ours.base_model.encoder.layer[1].output.dense.bias[3] += 1e-2
-        return ours, theirs, lacking
+        return ours, theirs, missing
 
     monkeypatch.setattr(Checkpoint, "pair", perturbed)
     found = verified(saved(), *CLASSES)
@@ -220,19 +220,19 @@ def test_a_mask_on_the_host_reaches_our_model_alone():
 
     models = verify.Models(Model(), Model(), Model())
     batch = {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 2).long()}
-    assert models(**batch) == (("meta", "meta"),) * 3
-    assert models(**batch, mask_on_host=True) == (("cpu", "meta"), ("meta", "meta"), ("meta", "meta"))
+    assert models(batch) == (("meta", "meta"),) * 3
+    assert models(batch, mask_on_host=True) == (("cpu", "meta"), ("meta", "meta"), ("meta", "meta"))
 
 
 @pytest.mark.parametrize("ours_too", [True, False])
-def test_what_transformers_gives_no_number_for_is_told(ours_too, saved, monkeypatch):
+def test_results_of_transformers_that_are_not_finite_are_reported(ours_too, saved, monkeypatch):
     load = Checkpoint.pair
 
     def overflowing(self, model_class):
-        ours, theirs, lacking = load(self, model_class)
+        ours, theirs, missing = load(self, model_class)
         for model in (theirs, ours) if ours_too else (theirs,):
             model.embeddings.LayerNorm.bias.data[0] = 1e30  # inf in float16, and NaN from the first layer on
-        return ours, theirs, lacking
+        return ours, theirs, missing
 
     monkeypatch.setattr(Checkpoint, "pair", overflowing)
     found = verified(saved(), "BertModel", dtype="float16", shapes=[(2, 7)])
@@ -241,20 +241,19 @@ def test_what_transformers_gives_no_number_for_is_told(ours_too, saved, monkeypa
     verdicts = {verdict.subject: verdict for verdict in found[0].verdicts}
     assert verdicts["BertModel last_hidden_state"].closeness is None
     text = printed(verify.table(found), *verify.remarks(found))
-    assert text.count(" no number\n") == 6
+    assert text.count(" not finite\n") == 6
     assert " - " in text
-    told = (
-        "transformers gives no number here in float16, so nothing to compare with, in BertModel: do not use this dtype"
-    )
-    assert " ".join(text.split()).endswith(f"{told} with this checkpoint")
+    reason = "transformers gives NaN or infinity here in float16, so there is nothing to compare with, in BertModel"
+    advice = "do not use this dtype with this checkpoint"
+    assert " ".join(text.split()).endswith(f"{reason}: {advice}")
     assert "within the limit" not in text
     with pytest.raises(
-        WrongResults, match="transformers gives no number on 1x8 full in float16: do not use this dtype"
+        WrongResults, match="transformers gives NaN or infinity on 1x8 full in float16: do not use this dtype"
     ):
         Benchmark(saved(), CPU, "float16").measure(Case(1, 8, is_full=True), 0.01)
 
 
-def test_what_is_no_number_is_wrong(saved, monkeypatch):
+def test_results_that_are_not_finite_are_wrong(saved, monkeypatch):
     exact = eager.linear_activation
 
     def poisoned(x, *others):
@@ -322,10 +321,10 @@ def test_batches_without_a_tokenizer_are_random(saved):
     assert torch.equal(ids, saved().batch(40, 24)["input_ids"])
 
 
-def test_a_tokenizer_of_another_model_is_refused(saved, tmp_path, tokenizer):
+def test_a_tokenizer_of_another_model_raises(saved, tmp_path, tokenizer):
     found = saved()
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"gives ids up to \d+, and the model has 61: they do not belong together"):
+    with pytest.raises(ValueError, match=r"gives ids up to \d+, but the model has 61 words"):
         found.batch(1, 8)
 
 
@@ -340,32 +339,38 @@ def test_half_of_a_batch_is_padding():
 
 
 def test_devices(monkeypatch):
-    assert device_called("cpu") == CPU
+    assert select_device("cpu") == CPU
     with pytest.raises(ValueError, match="there is no device 'tpu' here, only cpu"):
-        device_called("tpu")
+        select_device("tpu")
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert device_called(None) == torch.device("cuda", 0)
-    assert device_called("cuda:1") == torch.device("cuda", 1)
+    assert select_device(None) == torch.device("cuda", 0)
+    assert select_device("cuda:1") == torch.device("cuda", 1)
     assert chosen == [torch.device("cuda", 0), torch.device("cuda", 1)]
     with pytest.raises(ValueError, match="there is no device 'cuda:2' here, only cpu, cuda, cuda:0, cuda:1"):
-        device_called("cuda:2")
+        select_device("cuda:2")
 
 
-def test_what_serves_is_told_in_one_line():
+def test_back_ends_are_described_in_one_line():
     ours, _ = pair()
     ours.encoder.layer[1].register_forward_hook(lambda *_: None)
     reason = "the tensors are on 'cpu' and the kernels need a CUDA device"
-    assert served(ours) == f"eager (12 of 17 operations: {reason}), modules (5 of 17 operations: BertLayer has hooks)"
+    assert (
+        describe_backends(ours)
+        == f"eager (12 of 17 operations: {reason}), modules (5 of 17 operations: BertLayer has hooks)"
+    )
     with fastbert.backend("triton"):
-        assert served(ours) == "triton (12 of 17 operations), unsupported (5 of 17 operations: BertLayer has hooks)"
+        assert (
+            describe_backends(ours)
+            == "triton (12 of 17 operations), unsupported (5 of 17 operations: BertLayer has hooks)"
+        )
 
 
 def test_bench(saved, monkeypatch):
     monkeypatch.setattr(benchmark, "SHAPES", {"cpu": ((1, 8), (3, 16), (3, 25))})
     running = Benchmark(saved(), CPU, "float32")
-    assert running.served.startswith("eager (")
+    assert running.backends.startswith("eager (")
     cases = running.cases()
     assert list(map(str, cases)) == ["1x8 full", "3x16 full", "3x16 50% filled"]
     measured = {case: running.measure(case, 0.01) for case in cases}
@@ -393,9 +398,9 @@ def test_bench_times_no_graph_that_was_not_captured(saved):
         running.measure(Case(1, 8, is_full=True), 0.01)
 
 
-def test_a_model_that_is_no_bert_is_refused(tmp_path):
+def test_a_model_that_is_not_bert_raises(tmp_path):
     transformers.RobertaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a model of type 'roberta', and fastbert serves 'bert' alone"):
+    with pytest.raises(ValueError, match="is a model of type 'roberta', but fastbert supports only 'bert'"):
         Checkpoint(str(tmp_path))
     transformers.BertModel(tiny_config(is_decoder=True)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config.is_decoder=True is not supported"):
@@ -405,9 +410,9 @@ def test_a_model_that_is_no_bert_is_refused(tmp_path):
 def test_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("./my-modl", "/no/such", "my-modl/"):
-        with pytest.raises(OSError, match=f"^there is no folder {name}, and no model on the hub can have that name$"):
+        with pytest.raises(OSError, match=f"^there is no folder {name}, and it is not a valid name on the hub$"):
             Checkpoint(name)
-    with pytest.raises(OSError, match="^there is no folder my-modl, and the hub does not give it: "):
+    with pytest.raises(OSError, match="^there is no folder my-modl, and it cannot be loaded from the hub: "):
         Checkpoint("my-modl")
     (tmp_path / "empty").mkdir()
     assert [local_or_hub(name) for name in ("./empty", "any/name")] == ["./empty", "any/name"]
@@ -435,21 +440,21 @@ def test_a_folder_of_sentence_transformers(saved, tmp_path):
     with pytest.raises(OSError, match="there is no config.json in .*0_Transfromer"):
         Checkpoint(str(whole))
     (whole / "modules.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"modules.json is no list of sentence-transformers' modules"):
+    with pytest.raises(ValueError, match=r"modules.json is not a list of sentence-transformers' modules"):
         Checkpoint(str(whole))
 
 
-def test_bench_is_refused_before_anything_is_said(saved, no_interpreter):
+def test_bench_raises_before_anything_is_timed(saved, no_interpreter):
     with fastbert.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
         Benchmark(saved(), CPU, "float32")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(saved):
-    device = device_called("cuda")
+    device = select_device("cuda")
     found = list(verify.verify(saved(), device))
     assert not missed(found)
-    assert {each.served for each in found} == {"triton"}
+    assert {each.backends for each in found} == {"triton"}
     running = Benchmark(saved(), device, "bfloat16")
     for case in running.cases():
         assert list(running.measure(case, 0.01)) == ["fastbert", GRAPHED]
