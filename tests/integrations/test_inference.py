@@ -460,7 +460,7 @@ def test_a_hook_on_the_encoder_of_a_cross_encoder(cross_paths, originals):
 def test_messages_and_first_modules_that_drop_bounds(tiny_path):
     _, optimized = two(embedder, tiny_path)
     optimized[0].model_forward_params = {"input_ids", "attention_mask"}
-    assert "does not pass cu_seq_lens_q on" in inference.why_unsupported(optimized)
+    assert "does not pass cu_seq_lens_q and max_length_q on" in inference.why_unsupported(optimized)
     optimized[0].model_forward_params = {"input_ids", "cu_seq_lens_q", "max_length_q"}
     assert inference.why_unsupported(optimized) is None
     optimized[0].modality_config["message"] = optimized[0].modality_config["text"]
