@@ -515,7 +515,7 @@ def test_wrong_arguments(source, output, tiny_path):
     with pytest.raises(ValueError, match="tokens=0"):
         encode_file(tiny_path, source, output, tokens=0)
     for model in ("nowhere/at/all", "./my-modl", str(output.parent / "nothing")):
-        with pytest.raises(OSError, match=re.escape(f"there is no folder {model}, and no model")):
+        with pytest.raises(OSError, match=re.escape(f"there is no folder {model}, and it is not a valid name")):
             encode_file(model, source, output)
     with pytest.raises(IsADirectoryError, match="^. is a folder: name a file, such as -o vectors.npy"):
         encode_file(tiny_path, source, ".")
