@@ -110,7 +110,7 @@ def test_offloaded_weights_are_not_cast(tmp_path):
     _, model = pair(HEAD)
     dispatched(model, ["bert.encoder.layer.1"], tmp_path)
     for obj in (model, nn.Sequential(model)):
-        with pytest.raises(ValueError, match=r"offloaded weights cannot be cast: load the model with dtype=torch.bfloat16"):
+        with pytest.raises(ValueError, match="offloaded weights cannot be cast: load the model with"):
             fastbert.optimize(obj, torch.bfloat16)
         assert {x.dtype for x in model.parameters()} == {torch.float32}
         assert type(model) is transformers.BertForSequenceClassification
