@@ -177,8 +177,10 @@ def test_an_optimized_model_compiles_to_one_graph(head):
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize("compiled_by", ["function", "method"])
-@pytest.mark.parametrize("head", ["BertModel", HEAD, "BertForTokenClassification"])
+@pytest.mark.parametrize(
+    ("head", "compiled_by"),
+    [("BertModel", "function"), (HEAD, "function"), (HEAD, "method"), ("BertForTokenClassification", "method")],
+)
 def test_a_compiled_model_notices_that_it_was_optimized(head, compiled_by):
     _, model = pair(head)
     graphs = []

@@ -116,7 +116,7 @@ def check(tokenizer, texts, **options) -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     texts=st.lists(TEXT, min_size=1, max_size=6),
     max_length=st.none() | st.integers(4, 24),
@@ -128,7 +128,7 @@ def test_texts(kind, texts, max_length, side, truncation):
     check(kind, texts, max_length=max_length, truncation=truncation)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6),
     max_length=st.none() | st.integers(6, 24),

@@ -139,7 +139,7 @@ def test_compile_honours_the_back_end(no_interpreter):
     [(head, False) for head in HEADS if head != "BertForMultipleChoice"] + [("BertModel", True)],
 )
 def test_export_with_dynamic_batch_and_length(head, strict):
-    ours, _ = pair(head, num_hidden_layers=2)
+    ours, _ = pair(head, num_hidden_layers=2 if strict else 1)
     dims = {0: Dim("batch"), 1: Dim("length", max=24)}
     inputs = {name: batch("right")[name] for name in ("input_ids", "attention_mask")}
     program = export(ours, (), inputs, dynamic_shapes=dict.fromkeys(inputs, dims), strict=strict)
