@@ -53,14 +53,15 @@ def _untraced(interpret: Callable) -> Callable:
 
 
 def _quicken(interpreter: ModuleType) -> None:
-    """Let Triton's interpreter (triton/runtime/interpreter.py, 3.6 to 3.9) do what it repeats once.
+    """Patch `triton.language` once per launch of Triton's interpreter (triton/runtime/interpreter.py, 3.6 to 3.9).
 
-    It patches `triton.language` for a launch, and again in each call of a jit helper, which changes nothing but takes a
-    third of the time. It looks at every name of the language for it, of which few are functions to patch.
+    The interpreter patches it again in each call of a jit helper. That changes nothing and takes a third of the time.
+    It also inspects all names of the language each time, although the builtins among them are always the same. One
+    thread launches at a time: `fastbert_kernels.launch` holds a lock.
     """
     patch, interpret = interpreter._patch_lang, interpreter.GridExecutor.__call__
     is_builtin = interpreter.tl.core.is_builtin
-    patched: set[int] = set()  # whose globals were patched in this launch
+    patched: set[int] = set()  # the ids of the globals that this launch has patched
 
     @functools.cache
     def names_of(package) -> list[str]:
