@@ -1,4 +1,4 @@
-"""accelerate's hooks, torch.compile and the wrappers that run a model in parallel, around fastbert or below it."""
+"""accelerate, torch.compile and data-parallel wrappers, applied before `optimize` and after it."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ BLOCKS = ["bert.embeddings", *(f"bert.encoder.layer.{index}" for index in range(
 
 
 def outputs_of(model: nn.Module, mask: str = "right", head: str = HEAD) -> torch.Tensor:
-    """The logits, or the last hidden state at kept tokens."""
+    """Return the logits, or the last hidden state at kept tokens."""
     with torch.no_grad():
         outputs = model(**inputs_for(head, mask))[0]
     return outputs[MASKS[mask].bool()] if outputs.ndim == 3 else outputs
@@ -32,7 +32,7 @@ def backends(model: nn.Module) -> dict[str, str]:
 
 
 def gradients_of(model: nn.Module, module: nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients that a call of `model` gives the parameters of `module`."""
+    """Return the gradients of the parameters of `module` after a forward and backward of `model`."""
     module.zero_grad()
     model(**inputs_for(HEAD, with_labels=True)).loss.backward()
     return {name: x.grad.clone() for name, x in module.named_parameters() if x.grad is not None}
@@ -60,7 +60,7 @@ def test_a_model_that_was_loaded_by_a_device_map(kind, device_map, tmp_path):
 
 
 def dispatched(model: nn.Module, on_disk: list[str], folder) -> nn.Module:
-    """Runs each block where accelerate puts it, with the weights of some on a disk."""
+    """Return the model after accelerate offloaded the weights of some blocks to the disk."""
     device_map = {name: "disk" if name in on_disk else "cpu" for name in [*BLOCKS, "dropout"]}
     dispatch_model(model, device_map, offload_dir=folder)
     assert {name for name in BLOCKS if any(x.is_meta for x in model.get_submodule(name).parameters())} == {*on_disk}
@@ -73,7 +73,7 @@ ON_DISK = [["bert.encoder.layer.1"], ["bert.embeddings"], ["bert.pooler", "class
 @pytest.mark.parametrize("order", ["optimized, then dispatched", "dispatched, then optimized"])
 @pytest.mark.parametrize("on_disk", ON_DISK, ids=lambda names: f"{names[0]} and {len(names) - 1} more")
 def test_offloaded_blocks(on_disk, order, tmp_path):
-    """accelerate wraps the forward of what it moves, so that these blocks run through their modules."""
+    """accelerate wraps the forward of the modules it offloads, so these blocks run through their modules."""
     expected = {mask: outputs_of(pair(HEAD)[1], mask) for mask in ("right", "full")}
     _, model = pair(HEAD)
     if order == "optimized, then dispatched":
@@ -92,7 +92,7 @@ def test_offloaded_blocks(on_disk, order, tmp_path):
 
 @pytest.mark.parametrize("when", ["before optimize", "after optimize"])
 def test_blocks_are_fused_again_once_accelerates_hooks_are_removed(when, tmp_path):
-    """accelerate then leaves the class's own forward in each module."""
+    """After that each module has its class's own forward as an attribute."""
     expected = outputs_of(pair(HEAD)[1])
     _, model = pair(HEAD)
     changes = [remove_hook_from_submodules, fastbert.optimize]
@@ -118,7 +118,7 @@ def test_offloaded_weights_are_not_cast(tmp_path):
 
 @pytest.fixture
 def accelerator():
-    """A function that makes an Accelerator, whose settings are otherwise those of the process."""
+    """Return a function that makes an Accelerator. Its settings, which are global, are reset before and after."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield lambda mixed_precision: Accelerator(cpu=True, mixed_precision=mixed_precision)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -149,7 +149,7 @@ def test_prepared_models(mixed_precision, tolerance, order, accelerator):
 
 
 def test_a_bare_encoder_in_accelerates_autocast_is_named(accelerator):
-    """The autocast goes around transformers' own forward, and would keep it."""
+    """The autocast wraps transformers' forward, so fastbert's would never run."""
     model = accelerator("bf16").prepare(pair()[1])
     before = outputs_of(model, head="BertModel")
     with pytest.raises(ValueError, match="BertModel has a patched forward"):

@@ -1,5 +1,7 @@
-"""The private names of other libraries that fastbert uses: each does what `fastbert._compat` says, and none is used
-elsewhere. A test's id has the name, so that a run with a new release names the one that is gone."""
+"""The private names of other libraries in `fastbert._compat` behave as it says, and no other file uses such names.
+
+The ids of the tests contain the names. After an upgrade of a library, the failures tell which names are gone.
+"""
 
 import ast
 import inspect
@@ -32,12 +34,12 @@ from fastbert import _compat
 PACKAGE = Path(fastbert.__file__).parent
 COVERED: set[str] = set()
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
-# Public in spite of their underscores, which keep them apart from the fields of a named tuple.
+# Public: the underscores only avoid clashes with the fields of a named tuple.
 PUBLIC = {"_asdict", "_make"}
 
 
 def private_names(*names: str):
-    """Parametrize a test by the private names that it looks at."""
+    """Parametrize a test by the private names that it covers."""
     COVERED.update(names)
     return pytest.mark.parametrize("private", names)
 
@@ -92,7 +94,7 @@ def test_a_process_that_was_not_forked(private):
 
 
 class RecordsInside(TorchDispatchMode):
-    """Sees whether autograd records below the mode, by itself and in `autograd_below_modes`."""
+    """Note whether autograd records inside the mode, without and with `autograd_below_modes`."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +118,7 @@ def test_autograd_below_modes(private):
 @private_names("_dynamo_marked_constant")
 @pytest.mark.parametrize("constant", [False, True])
 def test_constants_in_graphs(private, constant):
-    """A change of what it reads is seen by a graph unless the function is a constant there."""
+    """Dynamo notices when a value that a function reads has changed, unless the function is marked as a constant."""
     held = [1]
 
     def number():
@@ -124,7 +126,7 @@ def test_constants_in_graphs(private, constant):
 
     if constant:
         number = _compat.constant_in_graphs(number)
-    torch.compiler.reset()  # the other state's graph is of the same code
+    torch.compiler.reset()  # both states share code, and dynamo would reuse the graph
     compiled = torch.compile(lambda x: x * number(), backend="eager", fullgraph=True)
     assert compiled(torch.ones(())).item() == 1
     held[0] = 2
@@ -205,7 +207,7 @@ def test_modules_that_are_compiled(private):
 
 @private_names("torch.nn.Module._is_replica", "torch.nn.Module._replicate_for_data_parallel")
 def test_replicas(private):
-    """`nn.DataParallel` makes them by a method of the instance."""
+    """`nn.DataParallel` calls `_replicate_for_data_parallel` of each module."""
     module = nn.Identity()
     made = mock.Mock(wraps=getattr(nn.Identity, _compat.REPLICATE))
     setattr(module, _compat.REPLICATE, lambda: made(module))
@@ -402,7 +404,7 @@ def test_the_function_of_a_thread(private):
     assert _compat.target_of(thread) is None
 
 
-# Methods and attributes of ours that a base class asks for: these stay where they are.
+# Private methods and attributes of base classes that ours override. They cannot move to `_compat`.
 
 OVERRIDES = {
     "transformers.PreTrainedModel._supports_flash_attn": "our own kernels attend",
@@ -421,7 +423,7 @@ def is_foreign(kind: type) -> bool:
 
 
 def overridden() -> set[str]:
-    """The private names that a class of ours defines, and a class of another library from which it derives has."""
+    """Return the private names that classes of ours override from base classes of other libraries."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         parts = (PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)
@@ -442,11 +444,11 @@ def test_all_overrides_are_listed():
     assert overridden() == {name.rpartition(".")[2] for name in OVERRIDES}
 
 
-# No private name elsewhere.
+# Outside `_compat` there are no private names of other libraries.
 
 
 class Definitions(ast.NodeVisitor):
-    """The private names that files define: in a module, and by class in its body and as attributes of self."""
+    """Collect the private names that files define: in modules, in class bodies and as attributes of self."""
 
     def __init__(self):
         self.plain: set[str] = set()
@@ -486,9 +488,11 @@ class Definitions(ast.NodeVisitor):
 
 
 class Uses(ast.NodeVisitor):
-    """The private names that a file takes from another library: attributes, imports, strings, and anything below
-    `torch._C`. Own are those that fastbert defines; of these, one that `_compat` has too only as an attribute of self
-    in a class that defines it."""
+    """Collect the private names of other libraries in a file: attributes, imports, strings, anything below `torch._C`.
+
+    Names that fastbert defines are its own. If `_compat` uses a name, too, it is fastbert's own only as an attribute of
+    self in a class that defines it.
+    """
 
     def __init__(self, definitions: Definitions, known: set[str]):
         self.definitions, self.known = definitions, known
@@ -528,7 +532,7 @@ class Uses(ast.NodeVisitor):
                     self.found.append((node.lineno, repr(node.value)))
 
     def visit_JoinedStr(self, node):
-        # A piece of text beside a value is no name, but an underscore in front of one makes a name of it.
+        # Only f"_{...}" can form a private name.
         if isinstance(first := node.values[0], ast.Constant) and first.value == "_":
             self.found.append((node.lineno, ast.unparse(node)))
         for value in node.values:
@@ -544,7 +548,7 @@ def definitions_in(trees: list[ast.Module]) -> Definitions:
 
 
 def names_in_compat() -> set[str]:
-    """The private names of other libraries that stand in the code of `_compat`, by their last part."""
+    """Return the last parts of the private names in `_compat`."""
     uses = Uses(Definitions(), set())
     uses.visit(ast.parse((PACKAGE / "_compat.py").read_text()))
     return {re.split(r"\W+", shown.strip("'"))[-1] for _, shown in uses.found} - {"_C", ""}
@@ -558,7 +562,7 @@ def test_every_name_in_compat_has_its_test():
 
 
 def foreign_names(sources: dict[str, str]) -> list[str]:
-    """Where Python code of ours, given by path, has a private name of another library."""
+    """Return "path:line: name" for every private name of another library in `sources`, a dict from path to code."""
     trees = {path: ast.parse(text) for path, text in sources.items()}
     definitions, known, found = definitions_in([*trees.values()]), names_in_compat(), []
     for path, tree in trees.items():

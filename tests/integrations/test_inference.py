@@ -1,4 +1,4 @@
-"""`encode`, `predict` and `rank` by packed batches: sentence-transformers' own results, or its own code."""
+"""Packed `encode`, `predict` and `rank` give the results of sentence-transformers, or fall back to its code."""
 
 import copy
 import functools
@@ -37,14 +37,14 @@ def embedder(path: str, mode="mean", include_prompt=True, after=(), **options) -
 
 
 def two(make: Callable, *args, **kwargs):
-    """What sentence-transformers makes, and an optimized copy."""
+    """Return the model that `make` returns and an optimized copy."""
     plain = make(*args, **kwargs)
     return plain, fastbert.optimize(copy.deepcopy(plain))
 
 
 @pytest.fixture
 def originals(monkeypatch) -> list[int]:
-    """An entry for each batch that sentence-transformers' own code preprocesses."""
+    """A list that gets an entry for each batch that sentence-transformers' own code preprocesses."""
     calls, merge = [], Transformer._merge_processing_kwargs
 
     def counted(self, per_call):
@@ -68,7 +68,7 @@ def check(ours, theirs, atol: float = ATOL) -> None:
 
 
 def check_packed(originals: list[int], optimized, plain, call: str, *args, atol: float = ATOL, **kwargs) -> None:
-    """The same results, and no text of the optimized one's went through sentence-transformers' own code."""
+    """Check that both models give the same results, and that the optimized one packed all texts."""
     expected = getattr(plain, call)(*args, **kwargs)
     originals.clear()
     check(getattr(optimized, call)(*args, **kwargs), expected, atol)
@@ -223,7 +223,7 @@ def test_rank(cross_paths, originals):
 
 
 def test_the_model_as_it_is_now(tiny_path, originals):
-    """Trained, with more tokens, another length and another pooling, restored and optimized again."""
+    """`encode` uses the current weights, vocabulary, length and pooling, also after `restore` and `optimize`."""
     plain, optimized = two(embedder, tiny_path)
     texts = [*docstrings(12), "a zweisilbig word"]
     check_packed(originals, optimized, plain, "encode", texts)
@@ -370,7 +370,7 @@ def test_unsupported_calls_run_sentence_transformers_own_code(way, tiny_path, or
     ],
 )
 def test_methods_patched_for_every_model_are_unsupported(kind, name, tiny_path, monkeypatch):
-    """As people patch: under the name of what they patch."""
+    """A patch made with functools.wraps has the name of the original and is recognized all the same."""
     _, optimized = two(embedder, tiny_path)
     assert inference.why_unsupported(optimized) is None
     real = getattr(kind, name)
@@ -633,7 +633,7 @@ def test_batches_go_by_tokens_of_a_window(tiny_path, monkeypatch):
         return forward(self, **kwargs)
 
     monkeypatch.setattr(fastbert.BertModel, "forward", noting)
-    # [CLS], words and [SEP]: 20 and 3 tokens.
+    # with [CLS] and [SEP], texts of 20 and of 3 tokens
     optimized.encode(["word " * 18] * 3 + ["word"] * 40, batch_size=4)
     assert sizes == [(78, 3 + 6), (78, 26), (24, 8)]
 
@@ -661,7 +661,7 @@ def test_rows_from_a_device_are_waited_for_one_window_later(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_vectors_from_a_gpu(dtype, minilm_path, originals, monkeypatch):
-    """Several windows, with graphs: the second time most batches replay what the first captured, to the bit."""
+    """Later calls replay the graphs that the first one captured, over several windows, and are bitwise equal to it."""
     monkeypatch.setattr(windows, "FIRST_WINDOW", 128)
     texts = [*docstrings(1000), *ODD]
     plain = embedder(minilm_path, after=[Normalize()]).to("cuda", dtype)

@@ -1,4 +1,4 @@
-"""Libraries around BERT, used as their pages show it: the same results with the model inside optimized."""
+"""Libraries that use BERT give the same results after their model is optimized. They are used as documented."""
 
 import functools
 from copy import deepcopy
@@ -25,7 +25,7 @@ TEXTS = (
 
 
 def both(head: str = HEAD, **settings) -> tuple[nn.Module, nn.Module]:
-    """An optimized model and transformers', of the same weights."""
+    """Return an optimized model and transformers' with the same weights."""
     _, theirs = pair(head, **settings)
     return fastbert.optimize(deepcopy(theirs)), theirs
 
@@ -37,7 +37,7 @@ def check_same(outputs, expected):
 
 @pytest.fixture(scope="module")
 def sentences(minilm_path):
-    """MiniLM as a SentenceTransformer, and optimized."""
+    """Return MiniLM as a SentenceTransformer, plain and optimized."""
     models = [SentenceTransformer(str(minilm_path), device="cpu") for _ in range(2)]
     return models[0], fastbert.optimize(models[1])
 
@@ -54,7 +54,7 @@ def test_keybert(sentences):
 
 @pytest.mark.parametrize("num_layers", [4, 6])
 def test_bert_score(num_layers, minilm_path):
-    """It cuts the encoder's list of layers."""
+    """BERTScorer shortens the encoder's list of layers."""
     bert_score = pytest.importorskip("bert_score")
     found = []
     for optimized in (False, True):
@@ -98,7 +98,7 @@ def gradients(model: nn.Module, **inputs) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mask", [None, "right"])
 def test_gradients_of_every_sample(mask):
-    """torch's expanded weights count on the batch in the first dimension."""
+    """torch's expanded weights require the batch to be the first dimension."""
     found = []
     for model in both():
         model.bert.embeddings.requires_grad_(False)
@@ -176,7 +176,7 @@ def test_quantized_before_it_is_optimized():
 
 
 def test_grounding_dino():
-    """Texts that do not see each other, by a mask of three dimensions and positions that start again."""
+    """It passes masks of three dimensions, which separate the phrases of a text, and position_ids that start anew."""
     torch.manual_seed(0)
     config = transformers.GroundingDinoConfig(
         backbone_config=transformers.SwinConfig(
@@ -199,7 +199,7 @@ def test_grounding_dino():
 
 
 def test_code_that_divides_by_the_norm_of_padding_needs_a_mask_of_scores():
-    """Hidden states at padding are zeros, and 0 / 0 times 0 is NaN: torchmetrics' BERTScore would show it as 0."""
+    """Hidden states at padding are zeros, so dividing by their norm gives NaN, as in torchmetrics' BERTScore."""
     ours, theirs = (model.bert for model in both())
     keep = MASKS["right"]
 

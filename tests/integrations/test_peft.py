@@ -1,4 +1,4 @@
-"""PEFT's adapters on fastbert: on an optimized model, below `optimize`, and on our own class, as on transformers'."""
+"""PEFT's adapters work as on transformers' models: added before or after `optimize`, or to our own class."""
 
 import peft
 import pytest
@@ -20,13 +20,13 @@ PLACES = ["query", "value", "intermediate.dense"]
 
 
 def lora(**settings) -> LoraConfig:
-    """LoRA that starts with weights of its own, where PEFT's would leave the outputs as they are."""
+    """Return a LoRA configuration with random weights. PEFT's default would not change the outputs."""
     defaults = {"r": 4, "target_modules": PLACES, "init_lora_weights": False, "task_type": "SEQ_CLS"}
     return LoraConfig(**defaults | settings)
 
 
 def adapted(order: str, config: peft.PeftConfig | None = None) -> PeftModel:
-    """The same weights and the same adapters in a model of one of the ORDERS."""
+    """Return a model with adapters, made in one of the ORDERS. Weights and adapters are the same for each."""
     ours, model = pair(HEAD)
     if order == "our class":
         model = ours
@@ -52,7 +52,7 @@ def check_logits(model: nn.Module, expected: nn.Module | torch.Tensor) -> None:
 
 
 def back_ends(model: nn.Module) -> dict[str, set[str]]:
-    """The back ends of each layer's ops."""
+    """Return the back ends of each layer's ops."""
     rows = {}
     for row in fastbert.explain(model):
         if ".layer." in row.block:
@@ -69,7 +69,7 @@ def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def trained(model: nn.Module, steps: int = 5) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of some steps, and the gradients of the first."""
+    """Train for some steps. Return their losses and the gradients of the first."""
     optimizer = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.05)
     model.train()
     losses, first = [], None
@@ -178,7 +178,7 @@ def test_unloading_gives_back_the_weights_from_before(order):
 @pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_disabled_adapters_do_not_count(order, merged):
-    """A merged adapter that is disabled leaves the weights in the next forward of its module."""
+    """PEFT unmerges a disabled adapter in the next forward of its module, so that module must run."""
     model, expected = adapted(order), adapted(TRANSFORMERS)
     base = logits_of(pair(HEAD)[1])
     if merged:
@@ -218,7 +218,7 @@ def test_two_adapters_take_turns(order):
         model.set_adapter("default")
     check_logits(models[0], results["default"])
     models[0].merge_adapter(["second"])
-    # The first adapter's places are not merged, the second's are.
+    # The first adapter is not merged, the second one is.
     assert back_ends(models[0]) == all_layers("modules")
     models[0].unmerge_adapter()
     for model in models:
@@ -324,7 +324,7 @@ def test_gradient_checkpointing_below_adapters(order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig], ids=["prompts", "encoder"])
 def test_prompt_tuning(config, order):
-    """It puts embeddings of its own before the texts."""
+    """It prepends learned embeddings to the inputs."""
     settings = config(task_type="SEQ_CLS", num_virtual_tokens=5)
     model, expected = adapted(order, settings), adapted(TRANSFORMERS, settings)
     check_logits(model, expected)
@@ -338,7 +338,7 @@ def test_prompt_tuning(config, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_prefix_tuning_is_unsupported(order):
-    """Its keys and values come in a cache, which an encoder of fastbert's does not have."""
+    """It passes keys and values in a cache, which fastbert's encoders do not support."""
     model = adapted(order, peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5))
     with pytest.raises(ValueError, match="past_key_values: only encoders are supported"):
         model(input_ids=INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"])

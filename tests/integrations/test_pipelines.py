@@ -1,4 +1,4 @@
-"""transformers' pipelines give the same results with fastbert in them, and say nothing new in the log."""
+"""transformers' pipelines give the same results with fastbert's models, and log no new warnings."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ TOPICS = ["politics", "public health", "computers"]
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 ENTAILED = {"entailment": 0, "neutral": 1, "contradiction": 2}
-# A task -> its class of BERT, settings of the configuration, and calls.
+# Task -> BERT class, settings of the configuration, calls.
 TASKS = {
     "text-classification": (
         "BertForSequenceClassification",
@@ -88,7 +88,7 @@ def task(request) -> str:
 
 @pytest.fixture(scope="module")
 def folder_of(tokenizer, tmp_path_factory):
-    """A function that saves a task's small model, beside a tokenizer that cuts after 32 tokens, and returns where."""
+    """Return a function that saves a small model for a task, with a tokenizer of 32 tokens, and returns its folder."""
     folders = {}
 
     def save(task: str) -> str:
@@ -114,7 +114,7 @@ def made(task: str, folder: str, package=transformers) -> transformers.Pipeline:
 
 @contextlib.contextmanager
 def warnings_logged() -> Iterator[set[str]]:
-    """What transformers and fastbert say there as a warning or worse."""
+    """The messages that transformers and fastbert log as warnings or errors."""
     said = set()
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.add(record.getMessage())
@@ -129,14 +129,14 @@ def warnings_logged() -> Iterator[set[str]]:
 
 
 def results_of(pipe: transformers.Pipeline, task: str) -> list:
-    """What every call gives, each in every batch size."""
+    """Return the results of every call with every batch size."""
     results = []
     for arguments, options in TASKS[task][2]:
         for batch_size in BATCH_SIZES:
             options = dict(options, truncation=True) if task == "text-classification" else options
             result = pipe(*arguments, batch_size=batch_size, **options)
             if task == "feature-extraction":
-                # Vectors of padding mean nothing; transformers' own depend on the batch.
+                # Vectors at padding are undefined. In transformers they depend on the batch.
                 counts = [len(pipe.tokenizer(text, truncation=True)["input_ids"]) for text in TEXTS]
                 result = [vectors[0][:count] for vectors, count in zip(result, counts, strict=True)]
             results.append(result)
@@ -144,7 +144,7 @@ def results_of(pipe: transformers.Pipeline, task: str) -> list:
 
 
 def check_equal(result, expected, place: str = "") -> int:
-    """Compare results of any structure, numbers within 1e-5, all else exactly; returns how many numbers there were."""
+    """Compare nested results: numbers within 1e-5, all else exactly. Return how many numbers were compared."""
     if isinstance(expected, dict):
         assert list(result) == list(expected), place
         return sum(check_equal(result[name], expected[name], f"{place}.{name}") for name in expected)
@@ -177,7 +177,7 @@ def test_results_of_an_optimized_pipeline(task, folder_of):
 
 
 def test_results_differ_between_texts_and_labels(task, folder_of):
-    """Or else equal results would prove nothing."""
+    """If they did not, equal results would prove nothing."""
     results = results_of(made(task, folder_of(task)), task)
     first = [str(result) for result in results[0]]
     assert len(set(first)) == len(first)

@@ -1,4 +1,4 @@
-"""sentence-transformers around an optimized model: its own code gives the same vectors, scores, folders and losses."""
+"""sentence-transformers gives the same vectors, scores, saved files and losses with an optimized model."""
 
 import gc
 import pickle
@@ -44,27 +44,27 @@ ATOL = 1e-5
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Ragged, in no order of length, one of them empty."""
+    """Texts of different lengths, not sorted by length, one of them empty."""
     found = [text[:200] for text in docstrings(21)] + ["", "Why?", " ".join(docstrings(20))[:600]]
     assert found != sorted(found, key=len)
     return found
 
 
 def around(path: str, mode="mean", include_prompt=True, normalize=True, config=None, **options) -> SentenceTransformer:
-    """A SentenceTransformer of the modules that nearly every one has."""
+    """Return a SentenceTransformer with the usual modules: Transformer, Pooling and, by default, Normalize."""
     transformer = Transformer(path, config_kwargs=config)
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), mode, include_prompt)]
     return SentenceTransformer(modules=modules + [Normalize()] * normalize, device="cpu", **options)
 
 
 def two(make, *args, **kwargs):
-    """An object of sentence-transformers', and an optimized one of the same weights."""
+    """Return the model that `make` returns and a second one, optimized, with the same weights."""
     return make(*args, **kwargs), fastbert.optimize(make(*args, **kwargs))
 
 
 @pytest.fixture(scope="module")
 def minilms(minilm_path) -> tuple[SentenceTransformer, SentenceTransformer]:
-    """all-MiniLM-L6-v2 as it is loaded from its own folder: mean pooling, normalized; plain and optimized."""
+    """all-MiniLM-L6-v2, plain and optimized. It pools by the mean and normalizes."""
     return two(SentenceTransformer, minilm_path, device="cpu")
 
 
@@ -80,7 +80,7 @@ def tinies(tiny_path) -> tuple[SentenceTransformer, SentenceTransformer]:
 
 
 def check_same(ours, theirs, atol: float = ATOL) -> None:
-    """Of the same types, shapes and names, with numbers that are close; token embeddings at the kept tokens."""
+    """Check that types, shapes and names are equal and numbers close. Token embeddings are compared at kept tokens."""
     assert type(ours) is type(theirs)
     if isinstance(ours, dict):
         assert list(ours) == list(theirs)
@@ -102,7 +102,7 @@ def check_same(ours, theirs, atol: float = ATOL) -> None:
 
 
 def is_plain(obj: nn.Module) -> bool:
-    """Whether nothing of fastbert is in a model."""
+    """Return whether a model has no class or attribute from fastbert."""
     found = [x for module in obj.modules() for x in (module, *vars(module).values())]
     return not any(type(x).__module__.startswith("fastbert") for x in found)
 
@@ -164,7 +164,7 @@ def test_prompts_by_default_by_name_and_by_hand(mode, include_prompt, minilm_pat
 
 @pytest.mark.parametrize("mode", ["mean", "cls", MODES[:-1]], ids=str)
 def test_batches_laid_end_to_end_by_sentence_transformers(mode, tiny_path, texts, pooled):
-    """As it does for models that were loaded with flash attention, which no CPU has."""
+    """sentence-transformers packs batches itself for flash attention, which needs a GPU, so it is set up by hand."""
     plain, optimized = two(around, tiny_path, mode, include_prompt=False)
     transformer = optimized[0]
     transformer.data_collator = transformers.DataCollatorWithFlattening(
@@ -178,7 +178,7 @@ def test_batches_laid_end_to_end_by_sentence_transformers(mode, tiny_path, texts
         with torch.no_grad():
             found = optimized.eval()(features)["sentence_embedding"]
         check_same(found, plain.encode(texts[:9], prompt=prompt, convert_to_tensor=True))
-    # Without a prompt to be left out, sentence-transformers' own code pools several modes only.
+    # If no prompt is left out, only several modes at once are pooled by sentence-transformers.
     assert len(pooled.of("mean")) == (mode == "mean")
 
 
@@ -190,8 +190,8 @@ def test_integer_codes_differ_only_where_a_rounding_crosses_a_step(precision, mi
     error = np.abs(optimized_vectors - vectors).max(0)
     assert error.max() < ATOL
     assert ours.dtype == theirs.dtype == precision
-    # A code counts the steps from the least to the greatest value of its column. Value, least and greatest each move by
-    # the column's error, and float32 rounds 255 steps.
+    # A code is the value's position between the minimum and maximum of its column, in 255 steps. Value, minimum and
+    # maximum each differ by at most the column's error, and float32 rounds the steps.
     least, greatest = vectors.min(0), vectors.max(0)
     steps = (vectors - least) / (greatest - least) * 255
     slack = 4 * error / ((greatest - least) / 255) + 255 * 2**-22
@@ -199,7 +199,7 @@ def test_integer_codes_differ_only_where_a_rounding_crosses_a_step(precision, mi
     flipped = ours != theirs
     assert (np.abs(ours.astype(int) - theirs)[flipped] == 1).all()
     assert (np.abs(steps - steps.round()) <= slack)[flipped].all()
-    # The greatest value of a column is on a step; few others are near one.
+    # A column's maximum is exactly on a step. Few other values are near one.
     assert flipped[vectors < greatest].mean() < 0.001
 
 
@@ -221,7 +221,7 @@ def test_similarities(function, minilm_path, texts):
     plain, optimized = two(SentenceTransformer, minilm_path, device="cpu", similarity_fn_name=function)
     vectors = [[model.encode(part, convert_to_tensor=True) for part in (texts[:6], texts[6:12])] for model in
                (optimized, plain)]  # fmt: skip
-    # A distance by the sum of 384 values gathers their errors.
+    # The Manhattan distance adds the errors of 384 values.
     atol = 1e-4 if function == "manhattan" else ATOL
     check_same(optimized.similarity(*vectors[0]), plain.similarity(*vectors[1]), atol)
     check_same(optimized.similarity_pairwise(*vectors[0]), plain.similarity_pairwise(*vectors[1]), atol)
@@ -279,7 +279,7 @@ def test_a_sparse_encoder_gives_the_same_vectors(tmp_path, tokenizer, texts):
 
 
 class Pooled(list):
-    """The calls of `ops.pool`: mode, whether it normalizes, what it took and what it gave."""
+    """The calls of `ops.pool`: mode, normalize, input and output."""
 
     def of(self, mode: str, normalize: bool = False) -> list[tuple[Tensor, Tensor]]:
         return [(taken, given) for m, n, taken, given in self if (m, n) == (mode, normalize)]
@@ -344,7 +344,7 @@ def test_where_gradients_are_recorded_sentence_transformers_pools(mode, tiny_pat
 def test_other_modes_are_pooled_by_sentence_transformers_and_normalized_in_the_op(mode, tiny_path, texts, pooled):
     fastbert.optimize(around(tiny_path, mode)).encode(texts[:4])
     assert len(pooled) == 2
-    assert len(pooled.of("first", normalize=True)) == len(pooled.of("first")) == 1  # that is BERT's own pooler
+    assert len(pooled.of("first", normalize=True)) == len(pooled.of("first")) == 1  # the call of BERT's own pooler
 
 
 def test_modes_may_be_set_afterwards_and_in_a_list(tiny_path, texts, pooled):
@@ -393,13 +393,13 @@ def test_explain_names_the_pooling(tiny_path):
 
 
 def moved(batch: dict, device=None) -> dict:
-    """What `batch_to_device` gives for another device: other tensors, and all else as it is."""
+    """Return a batch with copies of its tensors, as `batch_to_device` returns for another device."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 @pytest.fixture
 def on_a_device(monkeypatch):
-    """As with models on a GPU: they say so, and what is moved to them is another tensor."""
+    """Simulate models on a GPU: their device is cuda, and moving a batch copies its tensors."""
     monkeypatch.setattr(transformers.PreTrainedModel, "device", property(lambda model: torch.device("cuda", 0)))
     for package in (sentence_transformers.sentence_transformer, sentence_transformers.cross_encoder):
         monkeypatch.setattr(package.model, "batch_to_device", moved)
@@ -407,7 +407,7 @@ def on_a_device(monkeypatch):
 
 @pytest.fixture
 def masks_given(monkeypatch) -> list[Tensor]:
-    """The masks that our models are called with by sentence-transformers, which calls them by keywords."""
+    """The attention masks that sentence-transformers passes to our models."""
     masks = []
     for model_class in (fastbert.BertModel, fastbert.BertForSequenceClassification):
 
@@ -421,7 +421,7 @@ def masks_given(monkeypatch) -> list[Tensor]:
 
 
 def preprocessed(model, texts) -> dict:
-    """The features of texts as `encode` and `predict` make them."""
+    """Return the features that `encode` and `predict` make of texts."""
     with sentences.keep_host_masks(), torch.inference_mode():
         return model.preprocess(texts)
 
@@ -449,7 +449,7 @@ def test_a_model_on_a_device_is_called_with_the_mask_on_the_host(tiny_path, text
 @pytest.mark.parametrize("output_value", ["sentence_embedding", None, "token_embeddings"])
 def test_nothing_of_the_mask_on_the_host_is_seen_outside(output_value, tiny_path, texts, on_a_device, masks_given):
     plain, optimized = two(around, tiny_path)
-    optimized.register_forward_hook(lambda *given: None)  # which is not called with packed texts
+    optimized.register_forward_hook(lambda *given: None)  # the hook keeps texts from being packed
     options = {"output_value": output_value, "batch_size": 3, "device": "cpu"}
     check_same(*(model.encode(texts[:7], **options) for model in (optimized, plain)))
     assert len(masks_given) == 3
@@ -493,7 +493,7 @@ def test_no_mask_is_carried_for_a_model_on_the_cpu_or_one_that_is_restored(tiny_
 
 
 def test_no_host_mask_where_user_code_may_change_the_batch(tiny_path, texts, on_a_device, masks_given):
-    """Of another order of texts, or another mask, the shape would tell nothing."""
+    """The shape alone cannot tell that texts were reordered or the mask was changed."""
     plain, optimized = (model.eval() for model in two(around, tiny_path))
     found = []
     for model in (optimized, plain):
@@ -530,7 +530,7 @@ def test_a_module_that_weighs_tokens_by_the_mask_keeps_the_pooling_after_it(tiny
 
 
 class OwnEncoder(transformers.BertPreTrainedModel):
-    """Somebody's model around BERT."""
+    """A user's model with a BertModel inside."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -544,12 +544,12 @@ class OwnEncoder(transformers.BertPreTrainedModel):
 @pytest.mark.parametrize("model_class", [transformers.BertModel, OwnEncoder])
 @pytest.mark.parametrize("attend", [False, True])
 def test_expansion_tokens_of_a_multi_vector_encoder_are_scored(attend, model_class, minilm_path):
-    """With attend=False the mask leaves them out, and their hidden states count all the same."""
+    """With attend=False the mask leaves them out, but their hidden states are scored all the same."""
     if not hasattr(sentence_transformers, "MultiVectorEncoder"):
         pytest.skip(f"sentence-transformers {sentence_transformers.__version__} has no MultiVectorEncoder")
 
     def make():
-        torch.manual_seed(0)  # its projection is new
+        torch.manual_seed(0)  # for the weights of its new projection
         encoder = sentence_transformers.MultiVectorEncoder(minilm_path, device="cpu")
         encoder[0].model = model_class.from_pretrained(minilm_path)
         encoder[0].query_expansion = {"strategy": "fixed", "attend": attend, "length": 32}
@@ -557,7 +557,7 @@ def test_expansion_tokens_of_a_multi_vector_encoder_are_scored(attend, model_cla
 
     plain, optimized = two(make)
     for encode in ("encode_query", "encode_document"):
-        # Shorter than the 32 tokens to which queries are expanded.
+        # Queries are expanded to 32 tokens, which is more than these have.
         ours, theirs = (getattr(model, encode)(["Why?", "The cat sits.", ""]) for model in (optimized, plain))
         for vectors, expected in zip(ours, theirs, strict=True):
             assert vectors.any(-1).all()
@@ -578,7 +578,7 @@ def test_vectors_wider_than_the_kernels_rows_are_normalized_in_plain_pytorch(tin
 
 
 class OwnClassifier(transformers.BertForSequenceClassification):
-    """Somebody's head, which may look at the mask where its own tensors are."""
+    """A user's class, which may use the mask on the device of its own tensors."""
 
 
 def test_no_host_mask_for_other_classes(cross_paths, texts, on_a_device):
@@ -598,7 +598,7 @@ def test_no_host_mask_for_other_classes(cross_paths, texts, on_a_device):
 
 
 def test_features_that_went_through_may_go_through_again(tiny_path, texts):
-    """As where a loss gives its features to a guide, too."""
+    """Some losses pass the same features to a second model."""
     plain, optimized = (model.eval() for model in two(around, tiny_path))
     with torch.no_grad():
         ours, theirs = (model(model(model.preprocess(texts[:4]))) for model in (optimized, plain))
@@ -645,14 +645,14 @@ def test_a_saved_sentence_transformer_has_the_same_bytes(dtype, tiny_path, texts
     plain = around(tiny_path, ("cls", "mean"), prompts=prompts)
     optimized = fastbert.optimize(around(tiny_path, ("cls", "mean"), prompts=prompts), dtype)
     plain.to(dtype)
-    plain.save_pretrained(str(tmp_path / "plain"))  # before `encode`, which leaves its truncation in the tokenizer
+    plain.save_pretrained(str(tmp_path / "plain"))  # before `encode`, which changes the truncation of the tokenizer
     expected = plain.encode(texts[:4], convert_to_tensor=True)
     optimized.encode(texts[:4])
     optimized.save_pretrained(str(tmp_path / "optimized"))
     files, expected_files = files_of(tmp_path / "optimized"), files_of(tmp_path / "plain")
     assert {"model.safetensors", "config.json", "modules.json", "README.md", "1_Pooling/config.json"} <= files.keys()
     assert files.keys() == expected_files.keys()
-    # The card shows similarities with four digits, of which bfloat16 has three.
+    # The model card shows similarities with four digits. bfloat16 has three.
     shown = {"README.md"} if dtype == torch.bfloat16 else set()
     assert {name for name in files if files[name] != expected_files[name]} <= shown
     loaded = SentenceTransformer(str(tmp_path / "optimized"), device="cpu")
@@ -669,7 +669,7 @@ def test_a_saved_sentence_transformer_has_the_same_bytes(dtype, tiny_path, texts
 def test_a_saved_cross_encoder_has_the_same_bytes(num_labels, cross_paths, texts, tmp_path):
     pairs = list(zip(texts[:4], texts[4:8], strict=True))
     plain, optimized = two(CrossEncoder, cross_paths[num_labels], device="cpu")
-    plain.save_pretrained(str(tmp_path / "plain"))  # before `predict`, which leaves its truncation in the tokenizer
+    plain.save_pretrained(str(tmp_path / "plain"))  # before `predict`, which changes the truncation of the tokenizer
     expected = plain.predict(pairs)
     optimized.predict(pairs)
     optimized.save_pretrained(str(tmp_path / "optimized"))
@@ -682,7 +682,7 @@ def test_a_saved_cross_encoder_has_the_same_bytes(num_labels, cross_paths, texts
 
 
 def state_of(model: nn.Module) -> list:
-    """Every module with its class and the names of its attributes, every tensor with its place."""
+    """Return identity, class and attribute names of every module, and identity, address and dtype of every tensor."""
     modules = [(name, id(x), type(x), list(vars(x))) for name, x in model.named_modules(remove_duplicate=False)]
     tensors = [(name, id(x), x.data_ptr(), x.dtype) for name, x in (*model.named_parameters(), *model.named_buffers())]
     return [modules, tensors]
@@ -755,7 +755,7 @@ def test_a_copy_is_optimized_and_restored_by_itself(copied, tiny_path, texts):
     assert [(name, kind, names) for name, _, kind, names in state_of(copy)[0]] == [
         (name, kind, names) for name, _, kind, names in state[0]
     ]
-    # A patched method that still belonged to the first model would use its weights.
+    # A patched method still bound to the first model would use the first model's weights.
     with torch.no_grad():
         for parameter in copy.parameters():
             parameter.mul_(1.5)
@@ -800,7 +800,7 @@ def test_values_trained_in_bfloat16_are_kept(tiny_path, texts):
     after = bits_of(fastbert.restore(model))
     learned = {name for name in trained if not torch.equal(trained[name], before[name].bfloat16())}
     assert len(learned) > 20
-    # Rounding to bfloat16 would show in it.
+    # Its values are not exact in bfloat16, so rounding would show.
     assert not torch.equal(before[frozen], before[frozen].bfloat16().float())
     for name in after:
         assert after[name].dtype == torch.float32
@@ -827,7 +827,7 @@ def test_reference_counting_alone_frees_a_model(kind, restored, tiny_path, cross
             model.predict([texts[:2]])
         if restored:
             fastbert.restore(model)
-        model.model_card_data.model = None  # sentence-transformers' own cycle
+        model.model_card_data.model = None  # a reference cycle of sentence-transformers
         alive = [weakref.ref(module) for module in model.modules()]
         assert len(alive) > 20
         del model
@@ -889,17 +889,17 @@ def test_a_cross_encoder_comes_back_to_the_bit(cross_paths, texts):
 def test_a_cross_encoder_on_a_device_is_called_with_the_mask_on_the_host(cross_paths, texts, on_a_device, masks_given):
     plain, optimized = two(CrossEncoder, cross_paths[1], device="cpu")
     pairs = list(zip(texts[:6], texts[6:12], strict=True))
-    optimized.register_forward_hook(lambda *given: None)  # which is not called with packed texts
+    optimized.register_forward_hook(lambda *given: None)  # the hook keeps texts from being packed
     on_host = preprocessed(optimized, pairs)[HOST_MASK].array
     check_same(*(encoder.predict(pairs, device="cpu") for encoder in (optimized, plain)))
     (given,) = masks_given
-    # Longest pairs go first.
+    # `predict` sorts pairs by length, longest first.
     assert given.shape == on_host.shape
     assert given.sum(1).tolist() == sorted(on_host.sum(1), reverse=True)
 
 
 def pairs_of_docstrings(count: int, length: int = 150) -> dict[str, list[str]]:
-    """First lines and what follows them."""
+    """Return pairs of a docstring's first line and the text after it."""
     split = [text.partition("\n\n") for text in docstrings(6 * count)]
     rows = [(first, rest[:length]) for first, _, rest in split if len(rest) > 20][:count]
     assert len(rows) == count
@@ -907,7 +907,7 @@ def pairs_of_docstrings(count: int, length: int = 150) -> dict[str, list[str]]:
 
 
 def fine_tune(model: SentenceTransformer, columns: dict, loss, path, steps: int = 8, learning_rate=2e-3) -> list[float]:
-    """The loss of every step, of 8 rows."""
+    """Train with 8 rows per step. Return the loss of each step."""
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(path), max_steps=steps, per_device_train_batch_size=8, learning_rate=learning_rate,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
@@ -925,8 +925,7 @@ def dropout(p: float) -> dict[str, float]:
 
 
 def check_trained(optimized: SentenceTransformer, path: str, before: dict[str, Tensor]) -> None:
-    """It has learned in every weight but the pooler's, which has no gradient, and that is worth the same without
-    fastbert."""
+    """Check that all weights but the pooler's, which has no gradient, changed, and that they work without fastbert."""
     texts = docstrings(8)
     for name, x in optimized.state_dict().items():
         assert torch.equal(x, before[name]) == name.startswith("0.model.pooler")
@@ -964,7 +963,7 @@ def test_fine_tuning_of_the_real_model_has_the_same_loss_at_every_step(minilm_pa
 
 
 def test_on_texts_of_one_length_dropout_drops_the_same_at_every_step(tiny_path, tmp_path):
-    """Without padding, packed and padded hidden states hold the same numbers in one order, and chance goes by order."""
+    """Without padding, packed and padded hidden states have the same layout, so the same elements are dropped."""
     plain, optimized = two(around, tiny_path, config=dropout(0.1))
     before = bits_of(plain)
     columns = {name: [f"{text} " * 20 for text in rows] for name, rows in pairs_of_docstrings(64).items()}
@@ -978,7 +977,7 @@ def test_on_texts_of_one_length_dropout_drops_the_same_at_every_step(tiny_path, 
 
 
 def noise_of_dropout(model: SentenceTransformer, texts: list[str], draws: int = 40) -> float:
-    """The mean square by which dropout moves a vector."""
+    """Return the mean squared distance between vectors with and without dropout."""
     features = model.preprocess(texts)
     with torch.no_grad():
         exact = model.eval()(moved(features))["sentence_embedding"]
@@ -987,7 +986,7 @@ def noise_of_dropout(model: SentenceTransformer, texts: list[str], draws: int = 
 
 
 def test_on_ragged_texts_dropout_drops_as_much(tiny_path, texts):
-    """Of packed hidden states the numbers that are dropped are others, as many and of the same weight."""
+    """With packed hidden states other elements are dropped, but the noise is as large."""
     noise = {}
     for p in (0.1, 0.13):
         noise[p] = [noise_of_dropout(model, texts[:16]) for model in two(around, tiny_path, config=dropout(p))]

@@ -1,4 +1,4 @@
-"""Weights that torch's FSDP and FSDP2 shard over two processes: one step, with the gradients of one process."""
+"""A training step with FSDP or FSDP2 over two processes equals the step of one process."""
 
 import functools
 import subprocess
@@ -26,7 +26,7 @@ def model_of(wrapper: str) -> nn.Module:
 
 
 def sharded(wrapper: str) -> nn.Module:
-    """A model of which every layer of BERT, found by transformers' class, is a unit of its own."""
+    """Return a sharded model, in which each BertLayer, found by transformers' class, is a unit."""
     model = model_of(wrapper)
     if wrapper.startswith("FSDP2"):
         for module in model.modules():
@@ -41,7 +41,7 @@ def sharded(wrapper: str) -> nn.Module:
 
 
 def step(model: nn.Module, rows: slice) -> torch.Tensor:
-    """One step of SGD on rows of the batch; the loss."""
+    """Do one step of SGD on rows of the batch and return the loss."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs = {name: x[rows] for name, x in inputs_for(HEAD, with_labels=True).items()}
     loss = model(**inputs).loss
@@ -84,7 +84,7 @@ def run(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each wrapper's first process found, by name."""
+    """What the first process saved for each wrapper."""
     folder = tmp_path_factory.mktemp("sharded")
     processes = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)

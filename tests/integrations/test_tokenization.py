@@ -1,4 +1,4 @@
-"""`PackingTokenizer`: the tokens of transformers' wrapper, token by token, and never a change of the user's object."""
+"""`PackingTokenizer` gives the tokens of transformers' tokenizer, and never changes that tokenizer."""
 
 import copy
 import string
@@ -16,7 +16,7 @@ from fastbert.tokenization import PackedTokens, PackingTokenizer, Unsupported, w
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 AS_ENCODE_CALLS_IT = {"padding": True, "truncation": "longest_first"}
-# Every plane of Unicode but the halves of surrogate pairs, and what normalizers and added tokens look for.
+# All of Unicode except surrogates, and pieces that normalizers and added tokens react to.
 ODD = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 WORDS = st.lists(
     st.sampled_from(
@@ -35,14 +35,14 @@ def vocabulary(tokenizer) -> dict[str, int]:
 
 
 def by_unigrams() -> XLMRobertaTokenizer:
-    """A vocabulary of pieces, as multilingual checkpoints have."""
+    """Return a Unigram tokenizer, as multilingual checkpoints have."""
     pieces = ["▁", "▁a", "a", "e", "st", "ing", *"bcdö"]
     special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
     return XLMRobertaTokenizer(vocab=special + [(piece, -float(place)) for place, piece in enumerate(pieces)])
 
 
 def by_bytes() -> PreTrainedTokenizerFast:
-    """Byte-level pairs, with RoBERTa's post-processor."""
+    """Return a byte-level BPE tokenizer with RoBERTa's post-processor."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     vocab = {token: place for place, token in enumerate([*specials, *letters, "th", "the"])}
@@ -55,7 +55,7 @@ def by_bytes() -> PreTrainedTokenizerFast:
 
 
 def with_types_of_its_own(tokenizer) -> PreTrainedTokenizerFast:
-    """A text alone is of type 1 there."""
+    """Return a tokenizer that gives a single text the token type 1."""
     made = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), **SPECIAL)
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:1 [SEP]:1", pair="[CLS]:2 $A:1 [SEP]:0 $B:0", special_tokens=[("[CLS]", 101), ("[SEP]", 102)]
@@ -93,7 +93,7 @@ def kind(request, tokenizer):
 
 
 def theirs(tokenizer, texts, **options) -> PackedTokens:
-    """What the wrapper gives, without its padding."""
+    """Return the output of transformers' tokenizer without its padding."""
     found = copy.deepcopy(tokenizer)(texts, return_tensors="np", **(AS_ENCODE_CALLS_IT | options))
     kept = found["attention_mask"].astype(bool)
     types = found["token_type_ids"][kept] if "token_type_ids" in found else None
@@ -169,7 +169,7 @@ def _post_processor(tokenizer):
 
 
 def _vocabulary(tokenizer):
-    """Of the same size, but for two words that have changed places."""
+    """Swap the ids of two words."""
     vocab = dict(tokenizer.get_vocab())
     vocab["word"], vocab["cafe"] = vocab["cafe"], vocab["word"]
     tokenizer.backend_tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
@@ -201,12 +201,12 @@ def test_a_change_of_the_users_tokenizer_is_seen(change, tokenizer):
 
 
 def test_a_normalizer_that_was_changed_after_tokens_were_added(tokenizer):
-    """The library goes on looking for what the old one had made of them, which a copy could not."""
+    """tokenizers goes on matching the tokens as the old normalizer left them, and a copy would not."""
     changed = copy.deepcopy(tokenizer)
     changed.add_tokens(["Foobár"])
     check(changed, ["foobár Foobár foobar"])
     changed.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
-    check(changed, ["foobár Foobár foobar"])  # set anew, it makes anew what was added
+    check(changed, ["foobár Foobár foobar"])  # a new normalizer is applied to the added tokens, too
     changed.backend_tokenizer.normalizer.lowercase = True
     with pytest.raises(Unsupported, match="normalizer was changed after tokens were added"):
         PackingTokenizer(changed, **AS_ENCODE_CALLS_IT)

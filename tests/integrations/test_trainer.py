@@ -1,4 +1,4 @@
-"""transformers' Trainer trains our classes and optimized models as it trains its own."""
+"""transformers' Trainer trains our classes and optimized models as it trains transformers' models."""
 
 import ast
 import os
@@ -29,7 +29,7 @@ TRAINED_ON, HELD_OUT = 110, 40  # docstrings of each package
 
 @cache
 def docstrings_of_packages() -> dict[str, list[str]]:
-    """Distinct docstrings of each package of the standard library, in an order of chance."""
+    """Return distinct docstrings of each package of the standard library, shuffled."""
     library, seen, found = Path(sysconfig.get_path("stdlib")), set(), {}
     for package in PACKAGES:
         texts = []
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def fine_tuned(minilm_path, tokenizer, tmp_path_factory):
-    """A function that fine-tunes two layers of MiniLM to tell from which package a docstring comes."""
+    """Return a function that trains two layers of MiniLM to classify docstrings by package."""
 
     def rows(start, stop):
         return [
@@ -72,7 +72,7 @@ def fine_tuned(minilm_path, tokenizer, tmp_path_factory):
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
         )
-        # The step over the embeddings would take most of the time.
+        # Otherwise the optimizer's step for the embeddings would take most of the time.
         model.bert.embeddings.requires_grad_(False)
         if kind == "optimized":
             fastbert.optimize(model)
@@ -124,7 +124,7 @@ def test_fine_tuning_follows_transformers_step_by_step(fine_tuned, kind):
     assert run.evaluation["eval_accuracy"] == pytest.approx(expected.evaluation["eval_accuracy"], abs=0.01)
     assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], abs=1e-3)
     assert sum(run.losses[-8:]) < 0.5 * sum(run.losses[:8])
-    # A guess is right in one of four.
+    # There are four classes.
     assert run.evaluation["eval_accuracy"] > 0.6
     assert {row.backend for row in fastbert.explain(run.model.eval())} == {"eager"}
 
@@ -164,7 +164,7 @@ def train(model: nn.Module, folder, rows=None, resume: str | None = None, **sett
 def check_weights(model: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
     start = dict(tiny("transformers", type(expected).__name__).named_parameters())
     for (name, a), (_, b) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
-        # The true gradient of a key's bias is zero; Adam makes steps of its rounding.
+        # The gradient of a key's bias is zero but for rounding, which Adam scales up.
         if not name.endswith("key.bias"):
             torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
             assert not torch.equal(a, start[name]), f"{name} was not trained"
@@ -181,7 +181,7 @@ def test_ragged_texts_train_every_weight_as_in_transformers(head, kind, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_follows_transformers_where_no_text_is_padded(kind, tmp_path):
-    """There it is drawn from the same random numbers; elsewhere only kept tokens use them up."""
+    """With padding, fastbert draws fewer random numbers: only for kept tokens."""
     dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
     trainer, expected = (train(tiny(k, **dropout), tmp_path) for k in (kind, "transformers"))
     assert losses_of(trainer) == pytest.approx(losses_of(expected), abs=1e-3)
@@ -190,7 +190,7 @@ def test_dropout_follows_transformers_where_no_text_is_padded(kind, tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [(k, k) for k in KINDS] + [("transformers", k) for k in KINDS])
 def test_a_resumed_run_ends_where_one_in_one_go_does(first, second, tmp_path):
-    """Also from a checkpoint of transformers' own model: weights and the optimizer's state are in its order."""
+    """Also if transformers' own model wrote the checkpoint: parameters have the same order."""
     in_one_go = train(tiny(second), tmp_path / "whole")
     train(tiny(first), tmp_path / "part", save_strategy="steps", save_steps=3)
     resumed = train(tiny(second), tmp_path / "part", resume=str(tmp_path / "part" / "checkpoint-3"))
@@ -205,7 +205,7 @@ def test_the_best_checkpoint_is_loaded_and_the_saved_model_is_transformers(kind,
     settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "eval_loss"}
     trainer = Trainer(
         tiny(kind),
-        # Such steps make every later epoch worse.
+        # The learning rate is so high that every later epoch is worse.
         arguments(tmp_path, **settings, load_best_model_at_end=True, learning_rate=0.3, num_train_epochs=2),
         train_dataset=dataset(),
         eval_dataset=dataset(),
@@ -242,7 +242,7 @@ def test_autocast_to_bfloat16(kind, tmp_path):
 
 
 def test_a_model_that_was_trained_in_bfloat16_is_optimized_and_one_that_is_optimized_is_restored(tmp_path):
-    """accelerate leaves its autocast around the model's forward."""
+    """After training, accelerate's autocast still wraps the model's forward."""
     model = train(tiny("transformers"), tmp_path, bf16=True).model.eval()
     assert "forward" in vars(model)
     inputs = {name: x[None] for name, x in dataset(count=1)[0].items()}
@@ -264,7 +264,7 @@ def test_accumulated_steps_are_one_step_of_their_size(kind, tmp_path):
 
 
 class OwnClassifier(transformers.BertForSequenceClassification):
-    """A subclass, which Trainer takes for one that uses the number of items: it passes its keywords on."""
+    """A user's class. Its forward accepts keywords, so Trainer passes num_items_in_batch."""
 
 
 class OwnLoss(transformers.BertPreTrainedModel):
@@ -280,7 +280,7 @@ class OwnLoss(transformers.BertPreTrainedModel):
 
 @pytest.mark.parametrize("own", [OwnClassifier, OwnLoss, transformers.BertLMHeadModel])
 def test_models_around_an_optimized_encoder_train_as_before(own, tmp_path):
-    """Trainer hands them num_items_in_batch, which they hand to the encoder."""
+    """Trainer passes them num_items_in_batch, and they pass it to the encoder."""
     rows = dataset("BertForMaskedLM" if own is transformers.BertLMHeadModel else HEAD)
     losses = []
     for change in (lambda x: x, fastbert.optimize):
@@ -311,7 +311,7 @@ def test_adapters_train_and_are_saved_alone(kind, tmp_path):
 
 def train_as_one_of_two_processes(folder: str) -> None:
     for kind in ("transformers", *KINDS):
-        # transformers' own classes multiply the mean that they give by the number of processes, unless told not to.
+        # By default Trainer multiplies the loss of transformers' classes by the number of processes.
         settings = {"average_tokens_across_devices": kind != "transformers", "per_device_train_batch_size": 2}
         trainer = train(tiny(kind), folder, dataset(ragged=True), ddp_backend="gloo", **settings)
         assert trainer.args.world_size == 2
@@ -322,7 +322,7 @@ def train_as_one_of_two_processes(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The losses and weights that each of two processes ends with, by kind and rank."""
+    """The losses and weights at the end of each of two processes, by kind and rank."""
     folder = tmp_path_factory.mktemp("two")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, __file__, str(folder)]

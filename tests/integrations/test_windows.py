@@ -1,4 +1,4 @@
-"""Windows of texts: every token once, batches within their bounds, and a thread that ends with its caller."""
+"""Windows contain every token once, batches keep their limits, and the thread ends with its caller."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Counting:
-    """A tokenizer of texts that are numbers, of their tokens: all of these are its place, and of the type after."""
+    """A tokenizer for texts that are numbers. Text n at place i becomes n tokens with id i and token type i + 1."""
 
     def __init__(self, has_types: bool = True):
         self.calls, self.has_types = [], has_types
@@ -113,7 +113,7 @@ def test_the_next_window_is_made_while_the_caller_works(small):
     deadline = time.monotonic() + 10
     while len(tokenizer.calls) < 5 and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert len(tokenizer.calls) == 5  # and not a third window's
+    assert len(tokenizer.calls) == 5  # and none of the third window
     found.close()
 
 
@@ -130,7 +130,7 @@ def test_one_window_needs_no_thread(monkeypatch):
 
 
 def test_a_graph_may_be_captured_beside_the_thread(small):
-    """What it runs is no work for the device."""
+    """The thread never uses the device."""
     go_on = threading.Event()
 
     class Waiting(Counting):

@@ -297,10 +297,10 @@ def test_hooks_of_the_user_are_kept_and_can_be_removed():
     fastbert.optimize(model)
     check_equal("", outputs_of(model, inputs), before, "right")
     assert [row[1:] for row in seen] == [row[1:] for row in expected]
-    served = {row.block: (row.backend, row.reason) for row in fastbert.explain(model)}
-    assert served["bert.encoder.layer.0"][0] == "eager"
-    assert served["bert.encoder.layer.1"] == ("modules", "BertLayer has hooks")
-    assert served["bert.encoder.layer.2"] == ("modules", "output.dense has hooks")
+    blocks = {row.block: (row.backend, row.reason) for row in fastbert.explain(model)}
+    assert blocks["bert.encoder.layer.0"][0] == "eager"
+    assert blocks["bert.encoder.layer.1"] == ("modules", "BertLayer has hooks")
+    assert blocks["bert.encoder.layer.2"] == ("modules", "output.dense has hooks")
     fastbert.restore(model)
     seen.clear()
     check_same_bits(outputs_of(model, inputs), before)

@@ -623,9 +623,9 @@ except ValueError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    equal, refused = run.stdout.splitlines()
+    equal, error = run.stdout.splitlines()
     assert equal == "True"
-    assert refused.startswith("BertSelfAttention.forward is patched or replaced for every model")
+    assert error.startswith("BertSelfAttention.forward is patched or replaced for every model")
 
 
 def test_the_last_hidden_state_is_the_one_a_hook_of_the_encoder_returns():

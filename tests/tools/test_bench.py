@@ -115,7 +115,7 @@ def test_tests_that_do_not_fit_the_time_are_skipped_and_listed():
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_of_a_record(tmp_path, monkeypatch):
-    """It is git's hash if git knows the project, else the given one, else "unknown"; never that of a parent folder."""
+    """git's hash if the project is a repository, else the given one, else "unknown". Never that of a parent folder."""
 
     def commit_of(root: Path) -> str:
         records._head.cache_clear()

@@ -1,4 +1,4 @@
-"""The command line: what it prints, how it exits, what it imports and how soon it answers."""
+"""The command line: its output, exit codes, imports and start-up time."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ runner = CliRunner(env={"COLUMNS": "80"})
 
 @pytest.fixture(autouse=True)
 def _verbosity():
-    """Commands quiet transformers for their process."""
+    """Commands change transformers' log level, which is global. Set it back."""
     before = transformers.utils.logging.get_verbosity()
     yield
     transformers.utils.logging.set_verbosity(before)
@@ -36,7 +36,7 @@ def model(tmp_path) -> str:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    """Run Python code elsewhere than in the repository."""
+    """Run Python code in a process outside of the repository."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sys.prefix))
 
 
@@ -123,8 +123,8 @@ def test_info(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     facts = dict(information.facts())
     assert facts["fastbert"] == fastbert.__version__
-    served = ", ".join(op for op in ops.OPS if op != "pool")
-    assert facts["kernels on cpu"] == f"{served}; pool in plain PyTorch: it is pool"
+    supported = ", ".join(op for op in ops.OPS if op != "pool")
+    assert facts["kernels on cpu"] == f"{supported}; pool in plain PyTorch: it is pool"
     assert facts["configurations on cpu"].endswith("configs/sm_90.json")
     assert (facts["FASTBERT_CHECK"], facts["FASTBERT_BACKEND"]) == ("1", "not set")
     assert facts["Triton cache"] == "/elsewhere"

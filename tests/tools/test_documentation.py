@@ -1,5 +1,4 @@
-"""The code and the commands of the documentation run, with MiniLM in place of the models they name; its links lead
-somewhere."""
+"""The documentation's code and commands run, with MiniLM in place of other models, and its links have targets."""
 
 import re
 import shlex
@@ -30,7 +29,7 @@ def blocks_of(page: str, language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The words of each line of the shell blocks, without its comment."""
+    """Return the words of each line of a page's shell blocks, without comments."""
     lines = [line for page in BLOCKS for block in blocks_of(page, "sh") for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if not line.startswith("#")]
 
@@ -43,7 +42,7 @@ def of_program(name: str) -> list:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -90,7 +89,7 @@ def test_the_command_runs(words, minilm_path, monkeypatch, tmp_path):
     for module in (verify, benchmark):
         monkeypatch.setattr(module, "SHAPES", dict.fromkeys(("cpu", "cuda"), ((2, 12),)))
     monkeypatch.setattr(benchmark, "SECONDS", dict.fromkeys(("cpu", "cuda"), 0.1))
-    once = ["--dtype", "float32"] if words[0] == "verify" else []  # of three dtypes: each takes every class
+    once = ["--dtype", "float32"] if words[0] == "verify" else []  # one dtype of three: each runs every class
     found = CliRunner().invoke(cli.app, [MODELS.sub(minilm_path, word) for word in words] + once)
     assert found.exit_code == 0, found.output
     assert found.output
@@ -104,7 +103,7 @@ def test_the_target_is_there(targets):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the picture is of the interpreter's launches")
 def test_the_picture_of_a_layer_is_what_is_launched():
-    import launches  # which asks for the interpreter
+    import launches  # it sets TRITON_INTERPRET
 
     picture = launches.PICTURE.read_text()
     columns = launches.columns()

@@ -1,5 +1,4 @@
-"""Bulk encoding: the vectors of sentence-transformers, of every line, whatever the file holds and whenever the process
-dies."""
+"""`fastbert encode` gives sentence-transformers' vector for every line, for any file, and after a crash at any time."""
 
 import errno
 import importlib.util
@@ -40,7 +39,7 @@ SHORT = [" ".join(text.split())[:80] for text in docstrings(160)]
 
 @pytest.fixture(scope="module")
 def bert_path(tmp_path_factory, tokenizer) -> str:
-    """A folder of a BERT with two layers of 32 random values, without modules.json."""
+    """The folder of a BERT with two layers of width 32, random weights and no modules.json."""
     path = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -53,7 +52,7 @@ def bert_path(tmp_path_factory, tokenizer) -> str:
 
 @pytest.fixture(scope="module")
 def tiny_path(tmp_path_factory, bert_path) -> str:
-    """The same BERT as a SentenceTransformer."""
+    """The folder of the same BERT as a SentenceTransformer."""
     path = tmp_path_factory.mktemp("tiny")
     SentenceTransformer(bert_path, device="cpu").save(str(path))
     return str(path)
@@ -91,7 +90,7 @@ def jsonl(texts) -> str:
 
 
 def interrupted(source, output, path, blocks: int = 2, **arguments) -> None:
-    """A run that dies after so many blocks of 20 lines."""
+    """Run `encode_file` with blocks of 20 lines and interrupt it after some blocks."""
     calls = []
 
     def append(self, *given):
@@ -138,14 +137,14 @@ def test_only_newlines_separate_texts(source, output, tiny_path):
     np.testing.assert_allclose(np.load(output), expected(tiny_path, texts), rtol=0, atol=1e-5)
 
 
-def test_of_an_end_one_carriage_return_belongs_to_it():
+def test_one_carriage_return_belongs_to_the_end_of_a_line():
     ended = [b"a\r\n", b"a\r\r\n", b"a\r", b" a \n"]
     assert [lines.text_of(line, None) for line in ended] == ["a", "a\r", "a\r", " a "]
 
 
 @pytest.mark.parametrize("field", [None, "text"])
 def test_a_bom_is_no_part_of_the_text(source, output, tiny_path, field):
-    """At the beginning of the file, that is; a resume begins elsewhere."""
+    """Only at the start of the file. A resumed run starts elsewhere."""
     texts = [*SHORT[:40], "\ufeffa bom amid"]
     source.write_text("\ufeff" + (jsonl(texts) if field else "\n".join(texts)))
     interrupted(source, output, tiny_path, field=field)
@@ -170,7 +169,7 @@ def test_a_file_without_lines(source, output, tiny_path):
 
 
 def test_prompts(tmp_path, source, output, bert_path):
-    """The model's own, one that is given, none; a pooling that leaves the prompt out has to know its length."""
+    """The model's default prompt, a given one, and none. Poolings that exclude the prompt need its length."""
     transformer = Transformer(bert_path)
     pooling = Pooling(transformer.get_embedding_dimension(), "mean", include_prompt=False)
     path, texts = str(tmp_path / "prompted"), SHORT[:100]
@@ -226,8 +225,8 @@ BAD = [
 ]
 
 
-def test_bad_lines_are_told_and_are_nan(source, output, tiny_path):
-    """In a block with good lines and in blocks without."""
+def test_bad_lines_are_logged_and_are_nan(source, output, tiny_path):
+    """In blocks with and without good lines."""
     source.write_bytes(b"\n".join([*(line for line, _ in BAD), *jsonl(["good", "better"]).encode().splitlines()]))
     said = []
     made = encode_file(tiny_path, source, output, field="text", block_lines=4, report=said.append)
@@ -254,15 +253,15 @@ def test_an_input_without_any_text_raises_before_anything_is_written(
 ):
     source.write_bytes(content)
     monkeypatch.setattr(Path, "touch", None)
-    with pytest.raises(ValueError, match=re.escape(f"texts: none of the first {why}")) as refused:
+    with pytest.raises(ValueError, match=re.escape(f"texts: none of the first {why}")) as raised:
         encode_file(tiny_path, source, output, field=field)
     names = "'text', 'id'" if b"null" in content else "'id', 'text'"
-    assert str(refused.value).endswith(f"(its fields are {names})") == (b"{" in content)
+    assert str(raised.value).endswith(f"(its fields are {names})") == (b"{" in content)
     assert beside(output) == set()
 
 
-def test_of_many_bad_lines_the_first_are_told(source, output, tiny_path, monkeypatch):
-    """Whatever blocks they are in: here the third message is the last of the first block."""
+def test_of_many_bad_lines_the_first_are_logged(source, output, tiny_path, monkeypatch):
+    """The limit holds across blocks: the third message is the last one of the first block."""
     monkeypatch.setattr(encode, "REPORTED_LINES", 3)
     source.write_bytes(b"text\n" + b"\xff\n" * 99)
     said = []
@@ -279,7 +278,7 @@ def test_progress_is_a_bar_on_a_terminal_and_else_lines(source, output, tiny_pat
     stderr.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stderr)
     interrupted(source, output, tiny_path)
-    # A clock that only the run's own questions move.
+    # a clock that advances only when it is read
     clock = SimpleNamespace(monotonic=iter(range(0, 10_000, 25)).__next__, perf_counter=time.perf_counter)
     monkeypatch.setattr(encode, "time", clock)
     said = []
@@ -295,7 +294,7 @@ def test_progress_is_a_bar_on_a_terminal_and_else_lines(source, output, tiny_pat
     assert 0 < made.rate < 60 / 25
 
 
-def test_bad_lines_of_before_a_resume_are_counted_and_the_first_kept(source, output, tiny_path, monkeypatch):
+def test_bad_lines_before_a_resume_are_counted_and_the_first_kept(source, output, tiny_path, monkeypatch):
     monkeypatch.setattr(resumable, "BAD_LINES", 15)
     source.write_bytes(b"\n".join(b"text" if number % 2 else b"\xff" for number in range(1, 101)))
     interrupted(source, output, tiny_path)
@@ -332,7 +331,7 @@ def test_a_killed_run_goes_on(source, output, minilm_path):
     assert beside(output) == {output.name, once.name}
 
 
-# Where a run touches the disk: it dies before each of their calls.
+# The functions that touch the disk. The run dies before each call of one.
 STEPS = [
     (json, "dump"), (os, "fsync"), (os, "posix_fallocate"), (Path, "replace"), (Path, "rename"), (Path, "unlink")
 ]  # fmt: skip
@@ -384,7 +383,7 @@ def test_progress_counts_no_row_that_is_not_in_the_file(source, output, tiny_pat
 
 
 def test_a_run_goes_on_from_the_progress_and_not_from_the_rows(source, output, tiny_path):
-    """As after a crash of the machine: rows that no progress counts are written again."""
+    """After a crash of the machine, rows that the progress file does not count are written again."""
     once = output.with_name("once.npy")
     encode_file(tiny_path, source, once, block_lines=20)
     interrupted(source, output, tiny_path)
@@ -402,7 +401,7 @@ def test_a_deleted_partial_file_begins_anew(source, output, tiny_path):
     np.testing.assert_allclose(np.load(output), expected(tiny_path, SHORT[:100]), rtol=0, atol=1e-5)
 
 
-def test_a_run_without_rows_binds_nothing(source, output, tiny_path):
+def test_a_run_without_rows_may_be_replaced(source, output, tiny_path):
     interrupted(source, output, tiny_path, blocks=0)
     source.write_text("another, shorter\n")
     encode_file(tiny_path, source, output, prompt="query: ")
@@ -567,7 +566,7 @@ def test_an_input_that_changes_meanwhile(source, output, tiny_path, monkeypatch)
     ],
 )
 def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monkeypatch, fits, advice):
-    """Batches may be smaller than the budget: its half might change nothing."""
+    """The advice is half of the failed batch's tokens, since a batch may be far smaller than the budget."""
 
     def call(self, features, **kwargs):
         if len(features["cu_seq_lens_q"]) - 1 > fits:
@@ -586,7 +585,7 @@ def test_a_batch_that_does_not_fit_on_the_device(source, output, tiny_path, monk
 
 
 def test_a_model_that_takes_padded_batches(source, output, bert_path, tmp_path):
-    """It runs in sentence-transformers' own code, as `encode` does."""
+    """Its texts run through sentence-transformers' code, as in `SentenceTransformer.encode`."""
     transformer = Transformer(bert_path)
     transformer.tokenizer.padding_side = "left"
     SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(tmp_path / "left"))
@@ -687,7 +686,7 @@ def parquet(path):
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_parquet(source, output, tiny_path, dtype, monkeypatch):
-    """The same rows, resumed too, a group a window."""
+    """Parquet has the same rows, also after a resume, in row groups of one size."""
     monkeypatch.setattr(resumable, "ROW_GROUP", 32)
     source.write_bytes(b"\n".join([*(text.encode() for text in SHORT[:99]), b"\xff"]))
     encode_file(tiny_path, source, output, block_lines=20, dtype=dtype)
@@ -782,7 +781,7 @@ def test_the_command(source, output, tiny_path):
 
 @pytest.mark.parametrize("done", [0, 1])
 def test_an_interrupted_command_says_how_to_go_on(source, output, tiny_path, monkeypatch, done):
-    """Once a block is done, and on the disk."""
+    """It stops after the current block is on the disk."""
 
     def write(*given):
         if len(writes) > done:

@@ -1,4 +1,4 @@
-"""The house: what imports what, what an import costs, what is exported."""
+"""The structure of the packages: which module imports which, what an import costs, what is exported."""
 
 import ast
 import subprocess
@@ -19,7 +19,7 @@ MODULES = {
 
 
 def imported(path: Path) -> set[str]:
-    """The dotted names a file imports, anywhere in it."""
+    """Return the dotted names that a file imports, at the top or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -30,14 +30,14 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_only_the_seam_knows_the_kernels():
+def test_only_the_dispatch_imports_the_kernels():
     for name, path in MODULES.items():
         text = path.read_text()
         assert 'import_module("fastbert_kernels")' not in text or name in ("ops.backend", "ops.torch_library"), path
         assert not any(module.startswith("fastbert_kernels") for module in imported(path)), path
 
 
-def test_the_arrow_points_from_the_model_to_the_ops():
+def test_modules_import_those_below_them_alone():
     below = {
         "_compat": set(),
         "ops.backend": {"_compat"},
@@ -129,7 +129,7 @@ def test_the_arrow_points_from_the_model_to_the_ops():
     assert below.keys() == MODULES.keys()
     for name, allowed in below.items():
         own = {module.removeprefix("fastbert.") for module in imported(MODULES[name]) if module.startswith("fastbert.")}
-        # Of `from fastbert.fusion import why_eager` the module is what stands before the last dot, of `import ops` all.
+        # `from fastbert.fusion import why_eager` gives fastbert.fusion.why_eager, whose module is before the last dot.
         modules = {each if each in MODULES else each.rpartition(".")[0] for each in own} & MODULES.keys()
         if not name.startswith("ops"):
             modules = {"ops" if each.startswith("ops.") else each for each in modules}
@@ -174,7 +174,7 @@ def test_files_stay_short():
 
 
 def run(code: str) -> str:
-    """Run Python code elsewhere than in the repository and return what it prints."""
+    """Run Python code in a process outside of the repository and return its output."""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sys.prefix))
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -209,7 +209,7 @@ print(time.perf_counter() - start)
 
 
 def test_the_repository_root_is_not_on_the_path():
-    """A bare `kernels` folder on sys.path would be taken for the Hugging Face package of that name."""
+    """If it were, `import kernels` would find the folder instead of Hugging Face's package."""
     assert run("import importlib.util; import fastbert; print(importlib.util.find_spec('kernels'))").strip() == "None"
 
 

@@ -1,4 +1,4 @@
-"""`fastbert verify` and `fastbert bench` find what is wrong, and nothing where all is right."""
+"""`fastbert verify` and `fastbert bench` report planted faults, and nothing for a correct model."""
 
 import math
 from copy import deepcopy
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """transformers has much to say about weights that a checkpoint lacks."""
+    """Silence transformers' warnings about weights that a checkpoint lacks."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     yield
@@ -32,7 +32,7 @@ def _quiet():
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of a tiny model of a class, without a tokenizer."""
+    """Save a tiny model of a class, without a tokenizer, and return its folder."""
 
     def save(head: str = "BertModel", **settings) -> Checkpoint:
         _, theirs = pair(head, **settings)
@@ -108,7 +108,7 @@ def test_every_class_by_an_encoders_weights(dtype, saved):
     ids=str,
 )
 def test_problem_types(settings, saved):
-    # Three labels are too many for a start and an end, five for the head of another class.
+    # These numbers of labels do not fit question answering, which has two, and multiple choice, which has one.
     found = verified(
         saved("BertForSequenceClassification", **settings),
         "BertForSequenceClassification", "BertForQuestionAnswering", "BertForMultipleChoice", dtype="float16",
@@ -130,7 +130,7 @@ def test_in_the_kernels(saved):
 
 
 def test_a_kernel_that_errs_is_found(saved, monkeypatch):
-    # One part in a thousand of the residual stream's update: no shape, no sign and no order is wrong.
+    # an error of one in a thousand, with correct shapes and signs
     exact = eager.linear_residual_layer_norm
     monkeypatch.setattr(eager, "linear_residual_layer_norm", lambda x, *others: exact(x * 1.001, *others))
     found = verified(saved(), *CLASSES)
@@ -202,7 +202,7 @@ def test_pooling_that_errs_is_found(mode, saved, monkeypatch):
     exact = ops.pool
 
     def wrong(hidden, cu_seqlens, wanted, normalize=False, indices=None):
-        # The next text's first token is taken for this one's.
+        # takes the first token of the next text
         longer = torch.cat([cu_seqlens[:1], (cu_seqlens[1:] + 1).clamp(max=cu_seqlens[-1])])
         return exact(hidden, longer if wanted == mode else cu_seqlens, wanted, normalize, indices)
 
@@ -276,7 +276,7 @@ def test_the_rule():
         (truth + 3.1e-3, truth + 1e-3, False),
         (truth * nan, truth + 1e-3, False),
         (truth * inf, truth + 1e-3, False),
-        # Where theirs is no number ours may be any number, or the same; the rest counts as always.
+        # Where theirs is NaN or infinite, ours may be a number or the same. The other values are compared.
         ([1.0, 7.0], [1.0, inf], True),
         ([1.0, nan], [1.0, nan], True),
         ([1.0, -inf], [1.0, -inf], True),
