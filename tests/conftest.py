@@ -1,10 +1,7 @@
-import functools
-import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Processes that tests start import the helpers in tests/tools, too.
@@ -34,63 +31,10 @@ from fastbert_kernels.launch import launching_by, run
 
 transformers.utils.logging.disable_progress_bar()
 
-
-def _untraced(interpret: Callable) -> Callable:
-    """Stop coverage while the interpreter runs: it measures fastbert/ only, and tracing kernels doubles the time."""
-
-    @functools.wraps(interpret)
-    def untraced(*args, **kwargs):
-        tracer = sys.gettrace()
-        if not hasattr(tracer, "stop"):  # there is no tracer, or not coverage's
-            return interpret(*args, **kwargs)
-        tracer.stop()
-        try:
-            return interpret(*args, **kwargs)
-        finally:
-            tracer.start()
-
-    return untraced
-
-
-def _quicken(interpreter: ModuleType) -> None:
-    """Patch `triton.language` once per launch of Triton's interpreter (triton/runtime/interpreter.py, 3.6 to 3.9).
-
-    The interpreter patches it again in each call of a jit helper. That changes nothing and takes a third of the time.
-    It also inspects all names of the language each time, although the builtins among them are always the same. One
-    thread launches at a time: `fastbert_kernels.launch` holds a lock.
-    """
-    patch, interpret = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    is_builtin = interpreter.tl.core.is_builtin
-    patched: set[int] = set()  # the ids of the globals that this launch has patched
-
-    @functools.cache
-    def names_of(package) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
-
-    def patch_builtin(package, builder, scope):
-        for name in names_of(package):
-            member = getattr(package, name)
-            if is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
-
-    def patch_once(fn):
-        if id(fn.__globals__) not in patched:
-            patched.add(id(fn.__globals__))
-            return patch(fn)
-
-    def launch(*args, **kwargs):
-        patched.clear()
-        return interpret(*args, **kwargs)
-
-    interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_once
-    interpreter.GridExecutor.__call__ = launch
-
-
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.runtime import interpreter
+    from quick_interpreter import quicken
 
-    _quicken(interpreter)
-    interpreter.GridExecutor.__call__ = _untraced(interpreter.GridExecutor.__call__)
+    quicken()
 
 
 @pytest.hookimpl(optionalhook=True)
