@@ -21,15 +21,21 @@ def docstrings(limit: int | None = None) -> list[str]:
 
 
 def _distinct_docstrings() -> Iterator[str]:
-    library = Path(sysconfig.get_path("stdlib"))
     seen = set()
-    for path in sorted(library.rglob("*.py")):
-        if not _SKIPPED.isdisjoint(path.relative_to(library).parts):
-            continue
+    for path in _sources(Path(sysconfig.get_path("stdlib"))):
         for text in _docstrings_of(path):
             if text not in seen:
                 seen.add(text)
                 yield text
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """The Python files below a folder, lazily: with installed packages there may be tens of thousands."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in _SKIPPED:
+            yield from _sources(path)
+        elif path.suffix == ".py":
+            yield path
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
