@@ -5,6 +5,7 @@ meta device, so that a kernel is specialized as in a real launch.
 """
 
 import re
+import struct
 import subprocess
 import tempfile
 import time
@@ -49,8 +50,11 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "MFMA", "MFMA", 64 * 1024, 64 * 1024, 4 * 512 * 64, 32, 32, 0),
 }
 TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor of sm_100
-# From the strongest to the weakest. Code that mixes them counts as the weakest.
-MATRIX_INSTRUCTIONS = {"tcgen05": r"\bUTC\w*MMA\b", "HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "MFMA": r"\bv_mfma_\w+"}
+# From the strongest to the weakest, as PTX and AMD's assembly name them. Code that mixes them counts as the weakest.
+MATRIX_INSTRUCTIONS = {
+    "tcgen05": r"\btcgen05\.mma\b", "HGMMA": r"\bwgmma\.mma_async\b", "HMMA": r"\bmma\.sync\b", "MFMA": r"\bv_mfma_\w+"
+}  # fmt: skip
+TMA_LOAD = r"\bcp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global\b"
 
 
 @dataclass(frozen=True)
@@ -194,12 +198,15 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
 
 
 def resources(compiled: CompiledKernel) -> Resources:
-    """Read the resources of a compiled kernel from its machine code."""
+    """Read the resources of a compiled kernel from its machine code, and its special instructions from the assembly.
+
+    NVIDIA's are read from PTX: nvdisasm takes longer than the compiler.
+    """
     metadata = compiled.metadata
     if metadata.target.backend == "cuda":
-        usage, code = _disassembled(compiled.asm["cubin"])
-        registers, spill_bytes = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        code_bytes = 16 + max(int(address, 16) for address in re.findall(r"/\*([0-9a-f]{4,})\*/ ", code))
+        code = compiled.asm["ptx"]
+        registers, spill_bytes = _usage(compiled.asm["cubin"])
+        code_bytes = _executable_bytes(compiled.asm["cubin"])
     else:
         code = compiled.asm["amdgcn"]
         registers = _of_amdgcn(code, r"\.vgpr_count")  # includes the accumulation registers
@@ -212,7 +219,7 @@ def resources(compiled: CompiledKernel) -> Resources:
         shared_bytes=metadata.shared,
         tensor_memory_columns=getattr(metadata, "tmem_size", 0) or 0,
         matrix_instruction=found[-1] if found else "none",
-        tma="UTMALDG" in code,
+        tma=re.search(TMA_LOAD, code) is not None,
         code_bytes=code_bytes,
         num_warps=metadata.num_warps,
     )
@@ -222,13 +229,23 @@ def _of_amdgcn(code: str, name: str) -> int:
     return int(re.search(rf"{name}(?: =|:)\s*(\d+)", code)[1])
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """Return cuobjdump's resource usage of a cubin and nvdisasm's listing."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Return a cubin's registers and bytes of local memory per thread."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return tuple(
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
+
+
+def _executable_bytes(cubin: bytes) -> int:
+    """Return the size of the executable sections of a 64-bit ELF file (System V ABI, chapter 4)."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    total = 0
+    for number in range(count):
+        flags, _, _, section_size = struct.unpack_from("<4Q", cubin, headers + number * size + 8)
+        total += section_size if flags & 0x4 else 0  # SHF_EXECINSTR
+    return total

@@ -1,9 +1,9 @@
 """What every kernel compiles to, on any machine: ``python -m fastbert_kernels.tuning.report``.
 
 Every kernel x shipped configuration x architecture x dtype is compiled ahead of time at the sizes of BERT models. Its
-registers, spills, shared memory, matrix instruction and CTAs per SM are read from the machine code. The roofline time
-of each call that uses it is listed beside them. The exit status is 1 if a kernel does not compile, spills on NVIDIA,
-exceeds the chip's shared memory or lacks the matrix instruction of its dtype. Its row has the reason.
+registers, spills, shared memory, matrix instruction and CTAs per SM are read from the machine code and the assembly.
+The roofline time of each call that uses it is listed beside them. The exit status is 1 if a kernel does not compile,
+spills on NVIDIA, exceeds the chip's shared memory or lacks the matrix instruction of its dtype. Its row has the reason.
 """
 
 import argparse
