@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def fine_tuned(minilm_path, tokenizer, tmp_path_factory):
-    """Return a function that trains two layers of MiniLM to classify docstrings by package."""
+    """Return a function that trains the first layer of MiniLM to classify docstrings by package."""
 
     def rows(start, stop):
         return [
@@ -68,7 +68,7 @@ def fine_tuned(minilm_path, tokenizer, tmp_path_factory):
         model = package.BertForSequenceClassification.from_pretrained(
             minilm_path,
             num_labels=len(PACKAGES),
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
         )
@@ -82,7 +82,7 @@ def fine_tuned(minilm_path, tokenizer, tmp_path_factory):
                 tmp_path_factory.mktemp("run"),
                 per_device_train_batch_size=16,
                 per_device_eval_batch_size=40,
-                learning_rate=5e-4,
+                learning_rate=1e-3,
                 num_train_epochs=2,
             ),
             train_dataset=rows(0, TRAINED_ON),
@@ -123,7 +123,7 @@ def test_fine_tuning_follows_transformers_step_by_step(fine_tuned, kind):
     assert run.losses == pytest.approx(expected.losses, abs=1e-3)
     assert run.evaluation["eval_accuracy"] == pytest.approx(expected.evaluation["eval_accuracy"], abs=0.01)
     assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], abs=1e-3)
-    assert sum(run.losses[-8:]) < 0.5 * sum(run.losses[:8])
+    assert sum(run.losses[-8:]) < 0.6 * sum(run.losses[:8])
     # There are four classes.
     assert run.evaluation["eval_accuracy"] > 0.6
     assert {row.backend for row in fastbert.explain(run.model.eval())} == {"eager"}
