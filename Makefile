@@ -1,13 +1,13 @@
 # Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 BIN := .venv/bin
-# A process a core, and a core a process.
+# One process per core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
-# The oldest Triton that serves, and the newest; constraints.txt has the one between.
+# The oldest supported Triton and the newest; constraints.txt has one in between.
 TRITONS ?= 3.6.0 3.9.0
 # How long `make fuzz` goes on.
 SECONDS ?= 60
-# What may differ between versions: what kernels compute, compile again for, and compile to.
+# The kernel tests to repeat on other versions of Triton: results, recompilation and compiled code.
 VERSION_TESTS := $(filter-out $(addprefix tests/kernels/test_,encoder_layer.py every_kernel.py matmul.py tune.py),\
     $(wildcard tests/kernels/test_*.py))
 
@@ -24,12 +24,12 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
-# Other versions lie over .venv. Triton 3.6's interpreter fails with numpy 2.4.
+# Other versions are in folders that PYTHONPATH puts before .venv. Triton 3.6's interpreter fails with numpy 2.4.
 .venv/triton-%/installed: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==$* $(if $(filter 3.6.%,$*),"numpy<2.4")
 	touch $@
 
-# What CI runs.
+# The tests that CI runs; .ci/run also lints and tries the distributions.
 test-all: test test-tritons
 
 test-tritons: $(TRITONS:%=.venv/triton-%/installed)
@@ -49,11 +49,11 @@ distributions: .venv/installed
 	    .venv/distribution/bin/python -I tests/tools/smoke.py || exit; \
 	done
 
-# Random models, what people do to them and random batches beside transformers, by seeds that nobody has run before.
+# Compare random models, with random changes by users and on random batches, with transformers. Seeds start at the time.
 fuzz: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/tools/fuzz.py --seconds $(SECONDS)
 
-# Planted bugs, each of which a test must fail for.
+# Plant bugs, one at a time. A test must fail for each.
 mutants: .venv/installed
 	$(BIN)/python tests/tools/mutants.py
 
@@ -61,7 +61,7 @@ bench: .venv/installed
 	$(BIN)/pytest bench
 	$(BIN)/python bench/report.py
 
-# On a GPU: every suite in 9 minutes, and what did not fit is named. `pytest bench --suite NAMES` runs parts, unhurried.
+# On a GPU: every suite in 9 minutes, and what did not fit is named. `pytest bench --suite NAMES` runs some without a limit.
 # Where the project was copied without its history: make bench-gpu COMMIT=NAME.
 bench-gpu: .venv/installed
 	$(BIN)/pytest bench --seconds 500 $(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(BIN)/python bench/report.py && exit $$status

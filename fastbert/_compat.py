@@ -1,8 +1,8 @@
 """Every private name of another library that fastbert uses, each in one place.
 
 If a release renames one, its test in tests/integrations/test_compat.py fails and this file has to change. Each function
-wraps the private names in its docstring. Each constant is the name of a method that fastbert looks up in a class or
-sets on an instance. Private names that a class of ours overrides (`_supports_flash_attn`) stay in that class.
+wraps the private names that its docstring lists. Each constant is a private name that fastbert looks up or sets.
+Private names that a class of ours overrides (`_supports_flash_attn`) stay in that class.
 
 Only torch is imported here, because the ops need neither transformers nor sentence-transformers.
 """
@@ -23,7 +23,7 @@ from torch.nn.modules import module as all_modules
 
 def is_tracing() -> bool:
     """True while `torch.compile`, `torch.export` or `torch.jit.trace` records a graph, in which neither shapes nor
-    control flow may depend on data: `torch._C._is_tracing`. The public function takes three calls."""
+    control flow may depend on data: `torch._C._is_tracing`. The public function makes three calls."""
     return is_compiling() or torch._C._is_tracing()
 
 
@@ -174,7 +174,7 @@ def attn_implementation(config: Any) -> str | None:
 
 
 def config_key(config: dict, name: str) -> str:
-    """The key of a setting in a configuration's `vars`: `_output_attentions` with an underscore if it is a property."""
+    """The key of a setting in a configuration's `vars`: its name, or `_` and its name if the setting is a property."""
     return name if name in config else f"_{name}"
 
 

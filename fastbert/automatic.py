@@ -142,10 +142,10 @@ class cuda_graphs:
     takes precedence over the model's, and that over the environment.
 
     "auto", the default: models capture on the main thread, as long as the only other threads are those of progress
-    bars, data loaders and notebooks; all threads replay. "on": models capture beside any threads, of which none may
-    meanwhile wait for the whole device, as `torch.cuda.synchronize` does, or draw random numbers on it. "off": nothing
-    is captured or replayed, `fastbert.graphed` included; for a model it also frees its graphs. Raises ValueError for
-    another mode, TypeError for a module without a fastbert model.
+    bars, data loaders and notebooks; all threads replay. "on": models also capture beside other threads, which
+    must not wait for the whole device during a capture, as `torch.cuda.synchronize` does, or draw random numbers on it.
+    "off": nothing is captured or replayed, `fastbert.graphed` included; for a model it also frees its graphs. Raises
+    ValueError for another mode, TypeError for a module without a fastbert model.
     """
 
     def __init__(self, mode: str, model: nn.Module | None = None):

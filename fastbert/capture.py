@@ -14,7 +14,8 @@ from fastbert.tokens import copied_to
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of padded batches
 PACKED_INPUTS = ("input_ids", "token_type_ids", "cu_seq_lens_q")
-# Two-dimensional outputs [B, S], with a value per token. All three-dimensional outputs have one.
+# Outputs [B, S] with a value per token; other two-dimensional outputs are per sequence. All three-dimensional outputs
+# are per token.
 PER_TOKEN = ("start_logits", "end_logits")
 
 _IS_BUILT = torch.backends.cuda.is_built()

@@ -59,7 +59,7 @@ Model = Annotated[
 ]  # fmt: skip
 Device = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 and so on: a GPU if there is one, or else the CPU."),
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 and so on; by default a GPU if there is one, else the CPU."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Checks of transformers' own `BertConfig`, which fastbert uses: what this encoder does not support raises."""
+"""Checks of transformers' `BertConfig`: settings that this encoder does not support raise ValueError."""
 
 from transformers import BertConfig
 from transformers.activations import ACT2FN
@@ -30,8 +30,7 @@ def attention_implementation(config: BertConfig) -> str:
 def check_config(config: BertConfig) -> None:
     """Raise `ValueError` for a configuration whose model would not be a plain BERT encoder.
 
-    transformers silently ignores relative positions; here a model never computes something other than its
-    configuration says.
+    transformers silently ignores relative positions; fastbert raises instead.
     """
     supported: dict[str, tuple[object, str]] = {
         "is_decoder": (False, "use transformers.BertLMHeadModel for a decoder"),

@@ -76,9 +76,9 @@ def optimize(obj: Object, dtype: torch.dtype | None = None) -> Object:
     trained, saved and adapted as before. Saved folders are ordinary ones. Modules of fastbert's own classes, and
     modules that are converted already, do not change.
 
-    sentence-transformers' encode, predict and rank run on packed tokens and tokenize ahead (`fastbert.inference`);
-    `explain` tells why not. Mean and first-token pooling and normalizing run in the op `pool` if no gradients are
-    recorded.
+    sentence-transformers' encode, predict and rank run on packed tokens and tokenize ahead where `fastbert.inference`
+    supports that; `explain` tells whether it does, and why not. Mean and first-token pooling and normalizing run in the
+    op `pool` if no gradients are recorded.
 
     dtype: torch.float32, float16 or bfloat16 casts all of obj. The previous weights stay on the host for `restore`,
     also in copies and pickles.
@@ -153,7 +153,7 @@ def _no_bert_message(obj: object, root: nn.Module) -> str:
         if isinstance(module, PreTrainedModel):
             kind = module.config.model_type
             if kind in PLANNED:
-                return f"{PLANNED[kind]} is planned but not supported yet (found a {class_name(module)}), only BERT is"
+                return f"{PLANNED[kind]} is planned but not supported yet (found a {class_name(module)}): only BERT is"
             return f"found a {class_name(module)} of model_type {kind!r}: fastbert supports BERT ({hf.__name__})"
     return f"found no transformers model in a {class_name(obj)}: fastbert supports BERT ({hf.__name__})"
 

@@ -17,7 +17,7 @@ KERNEL = "a kernel runs it"
 # Libraries whose modules ignore the hidden states at padding.
 LIBRARIES = ("fastbert", "torch", "transformers", "sentence_transformers", "peft", "accelerate")
 OWN_CODE = (
-    "hidden states at padding are zeros. If it uses them, as ColBERT's queries do, it must pass a mask of scores, "
+    "hidden states at padding are zeros. Code that reads them, as for ColBERT's queries, must pass a 4-D mask, "
     "attention_mask[:, None, None].bool()"
 )
 Choice: TypeAlias = tuple[str, str, str]  # op, back end and reason
@@ -66,7 +66,7 @@ def explain(obj) -> Explanation:
     """
     root = module_of(obj)
     if not any(isinstance(module, FusableBlock) for module in root.modules()):
-        raise TypeError(f"{class_name(root)} has no fastbert encoder in it to explain: fastbert.optimize makes one")
+        raise TypeError(f"{class_name(root)} contains no fastbert encoder: convert its BERT with fastbert.optimize")
     rows, chosen = Explanation(), backend.current_backend()
     weight = next(root.parameters(), None)
     projections = list(_projections(root))
@@ -95,7 +95,7 @@ def explain(obj) -> Explanation:
 
 
 def _graphs(root: nn.Module) -> Iterator[str]:
-    """A line for each fastbert model that is not inside another one or has graphs itself."""
+    """A line for each fastbert model, except for models inside another one that have no graphs of their own."""
     models = {name: module for name, module in root.named_modules() if isinstance(module, BertPreTrainedModel)}
     inner = {part for model in models.values() for part in model.modules() if part is not model}
     for name, model in models.items():
@@ -143,7 +143,7 @@ def _choices_of_block(block: FusableBlock) -> Iterator[Choice]:
         elif reason := why_eager(block, op, weight):
             yield op, "eager", reason
         else:
-            yield op, "triton", f"{KERNEL}, but eager for a mask of scores" if op == "attention" else KERNEL
+            yield op, "triton", f"{KERNEL}, but eager for a 3-D or 4-D mask" if op == "attention" else KERNEL
 
 
 def module_of(obj) -> nn.Module:

@@ -180,7 +180,8 @@ def fused_parts(block: nn.Module, fusable: bool = False) -> tuple[Any | None, st
 
 
 def _merged_base(module: Any) -> nn.Module | None:
-    """The module that a PEFT module wraps, if its adapters are merged, so that its forward only calls that module."""
+    """The module that a PEFT layer wraps if its adapters are merged, because its forward then only calls that module;
+    otherwise None."""
     if not type(module).__module__.startswith("peft.") or has_hooks(module) or has_patched_forward(module):
         return None
     # PEFT unmerges a disabled adapter in the next forward.
@@ -189,7 +190,8 @@ def _merged_base(module: Any) -> nn.Module | None:
 
 
 def _active_copy(module: Any) -> nn.Module:
-    """The module that PEFT's wrapper of a module and its trained copies calls; any other module itself."""
+    """The module that a PEFT wrapper with trained copies (`modules_to_save`) calls: the active copy or the original.
+    Any other module is returned unchanged."""
     copies = own_modules(module).get("modules_to_save")
     if copies is None or not type(module).__module__.startswith("peft."):
         return module

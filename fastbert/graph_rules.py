@@ -21,7 +21,7 @@ HARMLESS = (
     "zmq", "fastbert",
 )  # fmt: skip
 RUNS_CODE = ("ipykernel.subshell",)  # exceptions: their threads run user code
-THREADS = "another thread that waits for the device breaks a capture: FASTBERT_GRAPHS=on captures anyway"
+THREADS = "a capture breaks if another thread waits for the device meanwhile; FASTBERT_GRAPHS=on captures anyway"
 
 clock = time.monotonic  # seconds
 
@@ -46,7 +46,8 @@ mode_by_model: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 default = os.environ.get("FASTBERT_GRAPHS", "auto")
 # Why this process has no graphs, if it was forked.
 forked: str | None = None
-# The error of a failed capture, out-of-memory excepted: CUDA and torch's allocator may be unusable for captures since.
+# Why captures have stopped: the error of a failed capture, except for lack of memory. CUDA and torch's allocator may be
+# unable to capture since then.
 broken: str | None = None
 _captured_at: deque[float] = deque(maxlen=CAPTURES_A_MINUTE)
 

@@ -153,7 +153,7 @@ def _why_unsupported(model: BertPreTrainedModel, others: list[nn.Module], device
     if model.config.output_hidden_states or model.config.output_attentions:
         return "the configuration asks for hidden states or attention weights"
     if model.config.is_decoder or patches.replaced_for_masks(base):
-        return "transformers makes the model's masks"
+        return "the model is a decoder, or the functions that make its masks are patched"
     if reason := patches.replaced_forward(_transformers_class(model)) or why_not_bypassed():
         return reason
     if kind := _class_seeing_padding(model):

@@ -70,8 +70,8 @@ def graphed(model: Model, max_graphs: int = 32) -> Model:
     The next call notices new weights, `.to()`, replaced modules, hooks, adapters, modes and changed numbers such as
     eps. Until then the weights of the last capture stay in memory.
     Unsupported calls run without a graph, and the logger "fastbert" gives each reason once: gradients, training, hidden
-    states, attention weights, labels and other inputs, autocast, masks of scores, a CPU, blocks that run through their
-    modules, modules and models of unknown classes, outputs above 256 MiB, a failed capture.
+    states, attention weights, labels and other inputs, autocast, 3-D and 4-D masks, a CPU, blocks that run through
+    their modules, modules and models of unknown classes, outputs above 256 MiB, a failed capture.
 
     `del model.forward` undoes it. Raises TypeError for a module that is not a fastbert model, ValueError for a model
     whose forward is already patched and for max_graphs below 1.
@@ -99,7 +99,8 @@ def free_graphs(model: nn.Module) -> None:
 class NoReplay(NamedTuple):
     """Why a call did not replay a graph; an empty reason is not logged.
 
-    bucket: the bucket that this call counts for if it succeeds. If None, a model inside this one may replay a graph.
+    bucket: if given, models inside this one replay no graphs in the plain call, and the bucket counts as seen if the
+    call succeeds. If None, the models inside may replay graphs.
     """
 
     reason: str
@@ -234,7 +235,7 @@ class GraphedForward:
 
     def _replay(self, given: dict) -> ModelOutput | NoReplay:
         state = self._state
-        # With other embedding tables, a replay would report valid ids or read past the end of a table.
+        # With changed tables, a replay would report valid ids as out of range, or read past the end of a table.
         if state is None or ((state.unsupported_reason or not state.has_same_tables()) and not state.is_current()):
             state = self._new_state()
         inputs = [given.get(name) for name in (INPUTS if given.get("cu_seq_lens_q") is None else PACKED_INPUTS)]

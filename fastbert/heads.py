@@ -174,8 +174,8 @@ class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
         labels: Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """labels: classes as integers [B], regression targets as floats [B], or 0/1 floats [B, num_labels].
-        config.problem_type says which of them; if None, the first labels set it."""
+        """labels: classes as integers [B], regression targets as floats [B] or [B, num_labels], or 0/1 floats
+        [B, num_labels]. config.problem_type says which; if it is None, num_labels and the first labels set it."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self._encode(hf.BertForSequenceClassification, *inputs, **kwargs)
         logits = project(self.classifier, self.dropout(outputs[1]))

@@ -1,7 +1,7 @@
 """`encode` and `predict` of sentence-transformers on packed batches, with the next texts tokenized meanwhile.
 
 The modules of sentence-transformers run on packed token embeddings [1, T, E] and cu_seqlens. An unsupported model or
-call raises `Unsupported` with the reason, and then runs sentence-transformers' own code.
+call raises `Unsupported` with the reason; `fastbert.sentences` then runs sentence-transformers' own code.
 """
 
 import os

@@ -19,7 +19,8 @@ class BertForwardKwargs(TypedDict, total=False):
     """The keywords that every `forward` takes beyond its signature; any other raises TypeError.
 
     cu_seq_lens_q and the four after it come from `DataCollatorWithFlattening`: input_ids is then one row [1, T] of
-    packed sequences, cu_seq_lens_q [N + 1] holds their offsets, and pooler_output is [N, E]. num_items_in_batch comes
+    packed sequences, cu_seq_lens_q [N + 1] holds their offsets, and pooler_output is [N, E]. If the offsets are on a
+    device, max_length_q must be an upper bound of the lengths (not checked; None means T). num_items_in_batch comes
     from Trainer, through custom heads that pass on all keywords.
     """
 
@@ -52,7 +53,8 @@ def reject_decoder_arguments(encoder_hidden_states, encoder_attention_mask, past
     }
     if any(given.values()):
         names = ", ".join(name for name, is_given in given.items() if is_given)
-        raise ValueError(f"{names}: only encoders are supported, use transformers.BertLMHeadModel or BertModel")
+        others = "transformers.BertLMHeadModel or transformers.BertModel"
+        raise ValueError(f"{names}: only encoders are supported, use {others}")
 
 
 def _has_effect(value: object) -> bool:
@@ -137,7 +139,7 @@ def head_counts(encoder: nn.Module, config: BertConfig) -> set[int]:
 def num_rows(table: nn.Module | None, default: int) -> int:
     """The number of rows of an embedding table, by its weight: users replace weights without updating num_embeddings.
 
-    A sharded weight has its shape only while it is gathered; then num_embeddings counts.
+    A sharded weight is two-dimensional only while it is gathered. At other times num_embeddings counts.
     """
     weight = getattr(table, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
@@ -152,8 +154,10 @@ def num_columns(embeddings: nn.Module, buffer: str, default: int) -> int:
 
 
 def num_positions(config: BertConfig, embeddings: nn.Module, default: Tensor | None) -> int:
-    """The longest supported sequence: the rows of the position table, or the size of the buffer of default positions,
-    if it differs from 0, 1, 2, ... (otherwise pass None)."""
+    """The longest supported sequence: the rows of the position table, or the entries of `default`.
+
+    default: the buffer of default positions if it differs from 0, 1, 2, ..., otherwise None.
+    """
     rows = num_rows(getattr(embeddings, "position_embeddings", None), config.max_position_embeddings)
     if default is None:
         return rows

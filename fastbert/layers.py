@@ -60,7 +60,7 @@ class BertSelfAttention(hf.BertSelfAttention):
         """[T, E] with a packed layout, otherwise [B, S, E] -> the same shape, and the attention weights [B, H, S, S] or
         None.
 
-        With output_attentions the weights are computed for every attention that the configuration can name.
+        With output_attentions the weights are computed whichever attention the configuration names.
         """
         named, needs_weights = attn_implementation(self.config), bool(kwargs.get("output_attentions"))
         if attention_mask is not None:  # `device_map` can place layers on different devices

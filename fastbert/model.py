@@ -118,9 +118,12 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         """Encode a batch of sequences.
 
         input_ids, token_type_ids, position_ids: integers [B, S]; inputs_embeds [B, S, E] replaces input_ids.
-        attention_mask: see `fastbert.tokens.layout_from_mask`. Returns last_hidden_state [B, S, E] (zeros at padding),
-        pooler_output [B, E] (from the first kept token of each sequence), and hidden_states and attentions on request.
-        Raises IndexError for an id, token type or position out of range, ValueError or TypeError for other bad input.
+        attention_mask: see `fastbert.tokens.layout_from_mask`; keywords: see `BertForwardKwargs`. Returns
+        last_hidden_state [B, S, E] (zeros at padding), pooler_output [B, E] (from the first kept token of each
+        sequence), and on request hidden_states ([B, S, E] for the embeddings and each layer) and attentions
+        ([B, H, S, S] for each layer). Raises IndexError for an id, token type or position out of range (on a GPU
+        possibly in a later call), RuntimeError if the back end "triton" is chosen and cannot run, ValueError or
+        TypeError for other bad input.
         """
         if replaced := patches.replaced_in_models():
             raise ValueError(f"{replaced}, which fastbert does not run: undo that, or use transformers' class")
@@ -155,7 +158,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         else:
             needs_padding = given.get("output_attentions") or self._packs_in_pytorch(layout)
             encoder_layout = layout.as_padded() if needs_padding else layout
-            # `run` instead of the module's call: no hook or patch would see it.
+            # Call `run` directly: `runs_packed` found no hook or patch that the module's call would reach.
             sequence_output, hidden_states, attentions = encoder.run(
                 self._embed(encoder_layout, batch, unfused_reason), encoder_layout, given, unfused_reason
             )
@@ -173,8 +176,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _encode_as_transformers(
         self, layout: TokenLayout, batch: Batch, attention_mask: Tensor | None, given: dict, own_masks: bool
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...] | None]:
-        """Call an encoder that has hooks or was replaced as transformers does, with hidden states [B, S, E] and a mask.
-        Returns its last hidden state, hidden states and attentions, with zeros at padding.
+        """Call the encoder as transformers does, with hidden states [B, S, E] and a mask, because it has hooks or was
+        replaced, or because the model makes its own masks. Returns the last hidden state, hidden states and attentions,
+        with zeros at padding.
 
         own_masks: the model makes its masks, which may let tokens attend to padding, so padding is embedded as it is.
         """
@@ -186,7 +190,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         else:
             mask = mask_for(layers_of(self.encoder), layout, hidden_states)
             if mask is not None and not is_tracing():
-                # With it our own encoder zeroes the padding of the states that it returns and continues from.
+                # Our own encoder reads `keep` from the mask, to zero the padding of the states that it returns.
                 mask.keep = layout.keep  # type: ignore[attr-defined]
         unused = dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask", "past_key_values"))
         encoded = self.encoder(hidden_states, attention_mask=mask, **unused, use_cache=False, **given)

@@ -76,7 +76,7 @@ def _first_replaced(methods: tuple, originals: list) -> str | None:
 
 @constant_in_graphs
 def replaced() -> str | None:
-    """What was patched of the code that the fused ops replace, as a reason; None if nothing was."""
+    """Return which patch of the code that the fused ops replace is active, as a reason; None if there is none."""
     # This runs in every call. Comparing lists is quick, because it compares identities first.
     if [*map(_forward_of, _KINDS)] != _ORIGINALS and (reason := _first_replaced(_FORWARDS, _ORIGINALS)):
         return reason
@@ -93,7 +93,7 @@ def replaced() -> str | None:
 
 @constant_in_graphs
 def replaced_in_models() -> str | None:
-    """What was patched of the code that our model and encoder replace, as a reason; None if nothing was."""
+    """Return which forward that our model and encoder replace is patched, as a reason; None if none is."""
     if [*map(_forward_of, _MODEL_KINDS)] == _ORIGINAL_MODELS:
         return None
     return _first_replaced(_MODEL_METHODS, _ORIGINAL_MODELS)
@@ -101,14 +101,14 @@ def replaced_in_models() -> str | None:
 
 @constant_in_graphs
 def replaced_forward(kind: type) -> str | None:
-    """The reason that the forward of a class of transformers is patched; None if it is original."""
+    """Return that the forward of a class of transformers is patched, as a reason; None if it is original."""
     name = kind.__name__
     return None if _is_original(kind, "forward", name) else f"{name}.forward is patched for every model"
 
 
 @constant_in_graphs
 def replaced_for_masks(model: hf.BertModel) -> str | None:
-    """What was patched of the code with which transformers makes a model's masks, as a reason; None if nothing was."""
+    """Return which function that makes a model's masks is patched or replaced, as a reason; None if none is."""
     if getattr(getattr(model, MAKES_MASKS), "__func__", None) is not _ORIGINAL_MASKS:
         return "its _create_attention_masks is patched"
     functions = registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa"), registered(ALL_MASK_ATTENTION_FUNCTIONS, "eager")

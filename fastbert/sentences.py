@@ -127,7 +127,7 @@ def _forward(transformer: Any, features: dict, **kwargs) -> dict:
     if mask is None or "attention_mask" in kwargs:
         pass
     elif "query_expansion_positions" in features:
-        # The hidden states of masked tokens are needed here. A mask of scores keeps all tokens.
+        # The hidden states of masked tokens are needed here. A 4-D mask keeps all tokens.
         kwargs["attention_mask"] = mask.bool()[:, None, None]
     # An input on the host keeps a compiled model out of CUDA graphs. A batch padded since then has a larger mask.
     elif on_host is not None and not _is_compiled(transformer.model) and mask.shape == on_host.array.shape:

@@ -7,9 +7,9 @@ The rounding allowance is one rounding of the result in its dtype and four of fl
 A float32 product of three TF32 products is off by up to four: omitting the product of the low parts costs up to two,
 and truncating each low part to TF32 costs one. In sums of many terms transformers' own error covers that, but a sum of
 a few terms may be exact in transformers. Plain TF32, off by thousands of roundings, exceeds the limit at least tenfold.
-To the allowance of 16-bit dtypes the four roundings add at most a two-thousandth.
+For 16-bit dtypes the four roundings increase the allowance by at most a two-thousandth.
 
-Where transformers gives NaN or infinity, for example where float16 overflows, the rule demands nothing.
+Where transformers gives NaN or infinity, for example where float16 overflows, a result must be finite or the same.
 """
 
 import math
@@ -64,8 +64,8 @@ def closeness(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = MODEL
     """The errors of ours and theirs in each measure, over the elements that are finite in theirs; an empty list if none
     is. Where theirs is NaN or infinite, ours must be the same or finite, otherwise all errors are NaN.
 
-    ours and theirs have the same shape and dtype, truth the same shape and a wider dtype; otherwise ValueError. The
-    rounding allowance is relative to the maximum of the truth (for "rms": to its root mean square).
+    Raises ValueError unless the three have one shape, and ours and theirs one dtype. truth should have a wider dtype.
+    The rounding allowance is relative to the maximum of the truth (for "rms": to its root mean square).
     """
     if not ours.shape == theirs.shape == truth.shape:
         raise ValueError(f"shapes differ: {list(ours.shape)}, {list(theirs.shape)}, {list(truth.shape)}")

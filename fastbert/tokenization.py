@@ -1,7 +1,7 @@
 """Texts to packed token ids by the `tokenizers` library, with the same tokens as transformers' wrapper gives.
 
 The wrapper turns the library's results into Python lists and padded tensors, which takes several times as long as
-tokenizing. It is called for one text only, so that it sets truncation as for all texts.
+tokenizing. So it is called only once, for one text, to set the truncation of the library's tokenizer.
 """
 
 import copy
@@ -137,7 +137,7 @@ def _copy_of(original: Tokenizer) -> Tokenizer:
         (copied.add_special_tokens if special else copied.add_tokens)(list(tokens))
     if copied.get_added_tokens_decoder() != added:
         raise Unsupported("the ids of the tokenizer's added tokens change when they are added again")
-    # The original may still look for added tokens as an old normalizer wrote them, if that was changed in place.
+    # If its normalizer was changed in place, the original may still look for added tokens as the old one wrote them.
     normalized = [token.content for token in added.values() if token.normalized]
     if type(original.normalizer) is normalizers.BertNormalizer:
         # None of its options changes such words.

@@ -4,9 +4,10 @@ Letters used in every shape of this project: B batch, S padded length, T packed 
 size, F feed-forward size, V vocabulary. N is the number of sequences, which is B unless sequences share a row.
 
 Padding is removed once, before the embeddings, and restored once, after the last layer, as zeros. The host knows the
-number of tokens if the mask is on the CPU. Otherwise the number stays on the device and buffers have B * S rows.
-Nothing is packed if a mask is not per token, or if shapes may not depend on data (tracing, tensors on a device) and no
-kernel can read the number on the device. Then hidden states stay [B, S, E] and attention gets a mask.
+number of tokens if the mask is on the CPU, and reads it from the device if gradients are recorded. Otherwise the number
+stays on the device and buffers have B * S rows. A batch stays padded, with hidden states [B, S, E] and a mask for
+attention, if its mask has more than two dimensions, or if neither the host nor a kernel can read the number of tokens
+(while tracing, or with a mask on a device without kernels).
 """
 
 from collections.abc import Collection
@@ -23,7 +24,7 @@ from fastbert.ops.eager import OptionalTensor, clear_past, finite, sequence_of
 
 
 def shapes_may_depend_on_data(tensor: Tensor) -> bool:
-    """True if the host can read the tensor's values without waiting, and may choose the shapes of others by them."""
+    """True if the host can read the tensor's values without waiting, and nothing that records the call forbids it."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not is_tracing()
 
 
@@ -214,7 +215,7 @@ def layout_from_cu_seqlens(
     """The layout of sequences that are already packed into one row, as by `DataCollatorWithFlattening`.
 
     cu_seqlens: integers [N + 1] from 0 to S, not decreasing; batch_size must be 1. Raises ValueError otherwise. Offsets
-    on a device are not checked: outputs are zeros from the last offset on.
+    on a device are not checked; tokens past the last one get zeros. max_seqlen counts for these only; None means S.
     """
     if batch_size != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Batches of packed tokens from many texts: tokenized a window ahead of the device, sorted by length, cut by tokens.
+"""Tokenize texts window by window, one window ahead of the device, and cut each window into packed batches.
 
-A text's vector does not depend on the other texts of its batch, so texts can be sorted by length. Nothing is padded.
-The ids and cu_seqlens of all batches of a window go to the device in one copy.
+The texts of a window are sorted by length: a text's vector does not depend on the other texts of its batch. Nothing is
+padded. The ids and cu_seqlens of all batches of a window go to the device in one copy.
 """
 
 import threading

@@ -1,1 +1,1 @@
-"""What the command line does, a module a command, and what these share with the project's tests and benchmarks."""
+"""The commands of the command line, one module each, and helpers that the project's tests and benchmarks share."""

@@ -125,14 +125,14 @@ class ResumableNpy:
         size = self._first_row + rows * self._row_bytes
         progress = Progress.read(self.progress_path)
         if progress is None and self._size():
-            raise FileExistsError(f"{self.partial} is not the beginning of a run: delete it, or give another -o")
+            raise FileExistsError(f"{self.partial} is not of an interrupted run: delete it, or give another -o")
         if progress is not None and progress.rows:
             self._check_fingerprint(progress, fingerprint)
             if self._size() == size:
                 self.progress = progress
                 return progress
         self.progress = Progress(fingerprint)
-        # Before the first byte: a partial file without progress is not overwritten.
+        # Write the progress before the first byte: a partial file without progress raises FileExistsError.
         self.progress.write(self.progress_path)
         self._allocate(size)
         self._file.write(header.getbuffer())

@@ -48,7 +48,8 @@ def summary(seconds: list[float], baseline_seconds: list[float]) -> dict:
 
 
 def host_seconds(call: Callable, calls: int = 1) -> tuple[float, float]:
-    """Seconds per call by the host's clock, twice. The call must wait for its work on a device."""
+    """Seconds per call by the host's clock, twice: as the time of a call and as the time to issue it. The call must
+    wait for its work on a device."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -75,8 +76,8 @@ def throughput_clock(device: torch.device) -> str:
 
 
 def side_by_side(call: Callable, baseline: Callable, seconds: float, clock: str) -> Measured:
-    """Time both for about `seconds` in all, each round of the call after one of the baseline. The number of rounds
-    follows from the minimum times in a first tenth of the time."""
+    """Time both for about `seconds` in all, each round of the call after one of the baseline. Before that, each runs
+    for a tenth of `seconds`; the minimum times determine the number of rounds."""
     clocked = CLOCKS[clock]
     least, baseline_least = (_undisturbed(clocked, each, seconds / 10) for each in (call, baseline))
     repeats = (1, 1) if clock == "host" else [max(1, round(ROUND_SECONDS / each)) for each in (least, baseline_least)]

@@ -2,8 +2,8 @@
 
 The truth is transformers' model in float64, with weights rounded to the dtype. Intended differences are left out:
 hidden states and logits at padding, the pooled output with left padding (transformers pools a padding token), and the
-loss of question answering with padding (which counts answers there). sentence-transformers' pooling is compared with
-its formula in plain PyTorch. Letters as in `fastbert.tokens`.
+loss of question answering with padding (transformers counts answers at padding). sentence-transformers' pooling is
+compared with its formula in plain PyTorch. Letters as in `fastbert.tokens`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,8 +64,8 @@ HEAD_EVERY_MASK = 16
 HEAD_TOKENS = {"cpu": 512, "cuda": 8192}
 VOCABULARY_HEADS, VOCABULARY_TOKENS = ("BertForPreTraining", "BertForMaskedLM"), 128
 STATES_SHAPE = (4, 32)
-# Few numbers of transformers may be exact by chance. Outputs with fewer than this are compared together with those of
-# other batches, and so are losses.
+# If there are only a few numbers, transformers' may be exact by chance and the limit too strict. Outputs with fewer
+# numbers than this are compared together with those of other batches, and so are losses.
 FEW_NUMBERS = 64
 LOSS_SHAPE, LOSS_BATCHES = (2, 12), 4
 
@@ -95,9 +95,10 @@ class Models(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison of a subject that came closest to its limit or exceeded it most, and its output and batch.
+    """The comparison of a subject (a class or one of its outputs) that is closest to its limit or furthest beyond it.
 
-    closeness: None if transformers gives only NaN or infinity. is_finite: whether it gives none of these.
+    where: its output and batch. closeness: None if transformers gives only NaN or infinity. is_finite: whether
+    transformers gives neither.
     """
 
     subject: str

@@ -3,8 +3,9 @@
 `backend` decides which, `eager` has the references, `torch_library` the ops of traced graphs and their gradients.
 Letters as in `fastbert.tokens`.
 
-num_tokens is an int32 [1] on the device: how many of the T rows are tokens, if only the device knows it. Kernels
-neither read nor write the rows from num_tokens on; the references read and return zeros there.
+num_tokens is an int32 [1] on the device: how many of the T rows are tokens, if only the device knows it. The rows from
+index num_tokens on affect no other row. Kernels leave them undefined in their outputs, except that `unpack` writes
+zeros to their places. The references read them as zeros and return zeros there.
 """
 
 import os
@@ -89,10 +90,11 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """softmax(scale * Q K^T) V of each head within each sequence: qkv [T, 3, H, D], cu_seqlens int32 [N + 1] -> [T, E].
 
-    mask (bool or additive, broadcasting to [N, H, S, S]) needs sequences of equal length and runs in eager only.
+    max_seqlen: an upper bound of the sequence lengths; later tokens would have undefined rows. mask (bool or additive,
+    broadcasting to [N, H, S, S]) needs sequences of equal length and runs in eager only.
     implementation, "sdpa" or "eager", is the attention of the eager path. Vaswani et al. 2017, section 3.2.
     """
-    unsupported_reason = "a mask of attention scores cannot be packed" if mask is not None else None
+    unsupported_reason = "a 3-D or 4-D attention mask cannot be packed" if mask is not None else None
     kernel = backend.kernel("attention", qkv, unsupported_reason, size=qkv.shape[-1])
     if kernel is None:
         return eager.attention(qkv, cu_seqlens, max_seqlen, scale, mask, implementation, num_tokens)

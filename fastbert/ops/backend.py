@@ -111,10 +111,11 @@ def _why_not_triton(op: str, device_type: str, device_index: int | None, dtype: 
         return "triton is not installed: pip install triton"
     if device_type == "cpu" and not import_module("fastbert_kernels").INTERPRETED:
         return (
-            f"the tensors are on 'cpu' and {NEED_CUDA}, or TRITON_INTERPRET=1 before Triton is imported, to debug them"
+            f"the tensors are on 'cpu' and {NEED_CUDA}; to debug them on the CPU, set TRITON_INTERPRET=1 before Triton "
+            "is imported"
         )
     if device_type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device_index) < (8, 0):
-        return "Triton emits matrix instructions from compute capability 8.0 on"
+        return "the GPU's compute capability is below 8.0, the lowest for which Triton emits matrix instructions"
     if dtype not in import_module("fastbert_kernels.limits").DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if not hasattr(import_module("fastbert_kernels"), op):
@@ -222,9 +223,9 @@ def kernel(op: str, tensor: Tensor, unsupported_reason: str | None = None, size:
 def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     """Raise IndexError if kernels on this device have read an index out of range since the last call of this function.
 
-    The outputs of that sequence are NaN. Without `wait` this does not wait for kernels that still run, so a later call
-    may raise instead. It does nothing under tracing, a function transform or a dispatch mode: the next call outside of
-    them raises.
+    All outputs of the sequence that holds the index are NaN. Without `wait` this does not wait for kernels that still
+    run, so a later call may report their indices. It does nothing under tracing, a function transform or a dispatch
+    mode: the next call outside of them raises.
     """
     if is_tracing() or is_transforming() or is_watched():
         return
@@ -238,6 +239,6 @@ def raise_bad_ids(device: torch.device, wait: bool = False) -> None:
     if found:
         values = ", ".join(f"{name} held {value}, allowed are 0 to {limit - 1}" for name, value, limit in found)
         raise IndexError(
-            f"{values}: the outputs of that sequence, in this call or an earlier one, are NaN; FASTBERT_CHECK=1 in "
-            "the environment raises in the call itself"
+            f"{values}: the outputs of the sequence with this index are NaN, in this call or an earlier one; set "
+            "FASTBERT_CHECK=1 in the environment to raise in the call itself"
         )

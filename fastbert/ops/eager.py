@@ -211,8 +211,8 @@ def varlen_attention(
 
 
 def finite(mask: OptionalTensor, dtype: torch.dtype) -> OptionalTensor:
-    """An additive mask in the dtype of the scores, with its minimum for -inf, because a row of -inf only gives NaN. A
-    bool mask and None are returned unchanged."""
+    """An additive mask in the dtype of the scores, with -inf replaced by the dtype's minimum: the softmax of a row of
+    -inf alone is NaN. A bool mask and None are returned unchanged."""
     if mask is None or mask.dtype == torch.bool:
         return mask
     return mask.to(dtype).clamp(min=torch.finfo(dtype).min)

@@ -5,8 +5,8 @@ for each operation and operand width in bits ("16", "32"). A launch uses the fir
 size; null means any size. A config has the fields of `GemmConfig` or `AttentionConfig`. The tuner adds the device, the
 versions and the "measured_us" of entries. An entry may have its own "source".
 
-The file is the first that exists of: the one that FASTBERT_CONFIGS names, `configs/<device>.json`,
-`configs/<architecture>.json`, `configs/default.json`.
+The file is the one that FASTBERT_CONFIGS names, if it is set. Otherwise it is the first that exists of
+`configs/<device>.json`, `configs/<architecture>.json` and `configs/default.json`.
 """
 
 import functools
@@ -148,7 +148,7 @@ def check(document: dict, path: Path) -> dict:
     if "bits" in document and document["bits"] != "measured":
         fail("", f"bits is {document['bits']!r}, expected 'measured' or nothing")
     if "bits" in document and "device" not in document:
-        fail("", "'bits' needs 'device', the name of the GPU that they were measured on")
+        fail("", "'bits' needs 'device', the name of the measured GPU")
     for operation, kind in CONFIGS.items():
         check_keys(f"{operation}: ", document[operation], WIDTHS)
         for width, entries in document[operation].items():
@@ -307,8 +307,9 @@ def _check_devices(document: dict, path: Path) -> None:
     for device in range(torch.cuda.device_count()):
         if (name := torch.cuda.get_device_name(device)) != document["device"]:
             raise ValueError(
-                f"launch configurations {path}: bits were measured on {document['device']}, and this process has "
-                f"{name}, where a row's result could depend on its batch: hide that GPU with CUDA_VISIBLE_DEVICES"
+                f"launch configurations {path}: bitwise equality was measured on {document['device']}, but this "
+                f"process has {name}, where a row's result could depend on its batch: hide that GPU with "
+                "CUDA_VISIBLE_DEVICES"
             )
 
 

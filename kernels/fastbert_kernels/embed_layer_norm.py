@@ -269,11 +269,11 @@ def embed_layer_norm(
 ) -> Tensor:  # fmt: skip
     """LayerNorm of the summed embeddings of the kept tokens -> [T, E] in the dtype that their sum has in torch.
 
-    input_ids, token_type_ids, position_ids: integers [B, S]. If they are None, inputs_embeds [B, S, E] replaces the
-    word rows, the token type is 0, and the position is the column. indices int64 [T]: the kept places of the flattened
-    batch; None keeps all. Tables: [V, E], [max positions, E], [types, E]. weight and bias: [E]. num_tokens int32 [1] on
-    the device: rows from it on are neither read nor written. padding_idx only affects gradients. Raises ValueError or
-    TypeError for invalid shapes, dtypes or devices.
+    input_ids, token_type_ids, position_ids: integers [B, S]. Without input_ids, inputs_embeds [B, S, E] replaces the
+    word rows; without token_type_ids all types are 0; without position_ids the position is the column. indices int64
+    [T]: the kept places of the flattened batch; None keeps all. Tables: [V, E], [max positions, E], [types, E]. weight
+    and bias: [E]. num_tokens int32 [1] on the device: rows from index num_tokens on are neither read nor written.
+    padding_idx only affects gradients. Raises ValueError or TypeError for invalid shapes, dtypes or devices.
     """
     if input_ids is not None:
         inputs_embeds = None

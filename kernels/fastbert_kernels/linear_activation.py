@@ -189,9 +189,9 @@ def linear_activation(
 ) -> Tensor:
     """activation(x W^T + b): x [T, K], weight [N, K], bias [N] -> [T, N].
 
-    activation: "gelu" (exact), "gelu_tanh", "relu", "tanh" or "none". num_tokens int32 [1] on the device: rows from it
-    on affect no other row, and are undefined in the output. Raises ValueError or TypeError for an unknown activation
-    and invalid shapes, dtypes or devices.
+    activation: "gelu" (exact), "gelu_tanh", "relu", "tanh" or "none". num_tokens int32 [1] on the device: rows from
+    index num_tokens on affect no other row, and are undefined in the output. Raises ValueError or TypeError for an
+    unknown activation and invalid shapes, dtypes or devices.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear_activation: activation {activation!r} is unknown; choose one of {ACTIVATIONS}")

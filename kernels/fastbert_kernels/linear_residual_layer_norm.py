@@ -216,8 +216,9 @@ def linear_residual_layer_norm(
 ) -> Tensor:  # fmt: skip
     """LayerNorm(x W^T + b + residual): x [T, K], weight [E, K], bias [E], residual [T, E] -> [T, E].
 
-    norm_weight and norm_bias [E]. num_tokens int32 [1] on the device: rows from it on affect no other row, and are
-    undefined in the output. Raises ValueError for invalid shapes or devices and E above 16384, TypeError for dtypes.
+    norm_weight and norm_bias [E]. num_tokens int32 [1] on the device: rows from index num_tokens on affect no other
+    row, and are undefined in the output. Raises ValueError for invalid shapes or devices and E above 16384, TypeError
+    for dtypes.
     """
     launches = linear_residual_layer_norm_launches(
         spec_of(x), spec_of(weight), spec_of(bias), spec_of(residual), spec_of(norm_weight), spec_of(norm_bias),

@@ -89,7 +89,8 @@ def common_unit(x: TensorSpec, *sizes: int) -> int:
 
 
 def row_blocks(width: int) -> dict[str, int]:
-    """Return a program's rows and warps. They depend on the width alone, so that a row's result does, too."""
+    """Return a program's rows, columns and warps. They depend on the width alone, so a row's result does not depend on
+    the number of rows."""
     block = max(1, triton.next_power_of_2(width))
     rows = max(1, min(16, 2048 // block))
     return {"BLOCK_ROWS": rows, "BLOCK_E": block, "num_warps": 4 if rows * block <= 4096 else 8}

@@ -187,8 +187,8 @@ def unpack(
     """Scatter the rows of hidden [T, ...] to their places in [B, S, ...], with zeros elsewhere.
 
     indices int64 [T]: the place of each row in the flattened batch, without duplicates. None means that no token was
-    dropped; the result is a view of hidden. num_tokens int32 [1] on the device: the places of rows from it on get
-    zeros. Raises ValueError or TypeError for invalid shapes, dtypes or devices.
+    dropped; the result is a view of hidden. num_tokens int32 [1] on the device: the places of rows from index
+    num_tokens on get zeros. Raises ValueError or TypeError for invalid shapes, dtypes or devices.
     """
     if indices is None:
         return hidden.unflatten(0, (batch_size, seq_len))

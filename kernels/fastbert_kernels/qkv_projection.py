@@ -135,8 +135,8 @@ def qkv_projection(
 ) -> Tensor:  # fmt: skip
     """x [T, K], three weights [E, K] and biases [E] -> queries, keys and values [T, 3, H, D].
 
-    num_tokens int32 [1] on the device: rows from it on affect no other row, and are undefined in the output. Raises
-    ValueError or TypeError for invalid shapes, dtypes or devices.
+    num_tokens int32 [1] on the device: rows from index num_tokens on affect no other row, and are undefined in the
+    output. Raises ValueError or TypeError for invalid shapes, dtypes or devices.
     """
     launch = qkv_projection_launch(
         spec_of(x), spec_of(q_weight), spec_of(q_bias), spec_of(k_weight), spec_of(k_bias),

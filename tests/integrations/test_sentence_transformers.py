@@ -388,7 +388,7 @@ def test_explain_names_the_pooling(tiny_path):
     by_maximum = fastbert.explain(fastbert.optimize(around(tiny_path, "max")))
     assert [row.block for row in by_maximum if row.op == "pool"] == ["2"]
     fastbert.restore(model)
-    with pytest.raises(TypeError, match="has no fastbert encoder in it to explain"):
+    with pytest.raises(TypeError, match="contains no fastbert encoder: convert its BERT"):
         fastbert.explain(model)
 
 

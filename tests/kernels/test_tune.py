@@ -656,7 +656,7 @@ FIRST = ("qkv_projection", "16", 0)
         (changed("linear_residual_layer_norm", "16", 0, "config", "halves", to=True), "entry 0: 'halves' is unknown"),
         (changed(*FIRST, "because", to="it won"), "entry 0: 'because' is unknown; known are up_to, config, "),
         (changed("bits", to="equal") | {"device": "H"}, "bits is 'equal', expected 'measured' or nothing"),
-        (changed("bits", to="measured"), "'bits' needs 'device', the name of the GPU"),
+        (changed("bits", to="measured"), "'bits' needs 'device', the name of the measured GPU"),
         (changed("qkv_projection", "32", 0, "config", "BLOCK_K", to=64) | {"device": "H", "bits": "measured"},
          "qkv_projection, 32 bits: entries differ in BLOCK_K, [32, 64]"),
         (changed(*FIRST, "config", "BLOCK_M", to=32) | {"device": "H", "bits": "measured"},
@@ -698,7 +698,7 @@ def test_a_file_with_measured_bits_is_for_its_device_only(names, forgetful, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device])
     if "NVIDIA H100" in names:
-        with pytest.raises(ValueError, match="bits were measured on NVIDIA H200, and this process has NVIDIA H100"):
+        with pytest.raises(ValueError, match="was measured on NVIDIA H200, but this process has NVIDIA H100"):
             configs.table_for("sm_90")
     else:
         assert configs.table_for("sm_90") == TABLES["nvidia-h200"]

@@ -78,7 +78,7 @@ def call(model: nn.Module, times: int = 2, shape: tuple[int, int] = (2, 16)) -> 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_second_call_captures(head, captures):
     model = made(head)
-    of_choices = head == "BertForMultipleChoice"  # of whose graph its BertModel takes care
+    of_choices = head == "BertForMultipleChoice"  # its BertModel captures, on [B, S]
     batch = {name: x[:, None] if of_choices else x for name, x in texts(3, 18).items()}
     expected = plain(model, **batch)
     assert_same(model(**batch), expected)
@@ -189,7 +189,7 @@ def test_graphs_beyond_the_memory_make_room_for_the_newest(captures, monkeypatch
     assert captures == [(1, 16), (2, 16), (4, 16), (4, 16)]
     assert automatic.graphs_of(model).buckets() == [(4, 16)]
     assert automatic.graphs_of(model).memory() == 400 << 20
-    model(**texts(1, 16))  # it came before, and is captured again at once
+    model(**texts(1, 16))  # called before, so the first call captures
     assert captures[4:] == [(1, 16)]
 
 
@@ -243,7 +243,7 @@ def test_a_failed_capture_is_forgotten_and_tried_again_after_a_minute(captures, 
 
 
 def test_no_capture_after_an_error_of_cuda(captures, monkeypatch, caplog):
-    """What the next would meet is not known; other errors are of one model alone."""
+    """After a RuntimeError, later captures may fail in any model. Other errors concern one model only."""
     monkeypatch.setattr(graph_rules, "broken", None)
 
     def refuse(error):
@@ -284,7 +284,7 @@ def test_outputs_too_large_are_not_captured_again_and_those_of_the_encoder_are(c
 
 
 def alive(thread: threading.Thread):
-    """A started thread, that ends with the returned function."""
+    """Start a daemon thread and return it."""
     thread.daemon = True
     thread.start()
     return thread
@@ -431,7 +431,7 @@ def test_where_labels_keep_a_head_from_replaying_its_encoder_does(captures):
         assert_same(model(**batch), plain(model, **batch))
     assert captures == [(2, 16)]
     assert automatic.graphs_of(model.bert) is not None
-    call(model, 1)  # a coming of the head's own
+    call(model, 1)  # the head's own first call, which captures nothing
     assert captures == [(2, 16)]
 
 
@@ -709,7 +709,7 @@ def test_a_forked_process_has_no_graphs():
 
 def test_a_fork_before_anything_was_captured_changes_nothing():
     code = "import os, fastbert.automatic as a; pid = os.fork(); m = a.graph_rules.forked\n"
-    # In one piece: what Python prints may come in two, and the other process between them.
+    # One write per process: print may write twice, and the other process may write in between.
     code += "os.write(1, f'{m}\\n'.encode())\nos._exit(0) if not pid else os.waitpid(pid, 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.split() == ["None", "None"], run.stderr
@@ -794,7 +794,7 @@ def test_classes_of_sizes():
 
 
 def test_a_patch_of_our_class_is_around_the_graph_once(captures, monkeypatch):
-    """And where it calls what it replaced, that is the forward without the patch."""
+    """The patch doubles once: the graph that it replays holds the forward without the patch."""
     model, ours = made(), fastbert.BertModel.forward
 
     def doubled(self, *args, **kwargs):
@@ -823,7 +823,7 @@ def test_patches_of_our_parts_are_called(kind, captures, monkeypatch, caplog):
         expected = model(**batch)
     assert captures == [(2, 16)]
     monkeypatch.setattr(kind, "forward", counted)
-    # An encoder with a patched forward gets a mask of scores, which no kernel supports.
+    # An encoder with a patched forward gets a 4-D mask, which no kernel supports.
     packed = kind is not fastbert.model.BertEncoder
     for _ in range(3):
         calls.clear()
@@ -832,7 +832,7 @@ def test_patches_of_our_parts_are_called(kind, captures, monkeypatch, caplog):
         if packed:
             assert_same(outputs, expected)
         torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
-        # A recording, other than a graph, runs Python before it is found to be of the model of before.
+        # Unlike a graph, `Recordings` run Python: the first replay calls the patch before the change is noticed.
         assert calls
     assert len(calls) == 1
     assert f"{kind.__qualname__}.forward is patched for every model" in caplog.text

@@ -132,7 +132,7 @@ def outputs_of(model: nn.Module, inputs: dict[str, Tensor], **options) -> dict[s
 
 
 def comparable(kind: str, value: Tensor, mask: str | None) -> Tensor:
-    """What an output must have in common: kept tokens, and texts whose first column, which is pooled, is kept."""
+    """Return what must be equal: kept tokens, or sequences whose first column, which transformers pools, is kept."""
     if mask is None:
         return value
     kept = MASKS[mask].bool()
@@ -612,7 +612,7 @@ def test_a_patched_head_goes_on_as_transformers_around_a_converted_encoder():
 
 
 def test_a_head_that_is_patched_for_every_model(monkeypatch):
-    """Before optimize it goes on, with its own signature; afterwards ours would stand in its place."""
+    """A patch before `optimize` keeps running. After a later patch calls raise: our forward would bypass it."""
     inputs = given_to("BertForSequenceClassification")
     converted, kind = fastbert.optimize(made()), transformers.BertForSequenceClassification
     before = outputs_of(converted, inputs)
@@ -871,7 +871,7 @@ def test_restore_is_bitwise_equal_after_another_cast(then):
     if then is not None:
         model.to(then)
     fastbert.restore(model)
-    # What bfloat16 holds and float16 does not is changed by that cast, as by training.
+    # The cast to float16 changes weights below its normal range, and `restore` keeps changes, as after training.
     tiny = torch.finfo(torch.float16).tiny if then is torch.float16 else 0
     for name, x in model.state_dict().items():
         same = (x == before[name]) | (before[name].abs() < tiny)

@@ -94,7 +94,7 @@ def test_one_graph_runs_every_mix_of_packed_sequences_of_a_bucket(captures):
     for seed, lengths in enumerate(mixes):
         given = packed(lengths, seed=seed)
         assert_same(model(**given), plain(**given))
-    # 64 tokens are more than the 40 positions.
+    # The longest sequence of a packed bucket is rounded up to at least 64 tokens, here cut to the 40 positions.
     assert captures == [(32, 4, 40), (32, 1, 40)]
     given = packed([5, 9, 3])
     assert_same(model(**given), plain(**packed([5, 9, 3])))
@@ -109,7 +109,7 @@ def test_one_graph_runs_every_mix_of_packed_sequences_of_a_bucket(captures):
 
 
 def test_packed_inputs_of_every_kind(captures):
-    """Each after one with types: nothing of an earlier call may be left in the buffers."""
+    """Each call follows one with token types: nothing of that call may be left in the buffers."""
     model, plain = models()
     full = packed([5, 9, 3], seed=9)
     ids, types, bounds, longest = full.values()
@@ -489,7 +489,7 @@ class Subclass(fastbert.BertModel):
 
 @pytest.mark.parametrize("what", ["pooler", "layer", "head", "subclass"])
 def test_classes_from_elsewhere_are_not_captured(what, captures, caplog):
-    """They may look along a text's places, of which a bucket has more."""
+    """They may compute across the positions of a sequence, and a bucket has more positions than the call."""
     model, _ = models("BertForTokenClassification" if what == "head" else "BertModel")
     if what == "pooler":
         model.pooler = MeanOverPlaces()
@@ -509,7 +509,7 @@ def test_classes_from_elsewhere_are_not_captured(what, captures, caplog):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_merged_adapter_is_not_captured(captures, caplog):
-    """Its layer runs in the kernels, by the wrapped weights; when it is taken out again, no address would tell."""
+    """Its layer runs in the kernels with the merged weights. Unmerging changes no address, so no graph could tell."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model, _ = models()
@@ -674,7 +674,7 @@ def test_warmup_captures(captures, capsys):
 
 
 class FakeCuda:
-    """torch.cuda's part in a capture, which writes down what is asked of it."""
+    """A stand-in for the functions of torch.cuda that a capture calls. It logs the calls."""
 
     def __init__(self, monkeypatch):
         self.log, self.stream = [], "main"

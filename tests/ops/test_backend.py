@@ -87,7 +87,7 @@ def test_the_environment_chooses(name, message):
 def test_options_that_kernels_lack_fall_back(caplog):
     ours, _ = pair()
     backend.warn_once.cache_clear()
-    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="attention: a mask of attention scores"):
+    with fastbert.backend("triton"), pytest.raises(RuntimeError, match="attention: a 3-D or 4-D attention mask"):
         ours(**batch(None), attention_mask=torch.ones(4, 1, 12, 12))
     with caplog.at_level(logging.INFO, "fastbert"):
         for _ in range(2):
@@ -202,7 +202,7 @@ def test_explain_of_kernels_and_of_a_quantized_model():
     with fastbert.backend("triton"):
         rows = fastbert.explain(ours)
     assert {row.backend for row in rows} == {"triton"}
-    assert "but eager for a mask of scores" in next(row.reason for row in rows if row.op == "attention")
+    assert "but eager for a 3-D or 4-D mask" in next(row.reason for row in rows if row.op == "attention")
 
 
 def test_dropout_in_eval_mode_does_not_unfuse():
@@ -215,7 +215,7 @@ def test_dropout_in_eval_mode_does_not_unfuse():
 
 
 def test_explain_raises_for_a_model_that_is_not_ours():
-    with pytest.raises(TypeError, match="torch.nn.modules.linear.Linear has no fastbert encoder"):
+    with pytest.raises(TypeError, match="torch.nn.modules.linear.Linear contains no fastbert encoder"):
         fastbert.explain(nn.Linear(2, 2))
 
 
@@ -247,7 +247,7 @@ def test_plain_layers_never_call_their_modules(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "dtype", "message"),
     [
-        ((7, 5), torch.float16, "from compute capability 8.0 on"),
+        ((7, 5), torch.float16, "compute capability is below 8.0"),
         ((9, 0), torch.float64, "float32, float16 and bfloat16, not torch.float64"),
         ((9, 0), torch.float16, "fastbert_kernels has no kernel for no_such_op"),
     ],

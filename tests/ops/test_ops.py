@@ -69,7 +69,7 @@ def test_attention(lengths, implementation):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_attention_without_reading_lengths_on_the_host(lengths, monkeypatch):
-    """As in traced graphs and on other devices: pad, mask, one call."""
+    """Traced graphs and other devices pad the sequences, mask the padding and run attention once."""
     qkv, cu_seqlens = torch.randn(sum(lengths), 3, 2, 8), cu_seqlens_of(lengths)
     expected = eager.attention(qkv, cu_seqlens, max(lengths), 0.3)
     monkeypatch.setattr(eager, "is_tracing", lambda: True)

@@ -17,10 +17,10 @@ PATCH = pytest.MonkeyPatch()
 
 
 def quicken() -> None:
-    """Make the interpreter do once what it does again in every call or operation. None of it depends on the operands.
+    """Let the interpreter do once what it repeats in every call or operation, and which no operand affects.
 
-    It also computes every sum and product of integers a second time, in 64 bits, and only with `debug` looks whether
-    they are equal.
+    Also turn off its overflow check: it computes every integer sum and product again in 64 bits, but compares the two
+    only under `debug`.
     """
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     PATCH.setattr(interpreter.interpreter_builder, "options", options)

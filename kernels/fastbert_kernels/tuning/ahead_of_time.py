@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not present, and read registers, spills, shared memory and instructions.
 
-Triton compiles for any target, and its wheel includes NVIDIA's disassembler. Launchers are called with tensors of the
+Triton compiles for any target, and its wheel includes NVIDIA's cuobjdump. Launchers are called with tensors of the
 meta device, so that a kernel is specialized as in a real launch.
 """
 
@@ -26,7 +26,7 @@ from fastbert_kernels.launch import forget_launches, launching_by
 
 @dataclass(frozen=True)
 class Chip:
-    """The resources of a multiprocessor, which its CTAs share. Warps stand for AMD's wavefronts.
+    """The resources of a multiprocessor, which its CTAs share. On AMD GPUs, warps are wavefronts.
 
     Sources: CUDA C++ Programming Guide (technical specifications by compute capability); AMD CDNA 3 instruction set.
     """

@@ -3,7 +3,7 @@
 The candidates of every operation are compiled and filtered by the rules of the report (`candidates`), then checked and
 timed beside the present configuration at the shapes of BERT models (`trial`). After each operation the winners are
 written to --out, else to the file that FASTBERT_CONFIGS names, else to `configs/<device>.json` of this package, so a
-killed run keeps them. The default models are base and MiniLM, whose layer its rerankers share.
+killed run keeps them. The default models are base and MiniLM; MiniLM's rerankers have the same layer.
 """
 
 import argparse
@@ -84,9 +84,9 @@ def merged(
 ) -> list[dict]:  # fmt: skip
     """Return the entries of an operation and width after these choices for their classes.
 
-    Sizes outside the chosen classes keep their configuration and source. In a class that keeps the configuration of
-    its largest size, which alone is measured, smaller sizes keep theirs if `same_family` holds. Adjacent entries with
-    the same configuration and source become one.
+    Sizes outside the chosen classes keep their configuration and source. Of a class's present configurations, only that
+    of its largest size is measured. If it is chosen again, smaller sizes keep theirs where `same_family` holds.
+    Adjacent entries with the same configuration and source become one.
     """
     classes = CLASSES.get(operation, TOKEN_CLASSES)
     measured = {case for timing in chosen.values() for case in timing.measured_us}
