@@ -45,7 +45,7 @@ distributions: .venv/installed
 	$(BIN)/python -m build
 	$(PYTHON) -m venv --clear .venv/distribution
 	for each in dist/*.whl "--force-reinstall --no-deps dist/"*.tar.gz; do \
-	    .venv/distribution/bin/pip install --quiet --constraint constraints.txt $$each && \
+	    .venv/distribution/bin/pip install --quiet --no-compile --constraint constraints.txt $$each && \
 	    .venv/distribution/bin/python -I tests/tools/smoke.py || exit; \
 	done
 
