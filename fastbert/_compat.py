@@ -174,7 +174,8 @@ def attn_implementation(config: Any) -> str | None:
 
 
 def config_key(config: dict, name: str) -> str:
-    """The key of a setting in a configuration's `vars`: its name, or `_` and its name if the setting is a property."""
+    """The key of a setting in a configuration's `vars`: its name, with an underscore if the setting is a property
+    (`_output_attentions`)."""
     return name if name in config else f"_{name}"
 
 

