@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-# These tests mostly run other libraries, and of fastbert what other tests cover. Coverage would take a third of their time.
+# These tests mostly run other libraries. Coverage would take a third of their time, for code that others cover, too.
 UNTRACED = {
     "test_accelerate", "test_bench", "test_bench_compare", "test_bench_kernels", "test_compat", "test_documentation",
     "test_fuzz", "test_libraries", "test_library", "test_minilm", "test_onnx", "test_peft", "test_pipelines",
