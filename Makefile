@@ -7,9 +7,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 TRITONS ?= 3.6.0 3.9.0
 # How long `make fuzz` goes on.
 SECONDS ?= 60
-# The kernel tests to repeat on other versions of Triton: results, recompilation and compiled code.
+# The tests to repeat on other versions of Triton: kernels' results, recompilation and compiled code.
 VERSION_TESTS := $(filter-out $(addprefix tests/kernels/test_,encoder_layer.py every_kernel.py matmul.py tune.py),\
-    $(wildcard tests/kernels/test_*.py))
+    $(wildcard tests/kernels/test_*.py)) tests/tools/test_quick_interpreter.py
 
 .PHONY: demo test test-all test-tritons distributions fuzz mutants bench bench-gpu report lint format
 

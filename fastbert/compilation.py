@@ -23,13 +23,13 @@ SHORT = 64  # attention has another kernel variant for sequences up to this leng
 def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]] = ()) -> None:
     """Compile every kernel variant that a model can need on its GPU, and capture the graphs of these shapes (B, S).
 
-    model: on the device, in the dtype and mode in which it will run. Kernels have variants for classes of
-    sizes: of token counts in the encoder, of sequence counts in the pooler, and in attention one for sequences of up to
-    64 tokens and one for longer ones. Each shape runs without a
-    mask, with a mask on the device and with one on the host, each with and without token types, in int64 as tokenizers
-    return them. Models that `encode` and `predict` call with packed sequences also run packed, in int32. The pooler
-    also runs on as many sequences as a shape has tokens. inputs_embeds, position_ids and other dtypes compile with
-    their first batch. Graphs are captured unless they are turned off, with or without `fastbert.graphed`.
+    model: on the device, in the dtype and mode in which it will run. Kernels have variants for classes of sizes: of
+    token counts in the encoder, of sequence counts in the pooler, and in attention one for sequences of up to 64 tokens
+    and one for longer ones. Each shape runs without a mask, with a mask on the device and with one on the host, each
+    with and without token types, in int64 as tokenizers return them. Models that `encode` and `predict` call with
+    packed sequences also run packed, in int32. The pooler also runs on as many sequences as a shape has tokens.
+    inputs_embeds, position_ids and other dtypes compile with their first batch. Graphs are captured unless they are
+    turned off, with or without `fastbert.graphed`.
 
     Shows a progress bar on a terminal. Raises what the model raises, such as ValueError for a shape that is too long.
     """

@@ -125,7 +125,7 @@ class ResumableNpy:
         size = self._first_row + rows * self._row_bytes
         progress = Progress.read(self.progress_path)
         if progress is None and self._size():
-            raise FileExistsError(f"{self.partial} is not of an interrupted run: delete it, or give another -o")
+            raise FileExistsError(f"{self.partial} was not left by a run: delete it, or give another -o")
         if progress is not None and progress.rows:
             self._check_fingerprint(progress, fingerprint)
             if self._size() == size:

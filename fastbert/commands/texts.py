@@ -32,8 +32,9 @@ def _distinct_docstrings() -> Iterator[str]:
 def _sources(folder: Path) -> Iterator[Path]:
     """The Python files below a folder, lazily: with installed packages there may be tens of thousands."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name not in _SKIPPED:
-            yield from _sources(path)
+        if path.is_dir():
+            if path.name not in _SKIPPED and not path.is_symlink():
+                yield from _sources(path)
         elif path.suffix == ".py":
             yield path
 

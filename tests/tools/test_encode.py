@@ -498,7 +498,7 @@ def _folder(source, output):
         (_pipe, OSError, "texts is a folder or a pipe"),
         (_input_is_the_output, ValueError, "texts would be overwritten"),
         (_input_is_the_partial_file, ValueError, "texts would be overwritten"),
-        (_foreign_partial_file, FileExistsError, "partial is not of an interrupted run: delete it"),
+        (_foreign_partial_file, FileExistsError, "partial was not left by a run: delete it"),
         (_foreign_progress, ValueError, "progress.json is not a progress file: delete it"),
     ],
 )
