@@ -16,6 +16,7 @@ from kernel_cases import (
     OPS,
     bounds,
     example,
+    flat,
     layer,
     normal,
     sparse,
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import fastbert
 import fastbert_kernels
+from fastbert import ops
 from fastbert.testing import OP_FACTOR, check_close
 from fastbert_kernels import take_bad_ids
 
@@ -66,10 +68,7 @@ LAID_OUT = [
 def test_an_operand_may_have_any_layout(op, name, layout):
     launcher, arguments = example(op, torch.float16)
     copy = LAYOUTS[layout](arguments[name])
-    outputs = [launcher(**arguments | {name: x}) for x in (copy, copy.contiguous())]
-    if op == "packing_plan":
-        outputs = [torch.cat(plan) for plan in outputs]
-    assert torch.equal(*outputs)
+    assert torch.equal(*(flat(launcher(**arguments | {name: x})) for x in (copy, copy.contiguous())))
 
 
 # With two rows the stride itself would be 2^31, which is an error.
@@ -90,10 +89,7 @@ def test_offsets_past_2_to_the_31(op, name):
     stride = 64 * -(-(2**31) // (64 * (len(x) // 2)))
     memory = sparse(2**31 + len(x) * stride, x.dtype)
     far = memory.as_strided(x.shape, (stride, *x.stride()[1:]), 2**31 + 1).copy_(x)
-    outputs = [launcher(**arguments | {name: operand}) for operand in (x, far)]
-    if op == "packing_plan":
-        outputs = [torch.cat(plan) for plan in outputs]
-    assert torch.equal(*outputs)
+    assert torch.equal(*(flat(launcher(**arguments | {name: operand})) for operand in (x, far)))
 
 
 def rows_far_apart(rows: int, width: int) -> Tensor:
@@ -193,8 +189,7 @@ def test_hostile_bounds(op, hostile, meant):
 def test_launches_on_a_device_that_is_not_current(op):
     launcher, arguments = example(op, torch.float32)
     there = {name: x.to("cuda:1") if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    outputs = [launcher(**values) for values in (arguments, there)]
-    here, there = (torch.cat(out) if op == "packing_plan" else out for out in outputs)
+    here, there = (flat(launcher(**values)) for values in (arguments, there))
     assert there.device == torch.device("cuda", 1)
     assert torch.equal(here, there.to(DEVICE))
     assert torch.cuda.current_device() == 0
@@ -202,7 +197,7 @@ def test_launches_on_a_device_that_is_not_current(op):
 
 @pytest.mark.gpu
 @pytest.mark.unguarded
-@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith(" wide")])
+@pytest.mark.parametrize("op", ops.OPS)
 def test_opcheck(op):
     _, arguments = example(op, torch.float32)
     for value in arguments.values():

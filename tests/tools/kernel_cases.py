@@ -4,6 +4,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
@@ -191,8 +192,13 @@ FORMULAS = {
 }
 
 
-def check(op: str, **arguments) -> Tensor:
-    """Return the launcher's output after a check of its error against float64.
+def flat(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return a launcher's output, or all elements of its outputs, for comparisons of their bits."""
+    return outputs if isinstance(outputs, Tensor) else torch.cat([x.flatten() for x in outputs])
+
+
+def check(op: str, **arguments) -> Any:
+    """Return the launcher's output, or outputs, after a check of the error against float64.
 
     The limit follows from the error of the formula in the arguments' dtypes.
     """
@@ -202,7 +208,9 @@ def check(op: str, **arguments) -> Tensor:
     # On CPUs with AMX, torch 2.13 reads past a bfloat16 row and multiplies that by zero: NaN there gives NaN.
     packed = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
     ours = getattr(fastbert_kernels, op)(**arguments)
-    check_close(op, ours, FORMULAS[op](**packed).to(ours.dtype), FORMULAS[op](**exact), OP_FACTOR)
+    found = (x if isinstance(x, tuple) else (x,) for x in (ours, FORMULAS[op](**packed), FORMULAS[op](**exact)))
+    for number, (output, theirs, truth) in enumerate(zip(*found, strict=True)):
+        check_close(f"{op}, output {number}", output, theirs.to(output.dtype), truth, OP_FACTOR)
     return ours
 
 
