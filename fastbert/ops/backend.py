@@ -185,16 +185,21 @@ def packs_on_device(device: torch.device) -> bool:
     return why_eager("packing_plan", device, torch.float32) is None
 
 
-def launches_directly(tensor: Tensor, head_size: int) -> bool:
-    """True if every op of an encoder layer launches its kernel directly for tensors like this one: kernels support
-    them, and no autograd, autocast, tracing, function transform or dispatch mode is active."""
+def runs_layers(tensor: Tensor, head_size: int) -> bool:
+    """True if kernels run every op of an encoder layer on tensors like this one, and no tracing, function transform or
+    dispatch mode has to see the ops."""
     return (
         _wants_kernels(tensor.device)
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type))
         and not (is_tracing() or is_transforming() or is_watched())
         and why_not_triton("encoder_layer", tensor.device, tensor.dtype) is None
         and _why_not_size("attention", head_size) is None
     )
+
+
+def launches_directly(tensor: Tensor, head_size: int) -> bool:
+    """True if `runs_layers`, and neither autograd nor autocast is active."""
+    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type)
+    return not recorded and runs_layers(tensor, head_size)
 
 
 def kernel(op: str, tensor: Tensor, unsupported_reason: str | None = None, size: int = 0) -> Callable | None:

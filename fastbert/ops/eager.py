@@ -50,31 +50,52 @@ def packing_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.argsort(keep, stable=True, descending=True), cu_seqlens
 
 
+def embedding_ids(
+    input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    indices: Tensor | None, num_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Of each kept token: its id [T] or its embedding [T, E], its type [T], its position [T]. Without types, or
+    without positions and indices, those are None: all types are 0, and each sequence has every position."""
+
+    def kept(tensor: Tensor) -> Tensor:  # [B, S, ...] -> [T, ...]
+        tensor = tensor.flatten(0, 1)
+        return clear_past(tensor if indices is None else tensor[indices], num_tokens)
+
+    given = inputs_embeds if input_ids is None else input_ids
+    assert given is not None
+    types = None if token_type_ids is None else kept(token_type_ids)
+    if position_ids is not None:
+        return kept(given), types, kept(position_ids)
+    return kept(given), types, None if indices is None else indices % given.shape[1]
+
+
+def summed_embeddings(
+    input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
+    padding_idx: int | None = None, num_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Word, token type and position embeddings of the kept tokens, added in this order -> [T, E]."""
+    given, types, positions = embedding_ids(
+        input_ids, token_type_ids, position_ids, inputs_embeds, indices, num_tokens
+    )
+    hidden = given if input_ids is None else F.embedding(given, word_table, padding_idx)  # [T, E]
+    hidden = hidden + (token_type_table[0] if types is None else F.embedding(types, token_type_table))
+    if positions is not None:
+        return hidden + F.embedding(positions, position_table)
+    shape = (inputs_embeds if input_ids is None else input_ids).shape  # type: ignore[union-attr]
+    seq_len, width = shape[1], hidden.shape[1]
+    return (hidden.view(-1, seq_len, width) + position_table[:seq_len]).view(-1, width) if seq_len else hidden
+
+
 def embed_layer_norm(
     input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
     indices: Tensor | None, word_table: Tensor, position_table: Tensor, token_type_table: Tensor,
     weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None = None, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    def kept(tensor: Tensor) -> Tensor:  # [B, S, ...] -> [T, ...]
-        tensor = tensor.flatten(0, 1)
-        return clear_past(tensor if indices is None else tensor[indices], num_tokens)
-
-    if input_ids is not None:
-        hidden, seq_len = F.embedding(kept(input_ids), word_table, padding_idx), input_ids.shape[1]  # [T, E]
-    else:
-        assert inputs_embeds is not None
-        hidden, seq_len = kept(inputs_embeds), inputs_embeds.shape[1]
-    if token_type_ids is None:
-        hidden = hidden + token_type_table[0]
-    else:
-        hidden = hidden + F.embedding(kept(token_type_ids), token_type_table)
-    if position_ids is not None:
-        hidden = hidden + F.embedding(kept(position_ids), position_table)
-    elif indices is not None:
-        hidden = hidden + F.embedding(indices % seq_len, position_table)
-    else:
-        width = hidden.shape[1]
-        hidden = (hidden.view(-1, seq_len, width) + position_table[:seq_len]).view(-1, width) if seq_len else hidden
+    hidden = summed_embeddings(
+        input_ids, token_type_ids, position_ids, inputs_embeds, indices, word_table, position_table, token_type_table,
+        padding_idx, num_tokens,
+    )  # fmt: skip
     return clear_past(torch.layer_norm(hidden, weight.shape, weight, bias, eps), num_tokens)
 
 

@@ -1,7 +1,7 @@
 """The kernels as `torch.library` ops, "fastbert::<op>", for traced graphs and for autograd of single ops.
 
-In a graph each op is one opaque node, whose fake gives the shape of the output. Its backward is another opaque node,
-which recomputes the op by its eager reference, hidden from compilers. Without tracing and gradients `fastbert.ops`
+In a graph each op is one opaque node, whose fake gives the shape of the output. Its backward is another opaque node.
+Except for the embeddings, it recomputes the op by its eager reference, hidden from compilers. Without tracing and gradients `fastbert.ops`
 calls the launchers directly, because a custom op costs 7 to 14 microseconds a call. Letters as in `fastbert.tokens`.
 """
 
@@ -112,16 +112,36 @@ def gradients(compute: Callable[..., Tensor], inputs: tuple, wanted: tuple[bool,
     return [next(found) if want else None for want in wanted]
 
 
-def _embed_within_bounds(input_ids, token_type_ids, position_ids, inputs_embeds, indices, *others):
-    """The eager reference with indices clamped to their tables: an index out of range would be a fatal device assert.
-    The kernel has already set that token to NaN and recorded the index for the error."""
-    word_table, position_table, token_type_table, *_ = others
-    tables = word_table, token_type_table, position_table
-    known = (
-        ids if ids is None else ids.clamp(0, len(table) - 1)
-        for ids, table in zip((input_ids, token_type_ids, position_ids), tables, strict=True)
+def _within_bounds(places: tuple, tables: tuple[Tensor, ...]) -> tuple:
+    """input_ids, token_type_ids and position_ids, clamped to their tables, inputs_embeds and indices: an index out of
+    range would be a fatal device assert. The kernel has already set that token to NaN and recorded the index."""
+    *ids, inputs_embeds, indices = places
+    words, positions, types = tables
+    known = (x if x is None else x.clamp(0, len(table) - 1) for x, table in zip(ids, (words, types, positions), strict=True))
+    return (*known, inputs_embeds, indices)
+
+
+def _embed_within_bounds(*inputs):
+    return eager.embed_layer_norm(*_within_bounds(inputs[:5], inputs[5:8]), *inputs[5:])
+
+
+def _embedding_gradients(inputs: tuple, wanted: tuple[bool, ...], grad: Tensor) -> list:
+    """The gradients of embed_layer_norm for the wanted inputs, None for the others: LayerNorm's by its kernel, those of
+    the tables by torch, which adds the rows of equal ids in a fixed order."""
+    weight, bias, eps, padding_idx, num_tokens = inputs[8:]
+    summands = [x.detach().requires_grad_(want) if want else x for x, want in zip(inputs[:8], wanted, strict=False)]
+    with torch.enable_grad():
+        summed = eager.summed_embeddings(
+            *_within_bounds(tuple(summands[:5]), tuple(summands[5:])), *summands[5:], padding_idx, num_tokens
+        )
+    found = import_module("fastbert_kernels").layer_norm_backward(
+        eager.clear_past(grad, num_tokens), summed.detach(), weight, eps
     )
-    return eager.embed_layer_norm(*known, inputs_embeds, indices, *others)
+    learning = [x for x, want in zip(summands, wanted, strict=False) if want]
+    rows = iter(torch.autograd.grad(summed, learning, found.x, allow_unused=True) if learning else ())
+    # Copies, because outputs of an op may not share memory.
+    sums = {8: found.sums[0].to(weight.dtype, copy=True), 9: found.sums[1].to(bias.dtype, copy=True)}
+    return [(sums[place] if place in sums else next(rows)) if want else None for place, want in enumerate(wanted)]
 
 
 def _reference(name: str) -> Callable[..., Tensor]:
@@ -132,9 +152,16 @@ def _reference(name: str) -> Callable[..., Tensor]:
     return _embed_within_bounds if name == "embed_layer_norm" else getattr(eager, name)
 
 
-def _define_backward(name: str, compute: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
-    """Define "<name>_backward": the output's gradient, the op's inputs and a bool for each input -> the gradients of
-    `compute` for the inputs whose bool is True."""
+def _gradients_of(name: str, inputs: tuple, wanted: tuple[bool, ...], grad: Tensor) -> list:
+    """The gradients of an op for the wanted inputs, None for the others."""
+    if name == "embed_layer_norm" and inputs[5].shape[1] <= import_module("fastbert_kernels").MAX_TRAINED_ROW:
+        return _embedding_gradients(inputs, wanted, grad)
+    return gradients(_reference(name), inputs, wanted, grad)
+
+
+def _define_backward(name: str) -> Callable[..., list[Tensor]]:
+    """Define "<name>_backward": the output's gradient, the op's inputs and a bool for each input -> the gradients for
+    the inputs whose bool is True."""
     inputs, _ = SCHEMAS[name].removeprefix("(").split(") -> ")
     _LIBRARY.define(f"{name}_backward(Tensor grad, {inputs}, bool[] wanted) -> Tensor[]")
 
@@ -142,7 +169,7 @@ def _define_backward(name: str, compute: Callable[..., Tensor]) -> Callable[...,
         *inputs, wanted = arguments
         # The inputs have been autocast before the op. Under a dispatch mode torch excludes autograd.
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), autograd_below_modes():
-            found = gradients(compute, inputs, wanted, grad)
+            found = _gradients_of(name, tuple(inputs), wanted, grad)
         # As the fake promises: a contiguous tensor for each wanted input.
         return [
             x.new_zeros(x.shape) if gradient is None else gradient.contiguous()
@@ -168,8 +195,7 @@ def _define(name: str) -> None:
     op.register_fake(FAKES[name])
     if name == "packing_plan":
         return
-    reference = _reference(name)
-    compute_gradients = _define_backward(name, reference)
+    compute_gradients = _define_backward(name)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
@@ -180,7 +206,7 @@ def _define(name: str) -> None:
         inputs = [next(saved) if other is None else other[0] for other in ctx.others]
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled() and not is_tracing():
-            return tuple(gradients(reference, inputs, wanted, grad))
+            return tuple(gradients(_reference(name), inputs, wanted, grad))
         found = iter(compute_gradients(grad, *inputs, wanted))
         return tuple(next(found) if want else None for want in wanted)
 

@@ -7,9 +7,15 @@ shapes and the limits. If TRITON_INTERPRET=1 is set before Triton is first impor
 from fastbert_kernels.attention import attention
 from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids
 from fastbert_kernels.encoder_layer import LayerWeights, encoder_layer
-from fastbert_kernels.limits import MAX_HEAD_SIZE, MAX_ROW
+from fastbert_kernels.encoder_layer_training import SavedTensors, encoder_layer_backward, encoder_layer_forward
+from fastbert_kernels.layer_norm import layer_norm
+from fastbert_kernels.layer_norm_backward import layer_norm_backward
+from fastbert_kernels.limits import MAX_HEAD_SIZE, MAX_ROW, MAX_TRAINED_ROW
 from fastbert_kernels.linear_activation import linear_activation
-from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm
+from fastbert_kernels.linear_residual_layer_norm import (
+    linear_residual_layer_norm,
+    linear_residual_layer_norm_forward,
+)
 from fastbert_kernels.matmul import INTERPRETED
 from fastbert_kernels.packing import packing_plan, unpack
 from fastbert_kernels.pool import pool
@@ -19,13 +25,20 @@ __all__ = [
     "INTERPRETED",
     "MAX_HEAD_SIZE",
     "MAX_ROW",
+    "MAX_TRAINED_ROW",
     "BadId",
     "LayerWeights",
+    "SavedTensors",
     "attention",
     "embed_layer_norm",
     "encoder_layer",
+    "encoder_layer_backward",
+    "encoder_layer_forward",
+    "layer_norm",
+    "layer_norm_backward",
     "linear_activation",
     "linear_residual_layer_norm",
+    "linear_residual_layer_norm_forward",
     "packing_plan",
     "pool",
     "qkv_projection",

@@ -5,21 +5,43 @@ the mean of the differences from it: the rounded mean of equal elements may diff
 does not. So a row without variance gives exactly the bias, as in PyTorch. Limit: rows of at most 16384 elements.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastbert_kernels.launch import CachedLaunch, cached_by_specs
-from fastbert_kernels.operands import TensorSpec, common_unit, live_tokens, row_blocks, row_stride
+from fastbert_kernels.limits import MAX_ROW
+from fastbert_kernels.operands import (
+    TensorSpec,
+    check,
+    check_shape,
+    common_unit,
+    live_tokens,
+    row_blocks,
+    row_stride,
+    shape_of,
+    spec_of,
+    spec_of_new,
+    with_unit_stride,
+)
+
+
+@triton.jit
+def center_rows(rows, mask, width, eps):
+    """rows float32 [R, E], zero outside the mask -> the rows minus their mean [R, E], and 1 / deviation [R, 1]."""
+    mean = tl.sum(rows, axis=1) / width
+    mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), axis=1) / width
+    centered = tl.where(mask, rows - mean[:, None], 0.0)
+    variance = tl.sum(centered * centered, axis=1) / width
+    return centered, tl.rsqrt(variance + eps)[:, None]
 
 
 @triton.jit
 def normalize_rows(rows, mask, width, weight, bias, eps):
     """rows float32 [R, E], zero outside the mask (which broadcasts to [R, E]); weight and bias [1, E] -> [R, E]."""
-    mean = tl.sum(rows, axis=1) / width
-    mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), axis=1) / width
-    centered = tl.where(mask, rows - mean[:, None], 0.0)
-    variance = tl.sum(centered * centered, axis=1) / width
-    return centered * tl.rsqrt(variance + eps)[:, None] * weight + bias
+    centered, rstd = center_rows(rows, mask, width, eps)
+    return centered * rstd * weight + bias
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -60,7 +82,13 @@ def layer_norm_launch(
     x: TensorSpec, weight: TensorSpec, bias: TensorSpec, out: TensorSpec, num_tokens: TensorSpec | None, eps: float
 ) -> CachedLaunch:
     """Prepare LayerNorm of the rows of x [T, E] into out [T, E], which may be x. weight and bias [E] are contiguous."""
-    (size, width), blocks = x.shape, row_blocks(x.shape[1])
+    check("layer_norm", x, weight, bias, num_tokens)
+    size, width = shape_of("layer_norm", "x", x, "T E")
+    check_shape("layer_norm", "weight", weight, width)
+    check_shape("layer_norm", "bias", bias, width)
+    if width > MAX_ROW:
+        raise ValueError(f"layer_norm: rows of {width} elements are longer than {MAX_ROW}")
+    blocks = row_blocks(width)
     unit = common_unit(x, row_stride(x), row_stride(out), width)
     return CachedLaunch(
         _layer_norm_kernel,
@@ -76,3 +104,16 @@ def layer_norm_launch(
             **blocks,
         },
     )
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm of the rows of x [T, E], with weight and bias [E] -> [T, E] in dtype, or in x's if that is None.
+
+    Raises ValueError for invalid shapes or devices and for E above 16384, TypeError for an unsupported dtype.
+    """
+    x, weight, bias = map(with_unit_stride, (x, weight, bias))
+    new = spec_of_new(*x.shape, dtype=dtype or x.dtype, device=x.device)
+    launch = layer_norm_launch(spec_of(x), spec_of(weight), spec_of(bias), tuple(new), None, eps)
+    out = x.new_empty(x.shape, dtype=dtype)
+    launch(x_ptr=x, norm_weight_ptr=weight, norm_bias_ptr=bias, out_ptr=out, num_tokens_ptr=None)
+    return out

@@ -29,6 +29,9 @@ OPS = (
     "qkv_projection",
     "linear_residual_layer_norm",
     "linear_residual_layer_norm wide",
+    "linear_residual_layer_norm_forward",
+    "layer_norm",
+    "layer_norm_backward",
     "attention",
     "embed_layer_norm",
     "unpack",
@@ -116,6 +119,11 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
             "x": x, "weight": weight, "bias": bias, "residual": hidden, "norm_weight": norm_weight,
             "norm_bias": norm_bias, "eps": 1e-12,
         },
+        "layer_norm": {"x": hidden, "weight": norm_weight, "bias": norm_bias, "eps": 1e-12},
+        "layer_norm_backward": {
+            "grad": normal(70, width, dtype=dtype), "x": hidden, "weight": norm_weight, "eps": 1e-12,
+            "other": normal(70, width, dtype=dtype),
+        },
         "attention": {
             "qkv": normal(70, 3, 3, 16, dtype=dtype), "cu_seqlens": cu_seqlens, "max_seqlen": 64, "scale": 0.25,
         },
@@ -128,8 +136,9 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
         "unpack": {"hidden": hidden, "indices": places, "batch_size": 7, "seq_len": 10},
         "pool": {"hidden": hidden, "cu_seqlens": cu_seqlens, "mode": "mean", "normalize": True, "indices": places},
         "packing_plan": {"mask": ids > 3},
-    }[op]  # fmt: skip
-    return getattr(fastbert_kernels, op), arguments
+    }  # fmt: skip
+    arguments["linear_residual_layer_norm_forward"] = arguments["linear_residual_layer_norm"]
+    return getattr(fastbert_kernels, op), arguments[op]
 
 
 ACTIVATIONS = {
@@ -152,6 +161,26 @@ def _qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num
 
 def _linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, num_tokens=None):
     return F.layer_norm(F.linear(x, weight, bias) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _linear_residual_layer_norm_forward(x, weight, bias, residual, norm_weight, norm_bias, eps):
+    summed = F.linear(x, weight, bias) + residual
+    return F.layer_norm(summed, norm_weight.shape, norm_weight, norm_bias, eps), summed
+
+
+def _layer_norm(x, weight, bias, eps, dtype=None):
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _layer_norm_backward(grad, x, weight, eps, other=None, linear_dtype=None):
+    """By autograd. Sums over rows are taken in float32 at least, from the gradients of the given dtype."""
+    x, weight = (tensor.detach().requires_grad_() for tensor in (x, weight))
+    bias = torch.zeros_like(weight).requires_grad_()
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad = grad if other is None else grad + other
+    found = torch.autograd.grad(F.layer_norm(x, weight.shape, weight, bias, eps), (x, weight, bias), grad.to(x.dtype))
+    sums = [tensor.to(wide) for tensor in (*found[1:], found[0].to(wide).sum(0))]
+    return found[0], found[0], torch.stack(sums)
 
 
 def _attention(qkv, cu_seqlens, max_seqlen, scale):
@@ -186,6 +215,9 @@ FORMULAS = {
     "linear_activation": _linear_activation,
     "qkv_projection": _qkv_projection,
     "linear_residual_layer_norm": _linear_residual_layer_norm,
+    "linear_residual_layer_norm_forward": _linear_residual_layer_norm_forward,
+    "layer_norm": _layer_norm,
+    "layer_norm_backward": _layer_norm_backward,
     "attention": _attention,
     "embed_layer_norm": _embed_layer_norm,
     "pool": _pool,
@@ -399,6 +431,25 @@ ERRORS = [
         | dict.fromkeys(("bias", "norm_weight", "norm_bias"), (16385,)),
         ValueError,
         "linear_residual_layer_norm: rows of 16385 elements are longer than 16384",
+    ),
+    ("layer_norm", {"x": (7, 10, 48)}, ValueError, "layer_norm: x is [7, 10, 48], expected [T, E]"),
+    ("layer_norm", {"weight": (47,)}, ValueError, "layer_norm: weight is [47], expected [48]"),
+    ("layer_norm", {"bias": (47,)}, ValueError, "layer_norm: bias is [47], expected [48]"),
+    (
+        "layer_norm",
+        {"x": (2, 16385), "weight": (16385,), "bias": (16385,)},
+        ValueError,
+        "layer_norm: rows of 16385 elements are longer than 16384",
+    ),
+    ("layer_norm_backward", {"x": (48,)}, ValueError, "layer_norm_backward: x is [48], expected [T, E]"),
+    ("layer_norm_backward", {"grad": (69, 48)}, ValueError, "layer_norm_backward: grad is [69, 48], expected [70, 48]"),
+    ("layer_norm_backward", {"other": (70, 1)}, ValueError, "layer_norm_backward: other is [70, 1], expected [70, 48]"),
+    ("layer_norm_backward", {"weight": (47,)}, ValueError, "layer_norm_backward: weight is [47], expected [48]"),
+    (
+        "layer_norm_backward",
+        dict.fromkeys(("grad", "x", "other"), (2, 4097)) | {"weight": (4097,)},
+        ValueError,
+        "layer_norm_backward: rows of 4097 elements are longer than 4096",
     ),
     ("attention", {"qkv": (9, 2, 3, 16)}, ValueError, "attention: qkv is [9, 2, 3, 16], expected [9, 3, 3, 16]"),
     ("attention", {"qkv": (9, 3, 1, 129)}, ValueError, "head size 129 is not supported, only 1 to 128"),

@@ -23,7 +23,7 @@ from triton import knobs
 
 import fastbert_kernels
 from fastbert_kernels import configs
-from fastbert_kernels.limits import MAX_ROW
+from fastbert_kernels.limits import MAX_ROW, MAX_TRAINED_ROW
 from fastbert_kernels.tuning.ahead_of_time import (
     CHIPS,
     MATRIX_INSTRUCTIONS,
@@ -42,6 +42,8 @@ OPS = (
     "attention",
     "linear_residual_layer_norm",
     "linear_activation",
+    "linear_residual_layer_norm_forward",
+    "layer_norm_backward",
     "unpack",
     "pool",
 )
@@ -59,7 +61,8 @@ PARTS = {"_row_lengths_kernel": "row_lengths", "_layer_norm_kernel": "layer_norm
 
 
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
-    """Yield the launchers' calls of a forward pass with its mask on the device: place in the model, op, call."""
+    """Yield the launchers' calls of a forward pass with its mask on the device, and those that only training makes:
+    place in the model, op, call."""
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -69,6 +72,7 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
     cu_seqlens, num_tokens = new(batch_size + 1, dtype=torch.int32), new(1, dtype=torch.int32)
     x, bias, norm = new(tokens, width), new(width), (new(width), new(width), 1e-12)
     tables, square = (new(30522, width), new(512, width), new(2, width)), (new(width, width), bias)
+    trained = new(tokens, min(width, MAX_TRAINED_ROW))
     qkv, activated = new(tokens, 3, num_heads, width // num_heads), new(tokens, inner)
     for place, op, *arguments in (
         ("packing_plan", "packing_plan", ids),
@@ -78,6 +82,8 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         ("attention_output", "linear_residual_layer_norm", x, *square, x, *norm, num_tokens),
         ("linear_activation", "linear_activation", x, new(inner, width), new(inner), "gelu", num_tokens),
         ("feed_forward_output", "linear_residual_layer_norm", activated, new(width, inner), bias, x, *norm, num_tokens),
+        ("attention_output", "linear_residual_layer_norm_forward", x, *square, x, *norm),
+        ("layer_norm_backward", "layer_norm_backward", trained, trained, trained[0], 1e-12, trained),
         ("unpack", "unpack", x, indices, batch_size, seq_len, num_tokens),
         ("pool", "pool", x, cu_seqlens, "mean", True),
         ("pooler", "linear_activation", new(batch_size, width), *square, "tanh"),

@@ -1,0 +1,122 @@
+"""A whole layer of BERT's encoder with what its gradients need, and these gradients: x [T, E] -> [T, E] and back.
+
+The forward saves, in units of T x E: QKV 3, the context 1, both sums before LayerNorm 2, the activation's input 4 (for
+F = 4 E); the caller keeps x. Outputs of LayerNorm and of the activation are computed again, which takes no product.
+The products of the backward are torch.mm, because cuBLAS is hard to beat without an epilogue. Everything else runs in
+kernels, and all sums over tokens have a fixed order: the same inputs give the same bits, if torch.mm does (see
+`torch.use_deterministic_algorithms`).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert_kernels.activation_backward import activation_backward
+from fastbert_kernels.attention import attention_forward
+from fastbert_kernels.attention_backward import attention_backward
+from fastbert_kernels.encoder_layer import LayerWeights
+from fastbert_kernels.layer_norm import layer_norm
+from fastbert_kernels.layer_norm_backward import layer_norm_backward
+from fastbert_kernels.linear_activation import linear_activation_forward
+from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm_forward
+from fastbert_kernels.qkv_projection import qkv_projection
+
+
+class SavedTensors(NamedTuple):
+    """What the forward of a layer saves for its backward."""
+
+    qkv: Tensor  # [T, 3, H, D]
+    context: Tensor  # [T, H D]
+    lse: Tensor  # float32 [H, T]
+    attention_sum: Tensor  # [T, E], the input of attention's LayerNorm, in the residual's dtype
+    up: Tensor  # [T, F], the input of the activation
+    output_sum: Tensor  # [T, E], the input of the output's LayerNorm
+
+
+def encoder_layer_forward(
+    x: Tensor, residual: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
+    scale: float, activation: str, eps: tuple[float, float],
+) -> tuple[Tensor, SavedTensors]:  # fmt: skip
+    """x [T, E] in the weights' dtype, and x in the dtype of the output -> the output [T, E], and what to save.
+
+    The two differ under autocast, where products are 16 bits wide, and residuals and LayerNorm float32. LayerNorm's
+    parameters may have another dtype than the weights. The other arguments are those of `encoder_layer`.
+    """
+    w = weights
+    qkv = qkv_projection(x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads)
+    context, lse = attention_forward(qkv, cu_seqlens, max_seqlen, scale)
+    attended, attention_sum = linear_residual_layer_norm_forward(
+        context, w.attention_weight, w.attention_bias, residual, w.attention_norm_weight, w.attention_norm_bias, eps[0]
+    )
+    activated, up = linear_activation_forward(attended.to(x.dtype), w.up_weight, w.up_bias, activation)
+    out, output_sum = linear_residual_layer_norm_forward(
+        activated, w.down_weight, w.down_bias, attended, w.output_norm_weight, w.output_norm_bias, eps[1]
+    )
+    return out, SavedTensors(qkv, context, lse, attention_sum, up, output_sum)
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of x and of the weights, in the order of `LayerWeights`; None for those that were not wanted."""
+
+    x: Tensor | None
+    weights: LayerWeights
+
+
+def encoder_layer_backward(
+    grad: Tensor, x: Tensor, saved: SavedTensors, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int,
+    scale: float, activation: str, eps: tuple[float, float], wants_x: bool, wanted: LayerWeights,
+) -> LayerGradients:  # fmt: skip
+    """grad [T, E] of the output, x [T, E] in the weights' dtype, what the forward saved -> gradients.
+
+    wanted: a bool for each weight. What no wanted gradient depends on is not computed. Gradients of biases and of
+    LayerNorm's parameters are float32, those of weights have their dtype, that of x has the residual's.
+    """
+    w, dtype = weights, x.dtype
+    found: dict[str, Tensor | None] = {}
+    below_attention = wants_x or any(wanted[:6])
+    below_up = below_attention or any(wanted[6:10])
+    below_down = below_up or wanted.up_weight or wanted.up_bias
+
+    output = layer_norm_backward(grad, saved.output_sum, w.output_norm_weight, eps[1], None, dtype)
+    found["output_norm_weight"], found["output_norm_bias"], found["down_bias"] = output.sums.unbind()
+    if below_down or wanted.down_weight:
+        # Without the gradients below, only the activation's output is needed.
+        grad_activated = output.linear @ w.down_weight if below_down else saved.up
+        grad_up, activated, found["up_bias"] = activation_backward(grad_activated, saved.up, activation)
+        del grad_activated
+        if wanted.down_weight:
+            found["down_weight"] = output.linear.T @ activated
+        del activated
+    if wanted.up_weight:
+        norm = w.attention_norm_weight, w.attention_norm_bias, eps[0]
+        found["up_weight"] = grad_up.T @ layer_norm(saved.attention_sum, *norm, dtype)
+    if below_up:
+        attended = layer_norm_backward(
+            output.x, saved.attention_sum, w.attention_norm_weight, eps[0], grad_up @ w.up_weight, dtype
+        )
+        del grad_up, output
+        sums = attended.sums.unbind()
+        found["attention_norm_weight"], found["attention_norm_bias"], found["attention_bias"] = sums
+        if wanted.attention_weight:
+            found["attention_weight"] = attended.linear.T @ saved.context
+    grad_x = None
+    if below_attention:
+        grad_context = attended.linear @ w.attention_weight
+        qkv = attention_backward(
+            grad_context, saved.qkv, saved.context, saved.lse, cu_seqlens, max_seqlen, scale
+        ).flatten(1)  # fmt: skip
+        del grad_context
+        names, width = ("q", "k", "v"), w.q_weight.shape[0]
+        if any(wanted[0:6:2]):
+            for name, part in zip(names, (qkv.T @ x).split(width), strict=True):
+                found[f"{name}_weight"] = part
+        if any(wanted[1:6:2]):
+            for name, part in zip(names, qkv.sum(0, dtype=torch.float32).split(width), strict=True):
+                found[f"{name}_bias"] = part
+        if wants_x:
+            weight = torch.cat((w.q_weight, w.k_weight, w.v_weight))
+            same = attended.x.dtype == dtype
+            grad_x = torch.addmm(attended.x, qkv, weight) if same else attended.x.add_(qkv @ weight)
+    asked = (found.get(name) if want else None for name, want in zip(w._fields, wanted, strict=True))
+    return LayerGradients(grad_x, LayerWeights(*asked))

@@ -1,0 +1,166 @@
+"""The gradients of y = LayerNorm(x) for x [T, E], with x = residual + linear (Ba et al. 2016).
+
+With n = (x - mean) / deviation, g = gradient of y, and means over the row:
+
+    grad_x = (g weight - mean(g weight) - n mean(g weight n)) / deviation
+    grad_weight = sum of g n, grad_bias = sum of g, grad_linear_bias = sum of grad_x, over all rows
+
+A program holds whole rows, from which it computes mean and deviation again: reading them would not be faster. It takes
+every P-th block of rows and adds up its part of the three sums, in float32. The P parts are then summed in their order,
+so two runs give the same bits. Limit: rows of at most 4096 elements, for which the sums fit into registers.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.launch import CachedLaunch, cached_by_specs
+from fastbert_kernels.layer_norm import center_rows
+from fastbert_kernels.limits import MAX_TRAINED_ROW
+from fastbert_kernels.operands import (
+    TensorSpec,
+    check,
+    check_shape,
+    common_unit,
+    have_unit_strides,
+    row_blocks,
+    row_stride,
+    shape_of,
+    spec_of,
+    with_unit_stride,
+)
+from fastbert_kernels.target import num_sms
+
+PROGRAMS_PER_SM = 2
+
+
+@triton.jit(do_not_specialize=["stride_grad", "stride_other", "stride_x", "num_tokens"])
+def _layer_norm_backward_kernel(
+    grad_ptr,  # [T, E]
+    other_ptr,  # [T, E] or None, the second summand of the gradient
+    x_ptr,  # [T, E]
+    weight_ptr,  # [E]
+    grad_x_ptr,  # [T, E]
+    grad_linear_ptr,  # [T, E] or None, grad_x in another dtype
+    sums_ptr,  # float32 [P, 3, E]
+    stride_grad,  # in UNITs, like every stride and width
+    stride_other,
+    stride_x,
+    num_tokens,
+    width,
+    eps,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    width *= UNIT
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < width
+    weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
+    grad_weight = tl.zeros((BLOCK_E,), tl.float32)
+    grad_bias = tl.zeros((BLOCK_E,), tl.float32)
+    grad_linear_bias = tl.zeros((BLOCK_E,), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_ROWS), tl.num_programs(0)):
+        offs_t = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (offs_t < num_tokens)[:, None] & mask_e[None, :]
+        offs_t = offs_t.to(tl.int64)[:, None]
+        x = tl.load(x_ptr + offs_t * (stride_x * UNIT) + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+        places = offs_t * (stride_grad * UNIT) + offs_e[None, :]
+        grad = tl.load(grad_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        if other_ptr is not None:
+            places = offs_t * (stride_other * UNIT) + offs_e[None, :]
+            grad += tl.load(other_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        centered, rstd = center_rows(x, mask, width, eps)
+        normalized = tl.where(mask, centered * rstd, 0.0)  # without eps, rows past the end would be NaN
+        weighted = grad * weight
+        along = tl.sum(weighted * normalized, axis=1) / width
+        mean = tl.sum(weighted, axis=1) / width
+        grad_x = tl.where(mask, rstd * (weighted - mean[:, None] - normalized * along[:, None]), 0.0)
+        grad_weight += tl.sum(grad * normalized, axis=0)
+        grad_bias += tl.sum(grad, axis=0)
+        grad_linear_bias += tl.sum(grad_x, axis=0)
+        places = offs_t * width + offs_e[None, :]
+        tl.store(grad_x_ptr + places, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if grad_linear_ptr is not None:
+            tl.store(grad_linear_ptr + places, grad_x.to(grad_linear_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (3 * width) + offs_e
+    tl.store(sums_ptr, grad_weight, mask=mask_e)
+    tl.store(sums_ptr + width, grad_bias, mask=mask_e)
+    tl.store(sums_ptr + 2 * width, grad_linear_bias, mask=mask_e)
+
+
+@cached_by_specs
+def _layer_norm_backward_launch(
+    grad: TensorSpec, other: TensorSpec | None, x: TensorSpec, weight: TensorSpec, eps: float
+) -> CachedLaunch | None:
+    """Prepare the launch, or return None if operands have to be copied first."""
+    operation = "layer_norm_backward"
+    check(operation, x, weight, grad, other)
+    size, width = shape_of(operation, "x", x, "T E")
+    check_shape(operation, "grad", grad, size, width)
+    if other is not None:
+        check_shape(operation, "other", other, size, width)
+    check_shape(operation, "weight", weight, width)
+    if width > MAX_TRAINED_ROW:
+        raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_TRAINED_ROW}")
+    if not have_unit_strides(grad, other, x, weight):
+        return None
+    blocks = row_blocks(width)
+    if width > 2048:
+        blocks["num_warps"] = 8  # the forward, which has no sums, takes four
+    strides = [row_stride(x), row_stride(grad), row_stride(other or x)]
+    unit = common_unit(x, *strides, width)
+    programs = min(triton.cdiv(size, blocks["BLOCK_ROWS"]), num_sms(x.device) * PROGRAMS_PER_SM)
+    return CachedLaunch(
+        _layer_norm_backward_kernel,
+        (programs if width else 0,),
+        x.device,
+        {
+            "stride_grad": strides[1] // unit,
+            "stride_other": strides[2] // unit,
+            "stride_x": strides[0] // unit,
+            "num_tokens": size,
+            "width": width // unit,
+            "eps": eps,
+            "UNIT": unit,
+            **blocks,
+        },
+    )
+
+
+class LayerNormGradients(NamedTuple):
+    """Gradients of x [T, E] in x's dtype and once more in `linear_dtype`; float32 [3, E] of weight, bias and the
+    linear's bias."""
+
+    x: Tensor
+    linear: Tensor
+    sums: Tensor
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, other: Tensor | None = None,
+    linear_dtype: torch.dtype | None = None,
+) -> LayerNormGradients:  # fmt: skip
+    """grad [T, E] of LayerNorm's output, LayerNorm's input x [T, E], its weight [E] -> gradients.
+
+    other [T, E], in any dtype, is added to grad. linear_dtype: the dtype of the linear whose output is a summand of x;
+    None for x's. If both are equal, one tensor is returned twice. Raises ValueError for invalid shapes or devices and
+    for E above 4096, TypeError for dtypes.
+    """
+    launch = _layer_norm_backward_launch(spec_of(grad), spec_of(other), spec_of(x), spec_of(weight), eps)
+    if launch is None:
+        grad, other, x, weight = map(with_unit_stride, (grad, other, x, weight))
+        return layer_norm_backward(grad, x, weight, eps, other, linear_dtype)
+    grad_x = x.new_empty(x.shape)
+    apart = linear_dtype not in (None, x.dtype)
+    grad_linear = x.new_empty(x.shape, dtype=linear_dtype) if apart else None
+    (programs,), width = launch.grid, x.shape[1]
+    sums = x.new_empty((programs, 3, width), dtype=torch.float32)
+    launch(
+        grad_ptr=grad, other_ptr=other, x_ptr=x, weight_ptr=weight, grad_x_ptr=grad_x, grad_linear_ptr=grad_linear,
+        sums_ptr=sums,
+    )  # fmt: skip
+    return LayerNormGradients(grad_x, grad_x if grad_linear is None else grad_linear, sums.sum(0))

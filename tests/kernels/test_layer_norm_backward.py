@@ -1,0 +1,101 @@
+"""LayerNorm's gradients, compared with autograd's, and the sums over rows."""
+
+import pytest
+import torch
+from cases import DTYPES
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, GUARDED, HALVES, LAYOUTS, check, flat, normal, pairwise, random_cases
+
+import fastbert_kernels
+from fastbert.testing import OP_FACTOR, check_close
+from fastbert_kernels import layer_norm_backward
+
+pytestmark = GUARDED
+
+
+def arguments(tokens: int, width: int, dtype: torch.dtype) -> dict:
+    shapes = {"grad": (tokens, width), "x": (tokens, width), "weight": (width,)}
+    return {name: normal(*shape, dtype=dtype) for name, shape in shapes.items()} | {"eps": 1e-12}
+
+
+@pairwise(width=(2, 48, 128, 300, 384, 768, 1024, 4096), dtype=DTYPES, tokens=(1, 2, 63, 64, 65, 300), layout=LAYOUTS)
+def test_layer_norm_backward(width, dtype, tokens, layout):
+    given = arguments(tokens, width, dtype)
+    given |= {name: LAYOUTS[layout](given[name]) for name in ("grad", "x")}
+    check("layer_norm_backward", **given)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_under_autocast(dtype):
+    """The residual's part is float32, the linear's 16 bits wide, in gradients and in sums before LayerNorm."""
+    wide, other = arguments(70, 300, torch.float32), normal(70, 300, dtype=dtype)
+    found = layer_norm_backward(**wide, other=other, linear_dtype=dtype)
+    alone = layer_norm_backward(**wide | {"grad": wide["grad"] + other})
+    assert (found.x.dtype, found.linear.dtype) == (torch.float32, dtype)
+    assert torch.equal(found.x, alone.x)
+    assert alone.linear is alone.x
+    assert torch.equal(found.linear, found.x.to(dtype)) or DEVICE.type == "cpu"  # the interpreter truncates
+    torch.testing.assert_close(found.linear.float(), found.x, atol=1e-6, rtol=2**-7)
+    assert torch.equal(found.sums, alone.sums)
+
+
+def test_no_rows():
+    found = layer_norm_backward(**arguments(0, 48, torch.float32))
+    assert found.x.shape == (0, 48)
+    assert torch.equal(found.sums, torch.zeros(3, 48, device=DEVICE))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-2])
+def test_eps_is_what_was_passed(eps):
+    """The rows have a variance of 10^-6, so that a larger eps would show. 65 rows: the last block is not full."""
+    given = arguments(65, 48, torch.float32) | {"eps": eps}
+    given["x"] *= 1e-3
+    check("layer_norm_backward", **given)
+
+
+def test_a_row_without_variance():
+    given = arguments(5, 48, torch.float32)
+    given["x"][2] = 333.1
+    check("layer_norm_backward", **given)
+
+
+def test_a_row_with_nan_affects_the_sums_only():
+    given = arguments(9, 48, torch.float32)
+    clean = layer_norm_backward(**given)
+    given["x"][4] = torch.nan
+    found = layer_norm_backward(**given)
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(found.x[others], clean.x[others])
+    assert found.x[4].isnan().all()
+    assert found.sums[[0, 2]].isnan().all()
+    assert torch.equal(found.sums[1], clean.sums[1])
+
+
+def test_the_same_bits_in_every_run():
+    given = arguments(300, 48, torch.float16)
+    assert torch.equal(*(flat(layer_norm_backward(**given)) for _ in range(2)))
+
+
+@random_cases
+@given(tokens=st.integers(1, 140), width=st.integers(2, 500), dtype=st.sampled_from(DTYPES), other=st.booleans())
+def test_random_layer_norm_backward(tokens, width, dtype, other):
+    torch.manual_seed(0)
+    given = arguments(tokens, width, dtype)
+    check("layer_norm_backward", **given, other=normal(tokens, width, dtype=dtype) if other else None)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float16)], ids=str)
+def test_layer_norm_makes_the_forwards_output_again(dtypes):
+    """From the sum before LayerNorm that the forward returns, bit for bit."""
+    residual, dtype = dtypes
+    shapes = {"x": (70, 40), "weight": (48, 40), "bias": (48,)}
+    given = {name: normal(*shape, dtype=dtype) for name, shape in shapes.items()}
+    norm = normal(48), normal(48), 1e-12
+    out, summed = fastbert_kernels.linear_residual_layer_norm_forward(
+        **given, residual=normal(70, 48, dtype=residual), norm_weight=norm[0], norm_bias=norm[1], eps=norm[2]
+    )
+    assert out.dtype == summed.dtype == residual
+    assert torch.equal(fastbert_kernels.layer_norm(summed, *norm), out)
+    low = fastbert_kernels.layer_norm(summed, *norm, dtype)
+    check_close("narrowed", low, out.to(dtype), out.double(), 2 * OP_FACTOR)
