@@ -4,7 +4,8 @@ The functions are launchers, which take and return tensors of one CUDA device. `
 shapes and the limits. If TRITON_INTERPRET=1 is set before Triton is first imported, they run on CPU tensors, slowly.
 """
 
-from fastbert_kernels.attention import attention
+from fastbert_kernels.attention import attention, attention_forward
+from fastbert_kernels.attention_backward import attention_backward
 from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids
 from fastbert_kernels.encoder_layer import LayerWeights, encoder_layer
 from fastbert_kernels.encoder_layer_training import SavedTensors, encoder_layer_backward, encoder_layer_forward
@@ -30,6 +31,8 @@ __all__ = [
     "LayerWeights",
     "SavedTensors",
     "attention",
+    "attention_backward",
+    "attention_forward",
     "embed_layer_norm",
     "encoder_layer",
     "encoder_layer_backward",

@@ -5,8 +5,12 @@ softmax (Milakov and Gimelshein 2018; Dao et al. 2022), so there is no S x S mat
 the output are float32. Probabilities are rounded to the dtype before the product with V. exp2 replaces exp, with
 log2(e) folded into the scale. Scaling and the subtraction of the maximum are one instruction. Sequences may have any
 length, heads up to 128 elements. Programs of a sequence without tokens return at once.
+
+For the backward, log2 of the sum of each query's exponentials is stored too, from which probabilities are computed
+again (Dao 2023).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,13 +35,23 @@ LOG2_E = 1.4426950408889634
 SMALLEST = 2.0**-126  # float32's smallest normal number
 
 
+@triton.jit
+def bounds_of(cu_seqlens_ptr, sequence, num_tokens):
+    """The first row and the length of a sequence. With any values, they select only rows of the buffer, or none."""
+    start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
+    end = tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0)
+    return start, tl.minimum(end, num_tokens) - start
+
+
 @triton.jit(
-    do_not_specialize=["num_heads", "query_blocks", "num_tokens"], do_not_specialize_on_alignment=["cu_seqlens_ptr"]
+    do_not_specialize=["num_heads", "query_blocks", "num_tokens"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "lse_ptr"],
 )
 def _attention_fwd_kernel(
     qkv_ptr,  # [T, 3, H, D]
     cu_seqlens_ptr,  # int32 [N + 1]
     out_ptr,  # [T, H, D]
+    lse_ptr,  # float32 [H, T] or None
     stride_qkv_token,
     stride_qkv_part,
     stride_qkv_head,
@@ -56,11 +70,7 @@ def _attention_fwd_kernel(
     # Adjacent programs take heads of the same tokens: two heads of 32 elements share a cache line.
     head = tl.program_id(0) % num_heads
     block = tl.program_id(0) // num_heads
-    sequence = block // query_blocks
-    # cu_seqlens is not trusted: with any values, nothing is read or written past the buffer.
-    start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
-    end = tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0)
-    length = tl.minimum(end, num_tokens) - start
+    start, length = bounds_of(cu_seqlens_ptr, block // query_blocks, num_tokens)
     first = block % query_blocks * BLOCK_M
     if first < length:
         offs_q = first + tl.arange(0, BLOCK_M)
@@ -97,26 +107,46 @@ def _attention_fwd_kernel(
         context *= (1.0 / row_sum)[:, None]
         out_places = ((start + offs_q).to(tl.int64)[:, None] * num_heads + head) * HEAD_SIZE + offs_d[None, :]
         tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
+        if lse_ptr is not None:
+            lse_places = head.to(tl.int64) * num_tokens + start + offs_q
+            tl.store(lse_ptr + lse_places, row_max + tl.log2(row_sum), mask=offs_q < length)
+
+
+def check_qkv(operation: str, qkv: TensorSpec) -> tuple[int, int, int]:
+    """Return T, H and D of qkv [T, 3, H, D]. Raises ValueError for another shape or an unsupported head size."""
+    num_tokens, _, num_heads, head_size = shape_of(operation, "qkv", qkv, "T 3 H D")
+    check_shape(operation, "qkv", qkv, num_tokens, 3, num_heads, head_size)
+    if not 0 < head_size <= MAX_HEAD_SIZE:
+        raise ValueError(f"{operation}: head size {head_size} is not supported, only 1 to {MAX_HEAD_SIZE}")
+    return num_tokens, num_heads, head_size
+
+
+def check_programs(operation: str, programs: int) -> None:
+    """Raise ValueError if a grid has 2^31 programs or more."""
+    if programs >= 2**31:
+        raise ValueError(
+            f"{operation}: {programs} programs are not supported, only fewer than 2^31: use smaller batches"
+        )
 
 
 @cached_by_specs
 def attention_launch(
-    qkv: TensorSpec, cu_seqlens: TensorSpec, max_seqlen: int, scale: float, allowed: str | None
-) -> CachedLaunch | None:
-    """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`."""
-    check("attention", qkv, cu_seqlens)
-    num_tokens, _, num_heads, head_size = shape_of("attention", "qkv", qkv, "T 3 H D")
-    check_shape("attention", "qkv", qkv, num_tokens, 3, num_heads, head_size)
-    if not 0 < head_size <= MAX_HEAD_SIZE:
-        raise ValueError(f"attention: head size {head_size} is not supported, only 1 to {MAX_HEAD_SIZE}")
+    qkv: TensorSpec, cu_seqlens: TensorSpec, max_seqlen: int, scale: float, allowed: str | None,
+    operation: str = "attention",
+) -> CachedLaunch | None:  # fmt: skip
+    """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`.
+
+    operation: "attention", or "attention_forward", whose launch also gets `lse_ptr`: another compiled kernel.
+    """
+    check(operation, qkv, cu_seqlens)
+    num_tokens, num_heads, head_size = check_qkv(operation, qkv)
     if not have_unit_strides(qkv, cu_seqlens):
         return None
     config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
     config = config or choose("attention", qkv, head_size)
     query_blocks = triton.cdiv(max_seqlen, config.BLOCK_M) if num_tokens else 0
     programs = (cu_seqlens.shape[0] - 1) * query_blocks * num_heads
-    if programs >= 2**31:
-        raise ValueError(f"attention: {programs} programs are not supported, only fewer than 2^31: use smaller batches")
+    check_programs(operation, programs)
     return CachedLaunch(
         _attention_fwd_kernel,
         (programs,),
@@ -155,5 +185,23 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     if launch is None:
         return attention(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale)
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
-    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, out_ptr=out)
+    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, out_ptr=out, lse_ptr=None)
     return out
+
+
+def attention_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention for training: arguments as in `attention` -> its context [T, H D], bitwise equal, and lse.
+
+    lse, float32 [H, T], is log2 of the sum over a query's keys of exp(scale q k). `attention_backward` needs it. Rows
+    from cu_seqlens[N] on are neither read nor written. Raises ValueError and TypeError as `attention` does.
+    """
+    launch = attention_launch(
+        spec_of(qkv), spec_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv), "attention_forward"
+    )
+    if launch is None:
+        return attention_forward(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale)
+    num_tokens, _, num_heads, head_size = qkv.shape
+    out = qkv.new_empty(num_tokens, num_heads * head_size)
+    lse = qkv.new_empty(num_heads, num_tokens, dtype=torch.float32)
+    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, out_ptr=out, lse_ptr=lse)
+    return out, lse

@@ -68,7 +68,10 @@ class GemmConfig(_Config):
 
 @dataclass(frozen=True)
 class AttentionConfig(_Config):
-    """The configuration of attention. A program has BLOCK_M queries and reads BLOCK_N keys at a time."""
+    """The configuration of attention. A program has BLOCK_M queries and reads BLOCK_N keys at a time.
+
+    In the second launch of the backward it has BLOCK_M keys and reads BLOCK_N queries at a time.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -83,6 +86,7 @@ CONFIGS = {
     "linear_residual_layer_norm": GemmConfig,
     "attention": AttentionConfig,
     "attention_short": AttentionConfig,
+    "attention_backward": AttentionConfig,
 }
 
 
@@ -229,7 +233,7 @@ def _problem_of_entries(operation: str, entries: list[dict], one_order: bool) ->
     if limits != sorted(set(limits)):
         return f"up_to has to grow from entry to entry, not {[entry['up_to'] for entry in entries]}"
     if operation.startswith("attention"):
-        if operation == "attention" and limits[-1:] != [MAX_HEAD_SIZE]:
+        if operation != "attention_short" and limits[-1:] != [MAX_HEAD_SIZE]:
             return f"the last up_to has to be {MAX_HEAD_SIZE}, the largest head size"
         if limits and limits[-1] > MAX_HEAD_SIZE:
             return f"the last up_to is {entries[-1]['up_to']}, above the largest head size, {MAX_HEAD_SIZE}"

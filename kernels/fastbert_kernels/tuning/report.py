@@ -40,6 +40,8 @@ OPS = (
     "embed_layer_norm",
     "qkv_projection",
     "attention",
+    "attention_forward",
+    "attention_backward",
     "linear_residual_layer_norm",
     "linear_activation",
     "linear_residual_layer_norm_forward",
@@ -57,13 +59,24 @@ FURTHER_MODELS = {
     "widest": Model(1, MAX_ROW, 128, 4 * MAX_ROW),
 }
 # Kernels that are one of several launches of their op, and their place in `work`.
-PARTS = {"_row_lengths_kernel": "row_lengths", "_layer_norm_kernel": "layer_norm"}
+PARTS = {
+    "_row_lengths_kernel": "row_lengths",
+    "_layer_norm_kernel": "layer_norm",
+    "_attention_bwd_dq_kernel": "attention_backward_dq",
+    "_attention_bwd_dkv_kernel": "attention_backward_dkv",
+}
 
 
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
+<<<<<<< HEAD
     """Yield the launchers' calls of a forward pass with its mask on the device, and those that only training makes:
     place in the model, op, call."""
+=======
+    """Yield the launchers' calls of a forward pass with its mask on the device, and those of attention in training: place in the
+    model, op, call."""
+>>>>>>> attn
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
+    scale = (width // num_heads) ** -0.5
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -74,11 +87,14 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
     tables, square = (new(30522, width), new(512, width), new(2, width)), (new(width, width), bias)
     trained = new(tokens, min(width, MAX_TRAINED_ROW))
     qkv, activated = new(tokens, 3, num_heads, width // num_heads), new(tokens, inner)
+    lse = new(num_heads, tokens, dtype=torch.float32)
     for place, op, *arguments in (
         ("packing_plan", "packing_plan", ids),
         ("embed_layer_norm", "embed_layer_norm", ids, ids, None, None, indices, *tables, *norm, None, num_tokens),
         ("qkv_projection", "qkv_projection", x, *square * 3, num_heads, num_tokens),
-        ("attention", "attention", qkv, cu_seqlens, seq_len, (width // num_heads) ** -0.5),
+        ("attention", "attention", qkv, cu_seqlens, seq_len, scale),
+        ("attention_forward", "attention_forward", qkv, cu_seqlens, seq_len, scale),
+        ("attention_backward", "attention_backward", x, qkv, x, lse, cu_seqlens, seq_len, scale),
         ("attention_output", "linear_residual_layer_norm", x, *square, x, *norm, num_tokens),
         ("linear_activation", "linear_activation", x, new(inner, width), new(inner), "gelu", num_tokens),
         ("feed_forward_output", "linear_residual_layer_norm", activated, new(width, inner), bias, x, *norm, num_tokens),

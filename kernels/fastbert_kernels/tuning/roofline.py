@@ -51,10 +51,13 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
     """Return the work of one launch on a full batch [B, S]. Ids and indices are int64.
 
     place: one of LAYER, "row_lengths" or "packing_plan" (the two launches of the packing plan), "embed_layer_norm",
-    "layer_norm" (alone), "layer_norm_backward", "unpack", "pool" or "pooler". Raises ValueError for another.
+    "layer_norm" (alone), "unpack", "pool" or "pooler"; of training "layer_norm_backward", "attention_forward",
+    "attention_backward_dq" or "attention_backward_dkv". Raises ValueError for another.
     """
-    tokens, (_, width, _, inner) = batch_size * seq_len, model
+    tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
     rows, ids = tokens * width * itemsize, 8 * tokens
+    product = 2.0 * tokens * seq_len * width  # of two of a sequence's queries, keys and values
+    statistic = 4.0 * tokens * num_heads  # bytes of lse, or of delta
 
     def linear(tokens: int, inputs: int, outputs: int, residual: int = 0) -> Work:
         elements = tokens * (inputs + outputs + residual) + (inputs + 1) * outputs
@@ -64,7 +67,13 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
         case "qkv_projection":
             return linear(tokens, width, 3 * width)
         case "attention":
-            return Work(4.0 * tokens * seq_len * width, 4.0 * rows)
+            return Work(2 * product, 4.0 * rows)
+        case "attention_forward":
+            return Work(2 * product, 4.0 * rows + statistic)
+        case "attention_backward_dq":  # scores, their gradient's product with V, and dQ
+            return Work(3 * product, 6.0 * rows + 2 * statistic)
+        case "attention_backward_dkv":  # the first two again, dK and dV
+            return Work(4 * product, 6.0 * rows + 2 * statistic)
         case "attention_output":
             return linear(tokens, width, width, residual=width)
         case "linear_activation":
