@@ -4,11 +4,12 @@ The functions are launchers, which take and return tensors of one CUDA device. `
 shapes and the limits. If TRITON_INTERPRET=1 is set before Triton is first imported, they run on CPU tensors, slowly.
 """
 
+from fastbert_kernels.activation_backward import activation_backward
 from fastbert_kernels.attention import attention
 from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids
 from fastbert_kernels.encoder_layer import LayerWeights, encoder_layer
 from fastbert_kernels.limits import MAX_HEAD_SIZE, MAX_ROW
-from fastbert_kernels.linear_activation import linear_activation
+from fastbert_kernels.linear_activation import linear_activation, linear_activation_forward
 from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm
 from fastbert_kernels.matmul import INTERPRETED
 from fastbert_kernels.packing import packing_plan, unpack
@@ -21,10 +22,12 @@ __all__ = [
     "MAX_ROW",
     "BadId",
     "LayerWeights",
+    "activation_backward",
     "attention",
     "embed_layer_norm",
     "encoder_layer",
     "linear_activation",
+    "linear_activation_forward",
     "linear_residual_layer_norm",
     "packing_plan",
     "pool",

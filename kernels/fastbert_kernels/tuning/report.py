@@ -42,6 +42,8 @@ OPS = (
     "attention",
     "linear_residual_layer_norm",
     "linear_activation",
+    "linear_activation_forward",
+    "activation_backward",
     "unpack",
     "pool",
 )
@@ -77,6 +79,8 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         ("attention", "attention", qkv, cu_seqlens, seq_len, (width // num_heads) ** -0.5),
         ("attention_output", "linear_residual_layer_norm", x, *square, x, *norm, num_tokens),
         ("linear_activation", "linear_activation", x, new(inner, width), new(inner), "gelu", num_tokens),
+        ("linear_activation_forward", "linear_activation_forward", x, new(inner, width), new(inner), "gelu"),
+        ("activation_backward", "activation_backward", activated, activated, "gelu"),
         ("feed_forward_output", "linear_residual_layer_norm", activated, new(width, inner), bias, x, *norm, num_tokens),
         ("unpack", "unpack", x, indices, batch_size, seq_len, num_tokens),
         ("pool", "pool", x, cu_seqlens, "mean", True),

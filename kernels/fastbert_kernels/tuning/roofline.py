@@ -51,7 +51,7 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
     """Return the work of one launch on a full batch [B, S]. Ids and indices are int64.
 
     place: one of LAYER, "row_lengths" or "packing_plan" (the two launches of the packing plan), "embed_layer_norm",
-    "layer_norm" (alone), "unpack", "pool" or "pooler". Raises ValueError for another.
+    "layer_norm" (alone), "unpack", "pool", "pooler", or an op of training. Raises ValueError for another.
     """
     tokens, (_, width, _, inner) = batch_size * seq_len, model
     rows, ids = tokens * width * itemsize, 8 * tokens
@@ -69,6 +69,10 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
             return linear(tokens, width, width, residual=width)
         case "linear_activation":
             return linear(tokens, width, inner)
+        case "linear_activation_forward":  # writes two outputs
+            return linear(tokens, width, inner, residual=inner)
+        case "activation_backward":  # reads two and writes two
+            return Work(0.0, 4.0 * tokens * inner * itemsize)
         case "feed_forward_output":
             return linear(tokens, inner, width, residual=width)
         case "pooler":
