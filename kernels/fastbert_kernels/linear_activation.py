@@ -54,10 +54,11 @@ def _finish_part(
     if residual_ptr is not None:
         places = offs_t * stride_residual + offs_n[None, :]
         part += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    if pre is not None:
-        _store_part(part, row, col, offs_t, offs_n, mask, pre, first, stride_out, STORE_DESCRIPTOR)
     result = activate(part, ACTIVATION, EXACT)
     _store_part(result, row, col, offs_t, offs_n, mask, out, first, stride_out, STORE_DESCRIPTOR)
+    if pre is not None:
+        # Stored before the result, it would take so many registers that one CTA fits on an SM of sm_80 instead of two.
+        _store_part(part, row, col, offs_t, offs_n, mask, pre, first, stride_out, STORE_DESCRIPTOR)
 
 
 @triton.jit
@@ -169,7 +170,7 @@ def linear_launch(
     check_shape(operation, "bias", bias, num_outputs)
     if not have_unit_strides(x, weight, bias, residual):
         return None
-    config = choose(operation, x, size)
+    config = choose("linear_activation" if with_pre else operation, x, size)
     if with_pre:
         # Two whole tiles to store would take so many registers that one CTA fits on an SM of sm_90 instead of two.
         config = replace(config, halves=True)
@@ -230,10 +231,10 @@ def linear_activation_forward(x: Tensor, weight: Tensor, bias: Tensor, activatio
     For training: the derivative of the activation needs its input. Both come from the same float32 accumulator, in one
     launch. With activation "none" they are equal. Raises as `linear_activation` does.
     """
-    operation = "linear_activation"
     launch = linear_launch(
-        operation, spec_of(x), spec_of(weight), spec_of(bias), None, None, activation, torch_precision(x), True
-    )
+        "linear_activation_forward", spec_of(x), spec_of(weight), spec_of(bias), None, None, activation,
+        torch_precision(x), True,
+    )  # fmt: skip
     if launch is None:
         return linear_activation_forward(*map(with_unit_stride, (x, weight, bias)), activation)
     out, pre = (x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
