@@ -1,9 +1,4 @@
-"""Fused Triton kernels for BERT encoders, usable without the model: ``from fastbert_kernels import attention``.
-
-The functions are launchers, which take and return tensors of one CUDA device. `kernels/README.md` has the maths, the
-shapes and the limits. If TRITON_INTERPRET=1 is set before Triton is first imported, they run on CPU tensors, slowly.
-"""
-
+"""Fused Triton kernels for BERT encoders, usable without the model: ``from fastbert_kernels.activation_backward import activation_backward
 from fastbert_kernels.attention import attention, attention_forward
 from fastbert_kernels.attention_backward import attention_backward
 from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids
@@ -12,7 +7,7 @@ from fastbert_kernels.encoder_layer_training import SavedTensors, encoder_layer_
 from fastbert_kernels.layer_norm import layer_norm
 from fastbert_kernels.layer_norm_backward import layer_norm_backward
 from fastbert_kernels.limits import MAX_HEAD_SIZE, MAX_ROW, MAX_TRAINED_ROW
-from fastbert_kernels.linear_activation import linear_activation
+from fastbert_kernels.linear_activation import linear_activation, linear_activation_forward
 from fastbert_kernels.linear_residual_layer_norm import (
     linear_residual_layer_norm,
     linear_residual_layer_norm_forward,
@@ -30,6 +25,7 @@ __all__ = [
     "BadId",
     "LayerWeights",
     "SavedTensors",
+    "activation_backward",
     "attention",
     "attention_backward",
     "attention_forward",
@@ -40,6 +36,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "linear_activation",
+    "linear_activation_forward",
     "linear_residual_layer_norm",
     "linear_residual_layer_norm_forward",
     "packing_plan",

@@ -49,3 +49,36 @@ def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         )
         x = tl.where(square < 0.01, series, tl.where(x < 0, -size, size))
     return x
+
+
+@triton.jit
+def activate_backward(grad, x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """grad * activation'(x) in float32, as PyTorch has it: ReLU passes grad where x > 0 or x is NaN.
+
+    EXACT: as in `activate`. NaN in x gives NaN, except for ReLU and "none".
+    """
+    if ACTIVATION == "gelu":
+        # Phi(x) + x phi(x)
+        if EXACT:
+            below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        else:
+            tail = _normal_tail(tl.abs(x))
+            below = tl.where(x > 0, 1.0 - tail, tail)
+        density = 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
+        grad *= below + x * density
+    elif ACTIVATION == "gelu_tanh":
+        # With u of `activate`, s = sigmoid(2u): s + x s (1 - s) (2u)'. exp(-2 |u|) neither overflows nor cancels.
+        square = x * x
+        decay = tl.exp2(-tl.abs(x) * (2.302208198144325 + 0.1029432395800235 * square))
+        inverse = 1.0 / (1.0 + decay)
+        slope = decay * inverse * inverse * (1.5957691216057308 + 0.21406444881780076 * square)
+        # Where decay is zero, the square may be infinite.
+        grad *= tl.where(x > 0, inverse, decay * inverse) + tl.where(decay == 0, 0.0, x * slope)
+    elif ACTIVATION == "relu":
+        grad = tl.where(x <= 0, 0.0, grad)
+    elif ACTIVATION == "tanh":
+        # 1 - tanh(x)^2 = 4 d / (1 + d)^2, d = exp(-2 |x|), without the cancellation.
+        decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
+        inverse = 1.0 / (1.0 + decay)
+        grad *= 4.0 * decay * inverse * inverse
+    return grad

@@ -5,6 +5,8 @@ same rows of x, and all of W stays in the L2 cache. Bias, residual and activatio
 accumulator, before the only rounding. GELU: Hendrycks and Gimpel 2016.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +32,18 @@ from fastbert_kernels.target import dot_precision, num_sms, torch_precision
 
 
 @triton.jit
+def _store_part(part, row, col, offs_t, offs_n, mask, out, first, stride_out, STORE_DESCRIPTOR: tl.constexpr):
+    if STORE_DESCRIPTOR:
+        # Stores rows past the count, too: a flattened loop must not have a condition here.
+        out.store([row, first + col], part.to(out.dtype))
+    else:
+        places = offs_t * stride_out + (first + offs_n)[None, :]
+        tl.store(out + places, part.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _finish_part(
-    part, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first, stride_out,
+    part, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, pre, first, stride_out,
     ACTIVATION: tl.constexpr, EXACT: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     offs_t = (row + tl.arange(0, part.shape[0])).to(tl.int64)[:, None]
@@ -43,21 +55,20 @@ def _finish_part(
         places = offs_t * stride_residual + offs_n[None, :]
         part += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
     result = activate(part, ACTIVATION, EXACT)
-    if STORE_DESCRIPTOR:
-        # Stores rows past the count, too: a flattened loop must not have a condition here.
-        out.store([row, first + col], result.to(out.dtype))
-    else:
-        places = offs_t * stride_out + (first + offs_n)[None, :]
-        tl.store(out + places, result.to(out.dtype.element_ty), mask=mask)
+    _store_part(result, row, col, offs_t, offs_n, mask, out, first, stride_out, STORE_DESCRIPTOR)
+    if pre is not None:
+        # Stored before the result, it would take so many registers that one CTA fits on an SM of sm_80 instead of two.
+        _store_part(part, row, col, offs_t, offs_n, mask, pre, first, stride_out, STORE_DESCRIPTOR)
 
 
 @triton.jit
 def finish_tile(
-    tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first, stride_out,
+    tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, pre, first, stride_out,
     ACTIVATION: tl.constexpr, EXACT: tl.constexpr, HALVES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """Store activation(tile + bias + residual) to out[row :, first + col :], computed in float32.
 
+    pre: None, or an output like out for tile + bias + residual.
     With HALVES, one half of the columns is finished after the other. A whole residual tile of 128 columns beside the
     accumulator would need so many registers that one CTA fits on an SM instead of two.
     """
@@ -68,11 +79,11 @@ def finish_tile(
         for half in tl.static_range(2):
             _finish_part(
                 halves[half], row, col + half * (BLOCK_N // 2), count, num_outputs, bias_ptr, residual_ptr,
-                stride_residual, out, first, stride_out, ACTIVATION, EXACT, STORE_DESCRIPTOR,
+                stride_residual, out, pre, first, stride_out, ACTIVATION, EXACT, STORE_DESCRIPTOR,
             )  # fmt: skip
     else:
         _finish_part(
-            tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, first,
+            tile, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual, out, pre, first,
             stride_out, ACTIVATION, EXACT, STORE_DESCRIPTOR,
         )  # fmt: skip
 
@@ -102,6 +113,7 @@ def _linear_kernel(
     bias_ptr,  # [N]
     residual_ptr,  # [T, N] or None
     out,  # [T, N], pointer or descriptor
+    pre,  # [T, N], pointer or descriptor as out; None if only out is needed
     num_tokens_ptr,  # int32 [1] or None
     stride_x,  # in UNITs, like every stride and width
     stride_weight,
@@ -136,7 +148,7 @@ def _linear_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         finish_tile(
-            result, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual * UNIT, out, 0,
+            result, row, col, count, num_outputs, bias_ptr, residual_ptr, stride_residual * UNIT, out, pre, 0,
             stride_out * UNIT, ACTIVATION, EXACT, HALVES, STORE_DESCRIPTOR,
         )  # fmt: skip
 
@@ -144,16 +156,24 @@ def _linear_kernel(
 @cached_by_specs
 def linear_launch(
     operation: str, x: TensorSpec, weight: TensorSpec, bias: TensorSpec, residual: TensorSpec | None,
-    num_tokens: TensorSpec | None, activation: str, allowed: str | None,
+    num_tokens: TensorSpec | None, activation: str, allowed: str | None, with_pre: bool = False,
 ) -> CachedLaunch | None:  # fmt: skip
-    """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`."""
+    """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`.
+
+    with_pre: the launch gets a second output `pre`, for the values before the activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{operation}: activation {activation!r} is unknown; choose one of {ACTIVATIONS}")
     check(operation, x, weight, bias, residual, num_tokens)
     (size, num_inputs), num_outputs = shape_of(operation, "x", x, "T K"), weight.shape[0]
     check_shape(operation, "weight", weight, num_outputs, num_inputs)
     check_shape(operation, "bias", bias, num_outputs)
     if not have_unit_strides(x, weight, bias, residual):
         return None
-    config = choose(operation, x, size)
+    config = choose("linear_activation" if with_pre else operation, x, size)
+    if with_pre:
+        # Two whole tiles to store would take so many registers that one CTA fits on an SM of sm_90 instead of two.
+        config = replace(config, halves=True)
     descriptors = reads_by_descriptors(config, x, weight)
     block_x, block_weight = main_loop_blocks(config, config.BLOCK_N, descriptors)
     out_dtype = (x if residual is None else residual).dtype
@@ -179,8 +199,9 @@ def linear_launch(
             "EXACT": out_dtype == torch.float32,
             **main_loop_constants(config, config.BLOCK_N, unit, precision, descriptors),
             **epilogue_constants(config, block_out),
+            **({} if with_pre else {"pre": None}),
         },
-        {"x": block_x, "weight": block_weight, "out": block_out},
+        {"x": block_x, "weight": block_weight, "out": block_out, **({"pre": block_out} if with_pre else {})},
     )
 
 
@@ -193,8 +214,6 @@ def linear_activation(
     index num_tokens on affect no other row, and are undefined in the output. Raises ValueError or TypeError for an
     unknown activation and invalid shapes, dtypes or devices.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"linear_activation: activation {activation!r} is unknown; choose one of {ACTIVATIONS}")
     launch = linear_launch(
         "linear_activation", spec_of(x), spec_of(weight), spec_of(bias), None, spec_of(num_tokens), activation,
         torch_precision(x),
@@ -204,3 +223,20 @@ def linear_activation(
     out = x.new_empty(x.shape[0], weight.shape[0])
     launch(x=x, weight=weight, bias_ptr=bias, residual_ptr=None, out=out, num_tokens_ptr=num_tokens)
     return out
+
+
+def linear_activation_forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """x [T, K], weight [N, K], bias [N] -> activation(x W^T + b), as `linear_activation`, and x W^T + b, both [T, N].
+
+    For training: the derivative of the activation needs its input. Both come from the same float32 accumulator, in one
+    launch. With activation "none" they are equal. Raises as `linear_activation` does.
+    """
+    launch = linear_launch(
+        "linear_activation_forward", spec_of(x), spec_of(weight), spec_of(bias), None, None, activation,
+        torch_precision(x), True,
+    )  # fmt: skip
+    if launch is None:
+        return linear_activation_forward(*map(with_unit_stride, (x, weight, bias)), activation)
+    out, pre = (x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
+    launch(x=x, weight=weight, bias_ptr=bias, residual_ptr=None, out=out, pre=pre, num_tokens_ptr=None)
+    return out, pre

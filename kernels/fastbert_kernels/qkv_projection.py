@@ -81,7 +81,7 @@ def _qkv_projection_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, 1, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         finish_tile(
-            result, row, col, count, width, bias_ptr, None, 0, out, part * width, 3 * width,
+            result, row, col, count, width, bias_ptr, None, 0, out, None, part * width, 3 * width,
             "none", True, HALVES, STORE_DESCRIPTOR,
         )  # fmt: skip
 

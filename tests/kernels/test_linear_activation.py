@@ -1,6 +1,8 @@
 """The linear with an activation, compared with its formula, and each activation alone."""
 
 import math
+from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
@@ -8,11 +10,24 @@ import torch.nn.functional as F
 from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import ACTIVATIONS, DEVICE, GUARDED, HALVES, LAYOUTS, TOKENS, check, normal, pairwise, random_cases
+from kernel_cases import (
+    ACTIVATIONS,
+    DEVICE,
+    GUARDED,
+    HALVES,
+    LAYOUTS,
+    TABLES,
+    TOKENS,
+    check,
+    normal,
+    pairwise,
+    random_cases,
+)
 from torch import Tensor
 
 import fastbert_kernels
-from fastbert_kernels import linear_activation
+from fastbert_kernels import linear_activation, linear_activation_forward
+from fastbert_kernels.configs import configured_by
 
 pytestmark = GUARDED
 
@@ -48,6 +63,61 @@ def test_random_linear_activation(tokens, columns, activation, dtype, layouts):
         for layout, rows in zip(layouts, (tokens, outputs), strict=True)
     )
     check("linear_activation", x=x, weight=weight, bias=normal(outputs, dtype=dtype), activation=activation)
+
+
+@pairwise(
+    tokens=(1, 63, 65, 128, 300),
+    shape=((48, 80), (312, 384), (80, 2), (13, 7)),
+    activation=ACTIVATIONS,
+    dtype=DTYPES,
+    layout=LAYOUTS,
+)
+def test_linear_activation_forward(tokens, shape, activation, dtype, layout):
+    inputs, outputs = shape
+    x = LAYOUTS[layout](normal(tokens, inputs, dtype=dtype))
+    weight, bias = normal(outputs, inputs, dtype=dtype) / inputs**0.5, normal(outputs, dtype=dtype)
+    arguments = {"x": x, "weight": weight, "bias": bias, "activation": activation}
+    out, pre = check("linear_activation_forward", **arguments)
+    assert torch.equal(out, linear_activation(**arguments))
+    assert torch.equal(pre, linear_activation(**arguments | {"activation": "none"}))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a configuration of another device may not fit on this one")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_activation_forward_of_every_configuration(dtype):
+    """Both outputs are bitwise those of linear_activation."""
+    width = "32" if dtype == torch.float32 else "16"
+    x, weight, bias = (normal(*shape, dtype=dtype) for shape in ((70, 64), (136, 64), (136,)))
+    for name, table in TABLES.items():
+        for entry in table["linear_activation"][width]:
+            only = deepcopy(table)
+            only["linear_activation"][width] = [entry | {"up_to": None}]
+            with configured_by(only):
+                out, pre = linear_activation_forward(x, weight, bias, "gelu")
+                assert torch.equal(out, linear_activation(x, weight, bias, "gelu")), (name, entry)
+                assert torch.equal(pre, linear_activation(x, weight, bias, "none")), (name, entry)
+
+
+@pytest.mark.parametrize("epilogue", list(product((False, True), repeat=3)), ids=str)
+def test_linear_activation_forward_of_every_epilogue(epilogue):
+    """Flattened, halved or stored through descriptors, with several tiles for a program."""
+    config = dict(zip(("flatten", "halves", "store_descriptor"), epilogue, strict=True)) | {
+        "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 1,
+        "descriptors": DEVICE.type == "cpu" or torch.cuda.get_device_capability(DEVICE) >= (9, 0),
+    }  # fmt: skip
+    entries = {width: [{"up_to": None, "config": config}] for width in ("16", "32")}
+    x, weight, bias = (normal(*shape, dtype=torch.float16) for shape in ((70, 40), (48, 40), (48,)))
+    with configured_by(TABLES["sm_90"] | {"linear_activation": entries}):
+        out, pre = linear_activation_forward(x, weight, bias, "gelu")
+        assert torch.equal(out, linear_activation(x, weight, bias, "gelu"))
+        assert torch.equal(pre, linear_activation(x, weight, bias, "none"))
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_linear_activation_forward_of_few_tokens(tokens, launches):
+    out, pre = linear_activation_forward(normal(tokens, 40), normal(48, 40), normal(48), "gelu")
+    assert out.shape == pre.shape == (tokens, 48)
+    assert launches == ["_linear_kernel"] * tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -26,6 +26,8 @@ GUARDED = [*MARKS, pytest.mark.usefixtures("guarded")]
 
 OPS = (
     "linear_activation",
+    "linear_activation_forward",
+    "activation_backward",
     "qkv_projection",
     "linear_residual_layer_norm",
     "linear_residual_layer_norm wide",
@@ -109,6 +111,8 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
     ids = torch.randint(0, 9, (7, 10)).to(DEVICE)
     arguments = {
         "linear_activation": {"x": x, "weight": weight, "bias": bias, "activation": "gelu"},
+        "linear_activation_forward": {"x": x, "weight": weight, "bias": bias, "activation": "gelu"},
+        "activation_backward": {"grad": hidden, "pre": normal(70, width, dtype=dtype), "activation": "gelu"},
         "qkv_projection": {
             "x": x,
             **{f"{part}_weight": normal(width, 40, dtype=dtype) for part in "qkv"},
@@ -152,6 +156,18 @@ ACTIVATIONS = {
 
 def _linear_activation(x, weight, bias, activation, num_tokens=None):
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def _linear_activation_forward(x, weight, bias, activation):
+    pre = F.linear(x, weight, bias)
+    return ACTIVATIONS[activation](pre), pre
+
+
+def _activation_backward(grad, pre, activation):
+    pre = pre.detach().requires_grad_()
+    output = ACTIVATIONS[activation](pre)
+    (grad_pre,) = torch.autograd.grad(output, pre, grad)
+    return grad_pre, output.detach(), grad_pre.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def _qkv_projection(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, num_tokens=None):
@@ -213,6 +229,8 @@ def _pool(hidden, cu_seqlens, mode, normalize=False, indices=None):
 
 FORMULAS = {
     "linear_activation": _linear_activation,
+    "linear_activation_forward": _linear_activation_forward,
+    "activation_backward": _activation_backward,
     "qkv_projection": _qkv_projection,
     "linear_residual_layer_norm": _linear_residual_layer_norm,
     "linear_residual_layer_norm_forward": _linear_residual_layer_norm_forward,
@@ -390,6 +408,32 @@ ERRORS = [
         {"activation": "swish"},
         ValueError,
         "activation 'swish' is unknown; choose one of ('none', ",
+    ),
+    (
+        "linear_activation_forward",
+        {"activation": None},
+        ValueError,
+        "activation None is unknown; choose one of ('none', ",
+    ),
+    (
+        "linear_activation_forward",
+        {"bias": (47,)},
+        ValueError,
+        "linear_activation_forward: bias is [47], expected [48]",
+    ),
+    (
+        "activation_backward",
+        {"activation": "swish"},
+        ValueError,
+        "activation_backward: activation 'swish' is unknown; choose one of ('none', ",
+    ),
+    ("activation_backward", {"grad": (70,)}, ValueError, "activation_backward: grad is [70], expected [T, F]"),
+    ("activation_backward", {"pre": (70, 47)}, ValueError, "activation_backward: pre is [70, 47], expected [70, 48]"),
+    (
+        "activation_backward",
+        {"pre": torch.float16},
+        TypeError,
+        "activation_backward: grad is torch.float32 and pre torch.float16, expected one dtype",
     ),
     ("linear_activation", {"weight": (48, 41)}, ValueError, "linear_activation: weight is [48, 41], expected [48, 40]"),
     ("linear_activation", {"bias": (47,)}, ValueError, "linear_activation: bias is [47], expected [48]"),

@@ -46,6 +46,8 @@ OPS = (
     "linear_activation",
     "linear_residual_layer_norm_forward",
     "layer_norm_backward",
+    "linear_activation_forward",
+    "activation_backward",
     "unpack",
     "pool",
 )
@@ -68,13 +70,10 @@ PARTS = {
 
 
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
-<<<<<<< HEAD
     """Yield the launchers' calls of a forward pass with its mask on the device, and those that only training makes:
     place in the model, op, call."""
-=======
     """Yield the launchers' calls of a forward pass with its mask on the device, and those of attention in training: place in the
     model, op, call."""
->>>>>>> attn
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
     scale = (width // num_heads) ** -0.5
 
@@ -97,6 +96,8 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         ("attention_backward", "attention_backward", x, qkv, x, lse, cu_seqlens, seq_len, scale),
         ("attention_output", "linear_residual_layer_norm", x, *square, x, *norm, num_tokens),
         ("linear_activation", "linear_activation", x, new(inner, width), new(inner), "gelu", num_tokens),
+        ("linear_activation_forward", "linear_activation_forward", x, new(inner, width), new(inner), "gelu"),
+        ("activation_backward", "activation_backward", activated, activated, "gelu"),
         ("feed_forward_output", "linear_residual_layer_norm", activated, new(width, inner), bias, x, *norm, num_tokens),
         ("attention_output", "linear_residual_layer_norm_forward", x, *square, x, *norm),
         ("layer_norm_backward", "layer_norm_backward", trained, trained, trained[0], 1e-12, trained),

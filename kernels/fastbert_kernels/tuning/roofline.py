@@ -52,7 +52,8 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
 
     place: one of LAYER, "row_lengths" or "packing_plan" (the two launches of the packing plan), "embed_layer_norm",
     "layer_norm" (alone), "unpack", "pool" or "pooler"; of training "layer_norm_backward", "attention_forward",
-    "attention_backward_dq" or "attention_backward_dkv". Raises ValueError for another.
+    "attention_backward_dq", "attention_backward_dkv", "linear_activation_forward" or "activation_backward". Raises
+    ValueError for another.
     """
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
     rows, ids = tokens * width * itemsize, 8 * tokens
@@ -78,6 +79,10 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
             return linear(tokens, width, width, residual=width)
         case "linear_activation":
             return linear(tokens, width, inner)
+        case "linear_activation_forward":  # writes two outputs
+            return linear(tokens, width, inner, residual=inner)
+        case "activation_backward":  # reads two and writes two
+            return Work(0.0, 4.0 * tokens * inner * itemsize)
         case "feed_forward_output":
             return linear(tokens, inner, width, residual=width)
         case "pooler":
