@@ -55,9 +55,9 @@ def encoder_layer(
 ) -> Tensor:  # fmt: skip
     """x [T, E] -> [T, E]. cu_seqlens, max_seqlen, mask, implementation: see `ops.attention`; num_tokens: see `ops`.
 
-    If gradients are recorded and kernels run the whole layer, it is one autograd node, which is differentiable once.
+    If gradients are recorded and kernels run the layer, it is one autograd node, which is differentiable once.
     """
-    if torch.is_grad_enabled() and mask is None and num_tokens is None and backend.runs_layers(x, numbers.head_size):
+    if mask is None and num_tokens is None and backend.trains_directly(x, numbers.head_size):
         if any(tensor.requires_grad for tensor in (x, *weights)):
             return _trained(x, weights, numbers, cu_seqlens, max_seqlen)
         with torch.no_grad():
@@ -86,80 +86,78 @@ def encoder_layer(
     )  # fmt: skip
 
 
-class _NormalizedRows(NamedTuple):
-    """How a layer made its output: LayerNorm of rows that it saves for its own backward.
+class _Source(NamedTuple):
+    """Where a layer's output comes from: LayerNorm of rows [T, E] that the layer saves for its own backward.
 
-    The next layer can compute its input again from these rows and need not save it. The reference is weak because
-    gradient checkpointing and offloading free what a layer saves.
+    The next layer makes its input from these rows again and need not save it. The reference to them is weak, because
+    gradient checkpointing and offloading free what a layer saves. version: of the output; in-place changes raise it.
     """
 
-    rows: TensorWeakRef  # [T, E]
+    rows: TensorWeakRef
     weight: Tensor
     bias: Tensor
     eps: float
-    version: int  # of the output: it grows if the output is changed in place
+    version: int
 
 
 class _Call:
-    """The arguments of a layer without gradients. made: of the input, if it was made by a layer; rows: set by the
-    forward, for the `_NormalizedRows` of the output."""
+    """The arguments of a layer that are not differentiated. rows: set by the forward, for the output's `_Source`."""
 
-    def __init__(self, numbers: LayerNumbers, max_seqlen: int, made: _NormalizedRows | None):
-        self.numbers, self.max_seqlen, self.made = numbers, max_seqlen, made
+    def __init__(self, numbers: LayerNumbers, max_seqlen: int, source: _Source | None):
+        self.numbers, self.max_seqlen, self.source = numbers, max_seqlen, source
         self.rows: TensorWeakRef | None = None
 
 
-def _trained(
-    x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
-    made = getattr(x, "_fastbert_made", None)
-    call = _Call(numbers, max_seqlen, made if made is not None and made.version == x._version else None)
+def _trained(x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    source = getattr(x, "_fastbert_source", None)
+    call = _Call(numbers, max_seqlen, source if source is not None and source.version == x._version else None)
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
-    made = _NormalizedRows(
-        call.rows, weights.output_norm_weight, weights.output_norm_bias, numbers.eps[1], out._version
-    )
-    out._fastbert_made = made
+    norm = weights.output_norm_weight, weights.output_norm_bias, numbers.eps[1]
+    out._fastbert_source = _Source(call.rows, *norm, out._version)
     return out
 
 
 class _TrainedLayer(torch.autograd.Function):
-    """A layer in kernels, forward and backward."""
+    """A layer whose forward and backward run in kernels."""
 
     @staticmethod
     def forward(ctx, call, cu_seqlens, x, *weights):
         kernels, numbers, device_type = sys.modules["fastbert_kernels"], call.numbers, x.device.type
-        low, residual, used = x, x, LayerWeights(*weights)
+        operand, residual, used = x, x, LayerWeights(*weights)
         if torch.is_autocast_enabled(device_type):
+            # LayerNorm is not autocast, and its parameters keep their dtype.
             dtype = torch.get_autocast_dtype(device_type)
-            low, residual = x.to(dtype), x.float()
-            # LayerNorm is not autocast: its parameters keep their dtype.
-            norms = [name for name in used._fields if "norm" in name]
-            cast = {name: weight.to(dtype) for name, weight in used._asdict().items() if name not in norms}
-            used = used._replace(**cast)
+            operand, residual = x.to(dtype), x.float()
+            cast = (w if "norm" in name else w.to(dtype) for name, w in zip(used._fields, used, strict=True))
+            used = LayerWeights(*cast)
         out, saved = kernels.encoder_layer_forward(
-            low, residual, used, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale, numbers.activation,
-            numbers.eps,
+            operand, residual, used, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale,
+            numbers.activation, numbers.eps,
         )  # fmt: skip
         call.rows = TensorWeakRef(saved.output_sum)
-        rows = None if call.made is None else call.made.rows()
-        made = (x,) if rows is None else (rows, call.made.weight, call.made.bias)
-        ctx.save_for_backward(cu_seqlens, *used, *saved, *made)
+        rows = None if call.source is None else call.source.rows()
+        source = (x,) if rows is None else (rows, call.source.weight, call.source.bias)
         ctx.call = call
+        ctx.save_for_backward(cu_seqlens, *used, *saved, *source)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        kernels, numbers = sys.modules["fastbert_kernels"], ctx.call.numbers
-        cu_seqlens, *tensors = ctx.saved_tensors
-        weights, tensors = LayerWeights(*tensors[:16]), tensors[16:]
-        saved, made = kernels.SavedTensors(*tensors[:6]), tensors[6:]
+        kernels, call = sys.modules["fastbert_kernels"], ctx.call
+        numbers, (cu_seqlens, *tensors) = call.numbers, ctx.saved_tensors
+        num_weights, num_saved = len(LayerWeights._fields), len(kernels.SavedTensors._fields)
+        weights, tensors = LayerWeights(*tensors[:num_weights]), tensors[num_weights:]
+        saved, source = kernels.SavedTensors(*tensors[:num_saved]), tensors[num_saved:]
+
+        def operand():
+            dtype = weights.q_weight.dtype
+            return source[0].to(dtype) if len(source) == 1 else kernels.layer_norm(*source, call.source.eps, dtype)
+
         _, _, wants_x, *wanted = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
-            dtype = weights.q_weight.dtype
-            x = made[0].to(dtype) if len(made) == 1 else kernels.layer_norm(*made, ctx.call.made.eps, dtype)
             found = kernels.encoder_layer_backward(
-                grad, x, saved, weights, cu_seqlens, ctx.call.max_seqlen, numbers.scale, numbers.activation,
+                grad, operand, saved, weights, cu_seqlens, call.max_seqlen, numbers.scale, numbers.activation,
                 numbers.eps, wants_x, LayerWeights(*wanted),
             )  # fmt: skip
         return None, None, found.x, *found.weights

@@ -229,8 +229,14 @@ def layout_from_cu_seqlens(
         max_seqlen = max(after - before for before, after in pairwise(bounds))
         return TokenLayout(batch_size, seq_len, cu_seqlens.to(torch.int32), max_seqlen).to(device)
     # The host does not know the lengths: one sequence may fill the row, or the last one may end before the row does.
+    # With gradients the host reads the number of tokens, as in `_layout_on_device`.
+    plain = type(cu_seqlens) is Tensor and not is_tracing()
+    count = min(max(int(cu_seqlens[-1]), 0), seq_len) if plain and torch.is_grad_enabled() else None
     cu_seqlens = copied_to(device, cu_seqlens).to(torch.int32)
     longest = seq_len if max_seqlen is None else max_seqlen
+    if count is not None:
+        indices = None if count == seq_len else torch.arange(count, device=device)
+        return TokenLayout(batch_size, seq_len, cu_seqlens, longest, indices)
     return TokenLayout(batch_size, seq_len, cu_seqlens, longest, num_tokens=cu_seqlens[-1:])
 
 

@@ -185,7 +185,7 @@ def packs_on_device(device: torch.device) -> bool:
     return why_eager("packing_plan", device, torch.float32) is None
 
 
-def runs_layers(tensor: Tensor, head_size: int) -> bool:
+def _runs_layers(tensor: Tensor, head_size: int) -> bool:
     """True if kernels run every op of an encoder layer on tensors like this one, and no tracing, function transform or
     dispatch mode has to see the ops."""
     return (
@@ -197,9 +197,20 @@ def runs_layers(tensor: Tensor, head_size: int) -> bool:
 
 
 def launches_directly(tensor: Tensor, head_size: int) -> bool:
-    """True if `runs_layers`, and neither autograd nor autocast is active."""
+    """True if every op of an encoder layer launches its kernel directly for tensors like this one: kernels support
+    them, and no autograd, autocast, tracing, function transform or dispatch mode is active."""
     recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type)
-    return not recorded and runs_layers(tensor, head_size)
+    return not recorded and _runs_layers(tensor, head_size)
+
+
+def trains_directly(hidden: Tensor, head_size: int) -> bool:
+    """True if kernels run an encoder layer and its gradients on hidden states [T, E] like these: they support them,
+    gradients are recorded, and no tracing, function transform or dispatch mode is active."""
+    return (
+        torch.is_grad_enabled()
+        and _runs_layers(hidden, head_size)
+        and hidden.shape[1] <= _cached_limit("MAX_TRAINED_ROW")
+    )
 
 
 def kernel(op: str, tensor: Tensor, unsupported_reason: str | None = None, size: int = 0) -> Callable | None:

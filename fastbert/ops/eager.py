@@ -75,9 +75,7 @@ def summed_embeddings(
     padding_idx: int | None = None, num_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Word, token type and position embeddings of the kept tokens, added in this order -> [T, E]."""
-    given, types, positions = embedding_ids(
-        input_ids, token_type_ids, position_ids, inputs_embeds, indices, num_tokens
-    )
+    given, types, positions = embedding_ids(input_ids, token_type_ids, position_ids, inputs_embeds, indices, num_tokens)
     hidden = given if input_ids is None else F.embedding(given, word_table, padding_idx)  # [T, E]
     hidden = hidden + (token_type_table[0] if types is None else F.embedding(types, token_type_table))
     if positions is not None:

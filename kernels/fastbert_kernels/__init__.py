@@ -1,4 +1,10 @@
-"""Fused Triton kernels for BERT encoders, usable without the model: ``from fastbert_kernels.activation_backward import activation_backward
+"""Fused Triton kernels for BERT encoders, usable without the model: ``from fastbert_kernels import attention``.
+
+The functions are launchers, which take and return tensors of one CUDA device. `kernels/README.md` has the maths, the
+shapes and the limits. If TRITON_INTERPRET=1 is set before Triton is first imported, they run on CPU tensors, slowly.
+"""
+
+from fastbert_kernels.activation_backward import activation_backward
 from fastbert_kernels.attention import attention, attention_forward
 from fastbert_kernels.attention_backward import attention_backward
 from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_ids

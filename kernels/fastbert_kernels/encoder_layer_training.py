@@ -7,6 +7,7 @@ kernels, and all sums over tokens have a fixed order: the same inputs give the s
 `torch.use_deterministic_algorithms`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,25 +65,27 @@ class LayerGradients(NamedTuple):
 
 
 def encoder_layer_backward(
-    grad: Tensor, x: Tensor, saved: SavedTensors, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int,
-    scale: float, activation: str, eps: tuple[float, float], wants_x: bool, wanted: LayerWeights,
+    grad: Tensor, make_x: Callable[[], Tensor], saved: SavedTensors, weights: LayerWeights, cu_seqlens: Tensor,
+    max_seqlen: int, scale: float, activation: str, eps: tuple[float, float], wants_x: bool, wanted: LayerWeights,
 ) -> LayerGradients:  # fmt: skip
     """grad [T, E] of the output, x [T, E] in the weights' dtype, what the forward saved -> gradients.
 
-    wanted: a bool for each weight. What no wanted gradient depends on is not computed. Gradients of biases and of
-    LayerNorm's parameters are float32, those of weights have their dtype, that of x has the residual's.
+    make_x: returns x; called if a wanted gradient depends on x. wanted: a bool for each weight. Products and launches
+    on which no wanted gradient depends are left out. Gradients have the dtypes of the weights and, for x, of the
+    residual; biases of queries, keys, values and of the activation have float32 gradients.
     """
-    w, dtype = weights, x.dtype
+    w, dtype = weights, weights.q_weight.dtype
     found: dict[str, Tensor | None] = {}
-    below_attention = wants_x or any(wanted[:6])
-    below_up = below_attention or any(wanted[6:10])
-    below_down = below_up or wanted.up_weight or wanted.up_bias
+    needs_context = wants_x or any(wanted[:6])
+    needs_attended = needs_context or any(wanted[6:10])
+    needs_up = needs_attended or any(wanted[10:13])
 
     output = layer_norm_backward(grad, saved.output_sum, w.output_norm_weight, eps[1], None, dtype)
-    found["output_norm_weight"], found["output_norm_bias"], found["down_bias"] = output.sums.unbind()
-    if below_down or wanted.down_weight:
-        # Without the gradients below, only the activation's output is needed.
-        grad_activated = output.linear @ w.down_weight if below_down else saved.up
+    found["output_norm_weight"], found["output_norm_bias"], found["down_bias"] = output.sums.to(
+        w.output_norm_weight.dtype
+    )
+    if needs_up:
+        grad_activated = output.linear @ w.down_weight
         grad_up, activated, found["up_bias"] = activation_backward(grad_activated, saved.up, activation)
         del grad_activated
         if wanted.down_weight:
@@ -91,25 +94,23 @@ def encoder_layer_backward(
     if wanted.up_weight:
         norm = w.attention_norm_weight, w.attention_norm_bias, eps[0]
         found["up_weight"] = grad_up.T @ layer_norm(saved.attention_sum, *norm, dtype)
-    if below_up:
+    if needs_attended:
         attended = layer_norm_backward(
             output.x, saved.attention_sum, w.attention_norm_weight, eps[0], grad_up @ w.up_weight, dtype
         )
         del grad_up, output
-        sums = attended.sums.unbind()
+        sums = attended.sums.to(w.attention_norm_weight.dtype)
         found["attention_norm_weight"], found["attention_norm_bias"], found["attention_bias"] = sums
         if wanted.attention_weight:
             found["attention_weight"] = attended.linear.T @ saved.context
     grad_x = None
-    if below_attention:
-        grad_context = attended.linear @ w.attention_weight
+    if needs_context:
         qkv = attention_backward(
-            grad_context, saved.qkv, saved.context, saved.lse, cu_seqlens, max_seqlen, scale
-        ).flatten(1)  # fmt: skip
-        del grad_context
+            attended.linear @ w.attention_weight, saved.qkv, saved.context, saved.lse, cu_seqlens, max_seqlen, scale
+        ).flatten(1)
         names, width = ("q", "k", "v"), w.q_weight.shape[0]
         if any(wanted[0:6:2]):
-            for name, part in zip(names, (qkv.T @ x).split(width), strict=True):
+            for name, part in zip(names, (qkv.T @ make_x()).split(width), strict=True):
                 found[f"{name}_weight"] = part
         if any(wanted[1:6:2]):
             for name, part in zip(names, qkv.sum(0, dtype=torch.float32).split(width), strict=True):

@@ -1,0 +1,348 @@
+"""Training in the kernels: gradients, launches, memory, and what training code does with a model."""
+
+from collections import Counter
+from copy import deepcopy
+
+import pytest
+import torch
+from cases import SEQ_LEN, batch, inputs_for, pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import random_cases
+from torch import nn
+
+import fastbert
+from fastbert import encoder_layer
+from fastbert.testing import check_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+# The interpreter truncates float32 to bfloat16, a GPU rounds: twice the error.
+BFLOAT16_FACTOR = 3.0 if DEVICE == "cuda" else 6.0
+HEAD = "BertForSequenceClassification"
+
+
+@pytest.fixture(autouse=True)
+def in_kernels():
+    with fastbert.backend("triton"):
+        yield
+
+
+def on_device(inputs):
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+def model_of(head=HEAD, dtype=torch.float32, **settings):
+    return pair(head, **settings)[0].to(DEVICE, dtype)
+
+
+def gradients(model, inputs, autocast=None, scale=1.0):
+    """The gradient of every parameter but the key biases, whose gradients are zero up to rounding."""
+    model.zero_grad()
+    with torch.autocast(DEVICE, autocast or torch.bfloat16, autocast is not None):
+        loss = model(**inputs).loss
+    (loss * scale).backward()
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad / scale for name, grad in named.items() if not name.endswith("key.bias")}
+
+
+def check_gradients(ours, theirs, truth, factor=3.0):
+    """All gradients at once, each divided by its size: a bias of two elements is too small for statistics."""
+    assert ours.keys() == theirs.keys() == truth.keys()
+    sizes = {name: gradient.square().mean().sqrt() for name, gradient in truth.items()}
+    dtype = next(iter(ours.values())).dtype
+    all_of = [torch.cat([(x[name].double() / sizes[name]).flatten() for name in sizes]) for x in (ours, theirs, truth)]
+    check_close("gradients", all_of[0].to(dtype), all_of[1].to(dtype), all_of[2], factor)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float16, None), (torch.bfloat16, None), (torch.float32, torch.float16), (torch.float32, torch.bfloat16)],
+    ids=["float16", "bfloat16", "autocast-float16", "autocast-bfloat16"],
+)
+def test_gradients_in_16_bits(dtype, autocast, activation):
+    """float32 is tested for every head in test_triton."""
+    ours, theirs = (model.to(DEVICE, dtype) for model in pair(HEAD, hidden_act=activation))
+    inputs = on_device(inputs_for(HEAD, "right", with_labels=True))
+    truth = gradients(deepcopy(theirs).double(), inputs)
+    scale = 64.0 if torch.float16 in (dtype, autocast) else 1.0
+    found = [gradients(model, inputs, autocast, scale) for model in (ours, theirs)]
+    check_gradients(*found, truth, BFLOAT16_FACTOR if torch.bfloat16 in (dtype, autocast) else 3.0)
+
+
+@settings(random_cases, max_examples=8)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    heads=st.sampled_from([(32, 2), (48, 3), (60, 2), (26, 1)]),
+)
+def test_random_lengths(lengths, dtype, heads):
+    width, num_heads = heads
+    sizes = {"hidden_size": width, "num_attention_heads": num_heads, "num_hidden_layers": 2}
+    ours, theirs = (model.to(DEVICE, dtype) for model in pair(max_position_embeddings=64, **sizes))
+    truth, seq_len = deepcopy(theirs).double(), max(lengths)
+    mask = (torch.arange(seq_len) < torch.tensor(lengths)[:, None]).to(DEVICE)
+    torch.manual_seed(len(lengths))
+    x, weights = torch.randn(len(lengths), seq_len, width), torch.randn(len(lengths), seq_len, width)
+    found = []
+    for model in (ours, theirs, truth):
+        kind = next(model.parameters()).dtype
+        embeds = x.to(DEVICE, kind).requires_grad_()
+        output = model(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state
+        loss = (output * weights.to(DEVICE, kind))[mask].sum()
+        parameters = dict(model.encoder.named_parameters())
+        wanted = {name: p for name, p in parameters.items() if not name.endswith("key.bias")}
+        grads = torch.autograd.grad(loss, [embeds, *wanted.values()])
+        found.append(dict(zip(("x", *wanted), grads, strict=True)))
+    for grads in found:
+        grads["x"] = grads["x"][mask]
+    check_gradients(*found, factor=4.0)
+
+
+FORWARD = Counter(_qkv_projection_kernel=1, _attention_fwd_kernel=1, _linear_kernel=3, _layer_norm_kernel=2)
+# LayerNorm twice more: the input of the layer and of its feed-forward part are made again.
+BACKWARD = Counter(
+    _layer_norm_backward_kernel=2, _activation_backward_kernel=1, _attention_bwd_dq_kernel=1,
+    _attention_bwd_dkv_kernel=1, _layer_norm_kernel=2,
+)  # fmt: skip
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the calls of PyTorch's ops that run a kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches_of_a_layer(launches):
+    """Forward and backward: the difference between a model of three layers and one of two."""
+    inputs, found = on_device(inputs_for(HEAD, "right", with_labels=True)), []
+    for num_layers in (2, 3):
+        model = model_of(num_hidden_layers=num_layers)
+        launches.clear()
+        loss = model(**inputs).loss
+        forward = Counter(launches)
+        launches.clear()
+        with Counted() as others:
+            loss.backward()
+        found.append((forward, Counter(launches), others.counts))
+    forward, backward, others = (after - before for before, after in zip(*found, strict=True))
+    assert forward == FORWARD
+    assert backward == BACKWARD
+    # Seven products, the sums of partial sums and of the biases of queries, keys and values, and their three weights.
+    assert {name: others[name] for name in ("mm", "addmm", "sum", "cat")} == {"mm": 7, "addmm": 1, "sum": 4, "cat": 1}
+    free = {"t", "transpose", "permute", "view", "unbind", "split", "detach", "empty", "new_empty"}
+    interpreters = {"copy_", "set_"} if DEVICE == "cpu" else set()
+    assert set(others) <= {"mm", "addmm", "sum", "cat"} | free | interpreters
+
+
+PARTS = {
+    "biases": lambda name: name.endswith("bias"),
+    "norms": lambda name: "LayerNorm" in name,
+    "values": lambda name: "value" in name,
+    "attention's output": lambda name: "attention.output.dense" in name,
+    "up": lambda name: "intermediate" in name,
+    "down": lambda name: "output.dense" in name and "attention" not in name,
+    "one weight": lambda name: name == "layer.1.output.dense.weight",
+    "the last layer": lambda name: name.startswith("layer.2"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_frozen_parameters(part, launches):
+    """The others get the same bits, and nothing is launched for gradients that nobody wants."""
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    expected = gradients(ours, inputs)
+    trained = []
+    for name, p in ours.named_parameters():
+        p.requires_grad_(name.startswith("bert.encoder.") and PARTS[part](name.removeprefix("bert.encoder.")))
+        trained += [name] if p.requires_grad and not name.endswith("key.bias") else []
+    ours.zero_grad()
+    launches.clear()
+    found = gradients(ours, inputs)
+    assert list(found) == trained
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    backward = Counter(launches) - FORWARD - FORWARD - FORWARD
+    if part == "the last layer":
+        assert backward["_layer_norm_backward_kernel"] == 2
+        assert backward["_attention_bwd_dkv_kernel"] == 1
+    if part == "one weight":
+        # The layer above needs its input's gradient.
+        assert (backward["_attention_bwd_dq_kernel"], backward["_activation_backward_kernel"]) == (1, 2)
+
+
+def test_a_frozen_model_records_nothing():
+    ours = model_of().requires_grad_(False)
+    assert ours(**on_device(batch("right"))).logits.grad_fn is None
+
+
+def test_frozen_embeddings_are_not_differentiated(launches):
+    ours, inputs = model_of(num_hidden_layers=1), on_device(inputs_for(HEAD, "right", with_labels=True))
+    expected = gradients(ours, inputs)
+    ours.bert.embeddings.requires_grad_(False)
+    launches.clear()
+    found = gradients(ours, inputs)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert launches.count("_layer_norm_backward_kernel") == 2
+
+
+def test_a_second_backward():
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    loss = ours(**inputs).loss
+    found = []
+    for _ in range(2):
+        ours.zero_grad()
+        loss.backward(retain_graph=True)
+        found.append([p.grad.clone() for p in ours.parameters()])
+    assert all(map(torch.equal, *found))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["output.dense.weight", "output.LayerNorm.bias", "attention.self.key.weight"])
+def test_a_parameter_that_changed_in_place_is_an_error(name):
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    loss = ours(**inputs).loss
+    with torch.no_grad():
+        ours.bert.encoder.layer[1].get_parameter(name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_input_that_changed_in_place():
+    """A layer's input is made again from what the layer before saved, unless it was changed since."""
+    layers, layout = (
+        model_of("BertModel").encoder.layer,
+        fastbert.tokens.layout_from_mask(None, 1, 9, torch.device(DEVICE)),
+    )
+    x, found = torch.randn(9, 48, device=DEVICE), []
+    for change in (lambda y: y.mul_(2), lambda y: y * 2):
+        parts = [fastbert.fusion.fused_parts(layer)[0] for layer in layers[:2]]
+        hidden = layers[0]._forward_fused(x, layout, parts[0])
+        output = layers[1]._forward_fused(change(hidden), layout, parts[1])
+        found.append(torch.autograd.grad(output.square().sum(), [*layers[0].parameters(), *layers[1].parameters()]))
+    assert all(map(torch.equal, *found))
+
+
+def test_the_same_bits_in_every_run():
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    found = [gradients(ours, inputs) for _ in range(2)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_gradients_add_up():
+    """Over two backwards, and over two layers with the same parameters."""
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    once = gradients(ours, inputs)
+    ours(**inputs).loss.backward()
+    for name, grad in once.items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, 2 * grad)
+    tied, theirs = (model.to(DEVICE) for model in pair(HEAD, num_hidden_layers=2))
+    for model in (tied, theirs):
+        model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    found = [gradients(model, inputs) for model in (tied, theirs, deepcopy(theirs).double())]
+    check_gradients(*found)
+
+
+@pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {}])
+def test_gradients_of_every_hidden_state(asked):
+    """Also of an expanded gradient, as a sum has it."""
+    found = []
+    ours, theirs = (model.to(DEVICE) for model in pair())
+    for model in (ours, theirs, deepcopy(theirs).double()):
+        outputs = model(**on_device(batch(None)), **asked)
+        loss = sum(x.sum() + x.square().sum() for x in outputs.hidden_states or outputs[:1])
+        loss.backward()
+        named = model.named_parameters()
+        found.append({name: p.grad for name, p in named if p.grad is not None and not name.endswith("key.bias")})
+    check_gradients(*found)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_frees_what_layers_save(use_reentrant, monkeypatch):
+    """Although a layer's output refers to rows from which the next layer could make it again."""
+    ours, inputs = model_of().train(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    expected = gradients(ours, inputs)
+    ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    ours.disable_input_require_grads()  # hooks, which prevent fusion
+    sources, trained = [], encoder_layer._trained
+
+    def watched(x, *others):
+        sources.append(getattr(x, "_fastbert_source", None))
+        return trained(x, *others)
+
+    monkeypatch.setattr(encoder_layer, "_trained", watched)
+    found = gradients(ours, inputs)
+    assert [source for source in sources if source is not None and source.rows() is not None] == []
+    assert len(sources) == (3 if use_reentrant else 6)  # the reentrant one records no gradients in the forward
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+def test_saved_tensors_on_the_host():
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    expected = gradients(ours, inputs)
+    ours.zero_grad()
+    with torch.autograd.graph.save_on_cpu():
+        loss = ours(**inputs).loss
+    loss.backward()
+    assert all(torch.equal(ours.get_parameter(name).grad, grad) for name, grad in expected.items())
+
+
+def test_a_gradient_scaler():
+    """A step of float16 autocast changes the parameters; one whose gradients overflow does not."""
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    for scale, steps in ((64.0, True), (2.0**40, False)):
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=scale)
+        before = ours.bert.encoder.layer[0].output.dense.weight.clone()
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, torch.float16):
+            loss = ours(**inputs).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, ours.bert.encoder.layer[0].output.dense.weight) != steps
+        assert (scaler.get_scale() == scale) == steps
+
+
+@pytest.mark.parametrize("on_the_device", [False, True])
+def test_packed_sequences(on_the_device, monkeypatch):
+    """The gradients of two sequences in one row are those of two rows. Tokens past the last offset have none."""
+    ours = model_of("BertModel")
+    row, end = batch(None)["input_ids"][:1].to(DEVICE), 9 if on_the_device else SEQ_LEN
+    if on_the_device:
+        monkeypatch.setattr(fastbert.tokens, "shapes_may_depend_on_data", lambda tensor: False)
+    ids = torch.stack((row[0, :5], row[0, 4:9])) if on_the_device else None
+    bounds = torch.tensor([0, 5, end], device=DEVICE).int()
+    output = ours(row, cu_seq_lens_q=bounds, max_length_q=7).last_hidden_state
+    assert not output[:, end:].any()
+    found = [torch.autograd.grad(output.square().sum(), list(ours.encoder.parameters()))]
+    loss = sum(ours(x).last_hidden_state.square().sum() for x in (row[:, :5], row[:, 5:end]))
+    found.append(torch.autograd.grad(loss, list(ours.encoder.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+    assert ids is None or ids.shape == (2, 5)
+
+
+def test_a_linear_probe_between_layers():
+    """Code outside of the model sees plain tensors between fused layers, and modules among them work."""
+    ours, theirs = (model.to(DEVICE) for model in pair())
+    found = []
+    for model in (ours, theirs, deepcopy(theirs).double()):
+        kind = next(model.parameters()).dtype
+        torch.manual_seed(2)
+        probe = nn.Linear(48, 1).to(DEVICE, kind)
+        states = model(**on_device(batch(None)), output_hidden_states=True).hidden_states
+        loss = probe(states[1]).square().sum() + probe(states[2].detach()).sum()
+        parameters = [*model.encoder.layer[0].parameters(), *probe.parameters()]
+        names = [*(name for name, _ in model.encoder.layer[0].named_parameters()), "probe.weight", "probe.bias"]
+        grads = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        found.append({name: grad for name, grad in grads.items() if not name.endswith("key.bias")})
+    check_gradients(*found)
