@@ -51,7 +51,8 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
     """Return the work of one launch on a full batch [B, S]. Ids and indices are int64.
 
     place: one of LAYER, "row_lengths" or "packing_plan" (the two launches of the packing plan), "embed_layer_norm",
-    "layer_norm" (alone), "unpack", "pool", "pooler", or an op of training. Raises ValueError for another.
+    "layer_norm" (alone), "unpack", "pool", "pooler"; of training
+    "linear_activation_forward" or "activation_backward". Raises ValueError for another.
     """
     tokens, (_, width, _, inner) = batch_size * seq_len, model
     rows, ids = tokens * width * itemsize, 8 * tokens
