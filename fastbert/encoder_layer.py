@@ -112,6 +112,7 @@ def _trained(x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens
     source = getattr(x, "_fastbert_source", None)
     call = _Call(numbers, max_seqlen, source if source is not None and source.version == x._version else None)
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
+    assert call.rows is not None
     norm = weights.output_norm_weight, weights.output_norm_bias, numbers.eps[1]
     out._fastbert_source = _Source(call.rows, *norm, out._version)
     return out

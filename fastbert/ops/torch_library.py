@@ -1,8 +1,9 @@
 """The kernels as `torch.library` ops, "fastbert::<op>", for traced graphs and for autograd of single ops.
 
 In a graph each op is one opaque node, whose fake gives the shape of the output. Its backward is another opaque node,
-which recomputes the op by its eager reference, hidden from compilers; for the embeddings it has a kernel. Without tracing and gradients `fastbert.ops`
-calls the launchers directly, because a custom op costs 7 to 14 microseconds a call. Letters as in `fastbert.tokens`.
+which recomputes the op by its eager reference, hidden from compilers; for the embeddings it has a kernel. Without
+tracing and gradients `fastbert.ops` calls the launchers directly, because a custom op costs 7 to 14 microseconds a
+call. Letters as in `fastbert.tokens`.
 """
 
 import functools
@@ -132,9 +133,8 @@ def _embedding_gradients(inputs: tuple, wanted: tuple[bool, ...], grad: Tensor) 
     weight, bias, eps, padding_idx, num_tokens = inputs[8:]
     summands = [x.detach().requires_grad_(want) if want else x for x, want in zip(inputs[:8], wanted, strict=False)]
     with torch.enable_grad():
-        summed = eager.summed_embeddings(
-            *_within_bounds(tuple(summands[:5]), tuple(summands[5:])), *summands[5:], padding_idx, num_tokens
-        )
+        arguments = *_within_bounds(tuple(summands[:5]), tuple(summands[5:])), *summands[5:], padding_idx, num_tokens
+        summed = eager.summed_embeddings(*arguments)
     found = import_module("fastbert_kernels").layer_norm_backward(
         eager.clear_past(grad, num_tokens), summed.detach(), weight, eps
     )

@@ -1,8 +1,8 @@
 """The gradient of attention within every packed sequence: grad [T, H D] -> grad of qkv [T, 3, H, D].
 
 FlashAttention-2's backward (Dao 2023, algorithm 2) in two launches, without atomics, so that the order of every sum is
-fixed. Probabilities are computed again from qkv and lse, the base-2 logarithm of each query's sum of exponentials. With
-P the probabilities, dP = grad V^T and delta = rowsum(grad * context), the gradient of the scores is dS = P (dP - delta).
+fixed. Probabilities P are computed again from qkv and lse, the base-2 logarithm of each query's sum of exponentials.
+With dP = grad V^T and delta = rowsum(grad * context), the gradient of the scores is dS = P (dP - delta).
 
 1. A program takes BLOCK_M queries of one head, computes and stores their delta, and goes once over the sequence's keys:
    dQ = scale dS K. Further programs write zeros to the rows that belong to no sequence.

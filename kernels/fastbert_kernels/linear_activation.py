@@ -171,7 +171,7 @@ def linear_launch(
     if not have_unit_strides(x, weight, bias, residual):
         return None
     config = choose("linear_activation" if with_pre else operation, x, size)
-    if with_pre:
+    if with_pre and config.BLOCK_N >= 128:
         # Two whole tiles to store would take so many registers that one CTA fits on an SM of sm_90 instead of two.
         config = replace(config, halves=True)
     descriptors = reads_by_descriptors(config, x, weight)

@@ -72,8 +72,6 @@ PARTS = {
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
     """Yield the launchers' calls of a forward pass with its mask on the device, and of training: place in the model,
     op, call."""
-    """Yield the launchers' calls of a forward pass with its mask on the device, and those of attention in training: place in the
-    model, op, call."""
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
     scale = (width // num_heads) ** -0.5
 
