@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 
 from fastbert import ops
 from fastbert.ops import backend
+from fastbert.ops.backend import is_tracing
 
 
 class LayerWeights(NamedTuple):
@@ -40,13 +41,15 @@ class LayerWeights(NamedTuple):
 
 
 class LayerNumbers(NamedTuple):
-    """The numbers of a layer; eps: of the LayerNorms after attention and after the feed-forward part."""
+    """The numbers of a layer; eps: of the LayerNorms after attention and after the feed-forward part; dropouts: the
+    probabilities for attention's weights, its output and the feed-forward output, 0 for those that are not active."""
 
     num_heads: int
     head_size: int
     scale: float
     activation: str
     eps: tuple[float, float]
+    dropouts: tuple[float, ...]
 
 
 def encoder_layer(
@@ -55,11 +58,15 @@ def encoder_layer(
 ) -> Tensor:  # fmt: skip
     """x [T, E] -> [T, E]. cu_seqlens, max_seqlen, mask, implementation: see `ops.attention`; num_tokens: see `ops`.
 
-    If gradients are recorded and kernels run the layer, it is one autograd node, which is differentiable once.
+    If gradients are recorded and kernels run the layer, it is one autograd node, which is differentiable once. Dropout
+    needs `backend.trains_layers`, no mask and no num_tokens.
     """
-    if mask is None and num_tokens is None and backend.trains_directly(x, numbers.head_size):
-        if any(tensor.requires_grad for tensor in (x, *weights)):
-            return _trained(x, weights, numbers, cu_seqlens, max_seqlen)
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+    trains = records or any(numbers.dropouts)
+    if trains and mask is None and num_tokens is None and backend.trains_layers(x, numbers.head_size):
+        return _trained(x, weights, numbers, cu_seqlens, max_seqlen, records)
+    assert not any(numbers.dropouts)
+    if torch.is_grad_enabled() and not records and not is_tracing():
         with torch.no_grad():
             return encoder_layer(x, weights, numbers, cu_seqlens, max_seqlen, mask, implementation, num_tokens)
     if mask is None and backend.launches_directly(x, numbers.head_size):
@@ -108,9 +115,14 @@ class _Call:
         self.rows: TensorWeakRef | None = None
 
 
-def _trained(x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _trained(
+    x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int, records: bool
+) -> Tensor:
     source = getattr(x, "_fastbert_source", None)
     call = _Call(numbers, max_seqlen, source if source is not None and source.version == x._version else None)
+    if not records:
+        with torch.no_grad():
+            return _forward(call, cu_seqlens, x, weights)[0]
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
     assert call.rows is not None
     norm = weights.output_norm_weight, weights.output_norm_bias, numbers.eps[1]
@@ -118,35 +130,43 @@ def _trained(x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens
     return out
 
 
+def _forward(call: _Call, cu_seqlens: Tensor, x: Tensor, weights: LayerWeights):
+    """The output of a layer, what to save, the weights that it used, and the seed of its dropouts or None."""
+    kernels, numbers, device_type = sys.modules["fastbert_kernels"], call.numbers, x.device.type
+    operand, residual = x, x
+    if torch.is_autocast_enabled(device_type):
+        # LayerNorm is not autocast, and its parameters keep their dtype.
+        dtype = torch.get_autocast_dtype(device_type)
+        operand, residual = x.to(dtype), x.float()
+        cast = (w if "norm" in name else w.to(dtype) for name, w in zip(weights._fields, weights, strict=True))
+        weights = LayerWeights(*cast)
+    # Drawn on the device, by torch's generator there: `torch.manual_seed` and checkpointing repeat it.
+    seed = torch.randint(2**63 - 1, (1,), device=x.device) if any(numbers.dropouts) else None
+    out, saved = kernels.encoder_layer_forward(
+        operand, residual, weights, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale,
+        numbers.activation, numbers.eps, kernels.Dropouts(*numbers.dropouts), seed,
+    )  # fmt: skip
+    return out, saved, weights, seed
+
+
 class _TrainedLayer(torch.autograd.Function):
     """A layer whose forward and backward run in kernels."""
 
     @staticmethod
     def forward(ctx, call, cu_seqlens, x, *weights):
-        kernels, numbers, device_type = sys.modules["fastbert_kernels"], call.numbers, x.device.type
-        operand, residual, used = x, x, LayerWeights(*weights)
-        if torch.is_autocast_enabled(device_type):
-            # LayerNorm is not autocast, and its parameters keep their dtype.
-            dtype = torch.get_autocast_dtype(device_type)
-            operand, residual = x.to(dtype), x.float()
-            cast = (w if "norm" in name else w.to(dtype) for name, w in zip(used._fields, used, strict=True))
-            used = LayerWeights(*cast)
-        out, saved = kernels.encoder_layer_forward(
-            operand, residual, used, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale,
-            numbers.activation, numbers.eps,
-        )  # fmt: skip
+        out, saved, used, seed = _forward(call, cu_seqlens, x, LayerWeights(*weights))
         call.rows = TensorWeakRef(saved.output_sum)
         rows = None if call.source is None else call.source.rows()
         source = (x,) if rows is None else (rows, call.source.weight, call.source.bias)
         ctx.call = call
-        ctx.save_for_backward(cu_seqlens, *used, *saved, *source)
+        ctx.save_for_backward(cu_seqlens, seed, *used, *saved, *source)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         kernels, call = sys.modules["fastbert_kernels"], ctx.call
-        numbers, (cu_seqlens, *tensors) = call.numbers, ctx.saved_tensors
+        numbers, (cu_seqlens, seed, *tensors) = call.numbers, ctx.saved_tensors
         num_weights, num_saved = len(LayerWeights._fields), len(kernels.SavedTensors._fields)
         weights, tensors = LayerWeights(*tensors[:num_weights]), tensors[num_weights:]
         saved, source = kernels.SavedTensors(*tensors[:num_saved]), tensors[num_saved:]
@@ -159,6 +179,6 @@ class _TrainedLayer(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             found = kernels.encoder_layer_backward(
                 grad, operand, saved, weights, cu_seqlens, call.max_seqlen, numbers.scale, numbers.activation,
-                numbers.eps, wants_x, LayerWeights(*wanted),
+                numbers.eps, kernels.Dropouts(*numbers.dropouts), seed, wants_x, LayerWeights(*wanted),
             )  # fmt: skip
         return None, None, found.x, *found.weights

@@ -1,7 +1,7 @@
 """Decides whether a block of the model (the embeddings, a layer, the pooler) runs in the fused ops.
 
-A block is fused if each of its modules has exactly the expected class, plain parameters, no hooks, no patched forward
-and no active dropout, and if the ops support what it computes. A PEFT adapter that is merged into the weights counts as
+A block is fused if each of its modules has exactly the expected class, plain parameters, no hooks and no patched
+forward, and if the ops support what it computes. A PEFT adapter that is merged into the weights counts as
 the module it wraps. Otherwise the whole block runs through its modules, so that all hooks and adapters take effect.
 """
 
@@ -110,6 +110,10 @@ class FusableBlock(nn.Module, Generic[Parts]):
         code computes it, which needs hidden states [B, S, E]."""
         return None, False
 
+    def dropouts(self, parts: Parts) -> tuple[float, ...]:
+        """The probabilities of the dropouts inside the fused ops, 0 for those that are not active."""
+        return ()
+
     def head_size(self) -> int:
         """The head size D of a layer, 0 for other blocks."""
         return 0
@@ -151,13 +155,16 @@ def why_no_block_is_fused() -> str | None:
 
 
 @overload
-def fused_parts(block: FusableBlock[Parts], fusable: bool = False) -> tuple[Parts | None, str | None]: ...
+def fused_parts(
+    block: FusableBlock[Parts], fusable: bool = False, drops: bool = False
+) -> tuple[Parts | None, str | None]: ...
 @overload
-def fused_parts(block: nn.Module, fusable: bool = False) -> tuple[Any | None, str | None]: ...
-def fused_parts(block: nn.Module, fusable: bool = False) -> tuple[Any | None, str | None]:
+def fused_parts(block: nn.Module, fusable: bool = False, drops: bool = False) -> tuple[Any | None, str | None]: ...
+def fused_parts(block: nn.Module, fusable: bool = False, drops: bool = False) -> tuple[Any | None, str | None]:
     """(parts, None) if the block can run in the ops, otherwise (None, the reason why it runs through its modules).
 
-    fusable: the caller knows that `why_no_block_is_fused` returned None. This runs for every block of every call.
+    fusable: the caller knows that `why_no_block_is_fused` returned None. drops: kernels would run the block, including
+    its dropout. This runs for every block of every call.
     """
     if not isinstance(block, FusableBlock):
         return None, f"it is a {class_name(block)}"
@@ -176,6 +183,8 @@ def fused_parts(block: nn.Module, fusable: bool = False) -> tuple[Any | None, st
         if base is not None:
             parts = parts._make([*parts[:index], base, *parts[index + 1 :]])
     reason, _ = block.unsupported_reason(parts)
+    if reason is None and not drops and (p := max(block.dropouts(parts), default=0)) > 0:
+        reason = f"it applies dropout (p={p}), which only kernels do in the ops"
     return (None, reason) if reason else (parts, None)
 
 
@@ -203,8 +212,7 @@ def _active_copy(module: Any) -> nn.Module:
 
 
 def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int) -> str | None:
-    """Why a module is not a plain instance of the expected class; None if it is. Training mode without dropout is
-    plain."""
+    """Why a module is not a plain instance of the expected class; None if it is."""
     if type(module) is not expected and expected is not None:
         return f"is a {class_name(module)}, not a {expected.__qualname__}"
     if has_hooks(module):
@@ -219,10 +227,6 @@ def _why_not_plain(module: nn.Module, expected: type | None, num_parameters: int
             return f"has no {name}"
         if type(parameter) is not nn.Parameter:
             return f"has a {type(parameter).__name__} in place of a plain Parameter"
-    # Attention applies dropout itself, by its own training flag, and never calls its dropout module.
-    dropout = module.dropout if getattr(expected, "applies_dropout", False) else module
-    if module.training and type(dropout) is nn.Dropout and dropout.p > 0:
-        return f"applies dropout (p={dropout.p})"
     return None
 
 
@@ -275,6 +279,11 @@ def must_see_padding(block: nn.Module, fusable: bool = False) -> bool:
 def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
     """Why the reference runs an op of a fused block with such weights; None if a kernel does."""
     return backend.why_eager(op, weight.device, weight.dtype, block.head_size() if op == "attention" else 0)
+
+
+def active_dropout(dropout: nn.Dropout, module: nn.Module | None = None) -> float:
+    """The probability of a dropout, 0 if it is not active. module: the one whose training flag counts, if another."""
+    return float(dropout.p) if (module or dropout).training else 0.0
 
 
 def runs_in_kernels(block: nn.Module) -> bool:

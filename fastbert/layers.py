@@ -31,6 +31,7 @@ from fastbert.fusion import (
     FUSED_ACTIVATIONS,
     FusableBlock,
     LayerParts,
+    active_dropout,
     class_name,
     fused_activation,
     fused_parts,
@@ -48,8 +49,6 @@ from fastbert.tokens import TokenLayout, layout_from_score_mask
 
 
 class BertSelfAttention(hf.BertSelfAttention):
-    applies_dropout = True
-
     def forward(  # type: ignore[override]  # transformers annotates a tuple of one, and returns two
         self,
         hidden_states: Tensor,
@@ -117,6 +116,11 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
     def head_size(self) -> int:
         return self.attention.self.attention_head_size
 
+    def dropouts(self, parts: LayerParts) -> tuple[float, ...]:
+        # Attention applies dropout itself, by its own training flag, and never calls its dropout module.
+        attention = active_dropout(parts.attention_dropout, parts.self_attention)
+        return attention, active_dropout(parts.self_output_dropout), active_dropout(parts.output_dropout)
+
     def unsupported_reason(self, parts: LayerParts) -> tuple[str | None, bool]:
         attention = parts.self_attention
         if attention.is_causal:
@@ -181,13 +185,19 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
         assert activation is not None
         numbers = LayerNumbers(
             int(weights.q_weight.shape[0]) // head_size, head_size, float(p.self_attention.scaling),
-            activation, (p.self_output_norm.eps, p.output_norm.eps),
+            activation, (p.self_output_norm.eps, p.output_norm.eps), self.dropouts(p),
         )  # fmt: skip
         x = encoder_layer(
             hidden_states.flatten(0, 1) if layout.padded else hidden_states, weights, numbers, layout.cu_seqlens,
             layout.max_seqlen, layout.mask, layout.implementation, layout.num_tokens,
         )  # fmt: skip
         return x.view(hidden_states.shape) if layout.padded else x
+
+
+def drops(layer: nn.Module, hidden_states: Tensor, layout: TokenLayout) -> bool:
+    """True if kernels would run this layer on these hidden states, including its dropout."""
+    exact = layout.mask is None and layout.num_tokens is None
+    return exact and isinstance(layer, BertLayer) and backend.trains_layers(hidden_states, layer.head_size())
 
 
 def is_causal(layer: nn.Module) -> bool:
@@ -276,7 +286,12 @@ class BertEncoder(hf.BertEncoder):
     ) -> Tensor:  # fmt: skip
         """Run one layer: in the ops, through its modules on packed tokens, or in transformers' own code, called as
         transformers calls it."""
-        parts, reason = (None, unfused_reason) if unfused_reason else fused_parts(layer, fusable=True)
+        if unfused_reason:
+            parts, reason = None, unfused_reason
+        else:
+            parts, reason = fused_parts(
+                layer, fusable=True, drops=layer.training and drops(layer, hidden_states, layout)
+            )
         if parts is not None:
             assert isinstance(layer, BertLayer)
             own = not is_compiled(layer) and BertLayer.forward is _OWN_LAYER_FORWARD

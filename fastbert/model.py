@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
@@ -22,6 +23,7 @@ from fastbert.fusion import (
     EmbeddingsParts,
     FusableBlock,
     PoolerParts,
+    active_dropout,
     class_name,
     fused_parts,
     linear_of_any_rank,
@@ -248,6 +250,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     word_table=words, position_table=positions, token_type_table=types,
                     weight=weight, bias=bias, eps=parts.norm.eps, padding_idx=parts.words.padding_idx,
                 )  # fmt: skip
+                if p := active_dropout(parts.dropout):
+                    hidden_states = F.dropout(hidden_states, p)
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
                 return hidden_states.view(shape) if layout.padded else hidden_states
             assert reason is not None

@@ -203,14 +203,10 @@ def launches_directly(tensor: Tensor, head_size: int) -> bool:
     return not recorded and _runs_layers(tensor, head_size)
 
 
-def trains_directly(hidden: Tensor, head_size: int) -> bool:
-    """True if kernels run an encoder layer and its gradients on hidden states [T, E] like these: they support them,
-    gradients are recorded, and no tracing, function transform or dispatch mode is active."""
-    return (
-        torch.is_grad_enabled()
-        and _runs_layers(hidden, head_size)
-        and hidden.shape[1] <= _cached_limit("MAX_TRAINED_ROW")
-    )
+def trains_layers(hidden: Tensor, head_size: int) -> bool:
+    """True if kernels run an encoder layer in training mode, and its gradients, on hidden states [..., E] like these:
+    they support them, and no tracing, function transform or dispatch mode is active."""
+    return _runs_layers(hidden, head_size) and hidden.shape[-1] <= _cached_limit("MAX_TRAINED_ROW")
 
 
 def kernel(op: str, tensor: Tensor, unsupported_reason: str | None = None, size: int = 0) -> Callable | None:

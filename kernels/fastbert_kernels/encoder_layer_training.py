@@ -2,9 +2,11 @@
 
 The forward saves, in units of T x E: QKV 3, the context 1, both sums before LayerNorm 2, the activation's input 4 (for
 F = 4 E); the caller keeps x. Outputs of LayerNorm and of the activation are computed again, which takes no product.
-The products of the backward are torch.mm, because cuBLAS is hard to beat without an epilogue. Everything else runs in
-kernels, and all sums over tokens have a fixed order: the same inputs give the same bits, if torch.mm does (see
-`torch.use_deterministic_algorithms`).
+Products without an activation are torch.mm, because cuBLAS is hard to beat; only QKV, from three weights, has a kernel.
+Everything else runs in kernels, and all sums over tokens have a fixed order: the same inputs and the same seed give the
+same bits, if torch.mm does (see `torch.use_deterministic_algorithms`).
+
+All dropouts of a layer share one seed. The backward draws their zeros again from it.
 """
 
 from collections.abc import Callable
@@ -16,12 +18,13 @@ from torch import Tensor
 from fastbert_kernels.activation_backward import activation_backward
 from fastbert_kernels.attention import attention_forward
 from fastbert_kernels.attention_backward import attention_backward
+from fastbert_kernels.dropout import Dropout
 from fastbert_kernels.encoder_layer import LayerWeights
 from fastbert_kernels.layer_norm import layer_norm
 from fastbert_kernels.layer_norm_backward import layer_norm_backward
 from fastbert_kernels.linear_activation import linear_activation_forward
-from fastbert_kernels.linear_residual_layer_norm import linear_residual_layer_norm_forward
 from fastbert_kernels.qkv_projection import qkv_projection
+from fastbert_kernels.residual_layer_norm import residual_layer_norm
 
 
 class SavedTensors(NamedTuple):
@@ -35,26 +38,39 @@ class SavedTensors(NamedTuple):
     output_sum: Tensor  # [T, E], the input of the output's LayerNorm
 
 
+class Dropouts(NamedTuple):
+    """The probabilities of a layer's dropouts: of attention's weights, of its output, of the feed-forward output."""
+
+    attention: float
+    attention_output: float
+    output: float
+
+    def at(self, site: int, seed: Tensor | None) -> Dropout | None:
+        """Return the dropout at one of these places, which are its site; None if nothing is dropped there."""
+        return Dropout(self[site], seed, site) if seed is not None and self[site] > 0 else None
+
+
 def encoder_layer_forward(
     x: Tensor, residual: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
-    scale: float, activation: str, eps: tuple[float, float],
+    scale: float, activation: str, eps: tuple[float, float], dropouts: Dropouts, seed: Tensor | None,
 ) -> tuple[Tensor, SavedTensors]:  # fmt: skip
     """x [T, E] in the weights' dtype, and x in the dtype of the output -> the output [T, E], and what to save.
 
     The two differ under autocast, where products are 16 bits wide, and residuals and LayerNorm float32. LayerNorm's
-    parameters may have another dtype than the weights. The other arguments are those of `encoder_layer`.
+    parameters may have another dtype than the weights. seed: int64 [1] on the device, for dropout; None for no dropout.
+    The other arguments are those of `encoder_layer`.
     """
     w = weights
     qkv = qkv_projection(x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads)
     context, lse = attention_forward(qkv, cu_seqlens, max_seqlen, scale)
-    attended, attention_sum = linear_residual_layer_norm_forward(
-        context, w.attention_weight, w.attention_bias, residual, w.attention_norm_weight, w.attention_norm_bias, eps[0]
-    )
-    activated, up = linear_activation_forward(attended.to(x.dtype), w.up_weight, w.up_bias, activation)
-    out, output_sum = linear_residual_layer_norm_forward(
-        activated, w.down_weight, w.down_bias, attended, w.output_norm_weight, w.output_norm_bias, eps[1]
-    )
-    return out, SavedTensors(qkv, context, lse, attention_sum, up, output_sum)
+    linear = torch.addmm(w.attention_bias, context, w.attention_weight.T)
+    norm = w.attention_norm_weight, w.attention_norm_bias, eps[0]
+    attended = residual_layer_norm(linear, residual, *norm, dropouts.at(1, seed))
+    activated, up = linear_activation_forward(attended.narrow, w.up_weight, w.up_bias, activation)
+    linear = torch.addmm(w.down_bias, activated, w.down_weight.T)
+    norm = w.output_norm_weight, w.output_norm_bias, eps[1]
+    output = residual_layer_norm(linear, attended.out, *norm, dropouts.at(2, seed))
+    return output.out, SavedTensors(qkv, context, lse, attended.summed, up, output.summed)
 
 
 class LayerGradients(NamedTuple):
@@ -66,7 +82,8 @@ class LayerGradients(NamedTuple):
 
 def encoder_layer_backward(
     grad: Tensor, make_x: Callable[[], Tensor], saved: SavedTensors, weights: LayerWeights, cu_seqlens: Tensor,
-    max_seqlen: int, scale: float, activation: str, eps: tuple[float, float], wants_x: bool, wanted: LayerWeights,
+    max_seqlen: int, scale: float, activation: str, eps: tuple[float, float], dropouts: Dropouts, seed: Tensor | None,
+    wants_x: bool, wanted: LayerWeights,
 ) -> LayerGradients:  # fmt: skip
     """grad [T, E] of the output, x [T, E] in the weights' dtype, what the forward saved -> gradients.
 
@@ -80,7 +97,9 @@ def encoder_layer_backward(
     needs_attended = needs_context or any(wanted[6:10])
     needs_up = needs_attended or any(wanted[10:13])
 
-    output = layer_norm_backward(grad, saved.output_sum, w.output_norm_weight, eps[1], None, dtype)
+    output = layer_norm_backward(
+        grad, saved.output_sum, w.output_norm_weight, eps[1], None, dtype, dropouts.at(2, seed)
+    )  # fmt: skip
     found["output_norm_weight"], found["output_norm_bias"], found["down_bias"] = output.sums.to(
         w.output_norm_weight.dtype
     )
@@ -96,8 +115,9 @@ def encoder_layer_backward(
         found["up_weight"] = grad_up.T @ layer_norm(saved.attention_sum, *norm, dtype)
     if needs_attended:
         attended = layer_norm_backward(
-            output.x, saved.attention_sum, w.attention_norm_weight, eps[0], grad_up @ w.up_weight, dtype
-        )
+            output.x, saved.attention_sum, w.attention_norm_weight, eps[0], grad_up @ w.up_weight, dtype,
+            dropouts.at(1, seed),
+        )  # fmt: skip
         del grad_up, output
         sums = attended.sums.to(w.attention_norm_weight.dtype)
         found["attention_norm_weight"], found["attention_norm_bias"], found["attention_bias"] = sums
@@ -106,8 +126,9 @@ def encoder_layer_backward(
     grad_x = None
     if needs_context:
         qkv = attention_backward(
-            attended.linear @ w.attention_weight, saved.qkv, saved.context, saved.lse, cu_seqlens, max_seqlen, scale
-        ).flatten(1)
+            attended.linear @ w.attention_weight, saved.qkv, saved.context, saved.lse, cu_seqlens, max_seqlen, scale,
+            dropouts.at(0, seed),
+        ).flatten(1)  # fmt: skip
         names, width = ("q", "k", "v"), w.q_weight.shape[0]
         if any(wanted[0:6:2]):
             for name, part in zip(names, (qkv.T @ make_x()).split(width), strict=True):

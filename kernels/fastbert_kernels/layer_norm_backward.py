@@ -1,9 +1,10 @@
-"""The gradients of y = LayerNorm(x) for x [T, E], with x = residual + linear (Ba et al. 2016).
+"""The gradients of y = LayerNorm(x) for x [T, E], with x = residual + dropout(linear) (Ba et al. 2016).
 
 With n = (x - mean) / deviation, g = gradient of y, and means over the row:
 
     grad_x = (g weight - mean(g weight) - n mean(g weight n)) / deviation
-    grad_weight = sum of g n, grad_bias = sum of g, grad_linear_bias = sum of grad_x, over all rows
+    grad_linear = dropout(grad_x), with the zeros of the forward
+    grad_weight = sum of g n, grad_bias = sum of g, grad_linear_bias = sum of grad_linear, over all rows
 
 A program holds whole rows, from which it computes mean and deviation again: reading them would not be faster. It takes
 every P-th block of rows and adds up its part of the three sums, in float32. The P parts are then summed in their order,
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert_kernels.dropout import Dropout, check_seed, dropout_constants, keep_mask
 from fastbert_kernels.launch import CachedLaunch, cached_by_specs
 from fastbert_kernels.layer_norm import center_rows
 from fastbert_kernels.limits import MAX_TRAINED_ROW
@@ -37,14 +39,15 @@ from fastbert_kernels.target import num_sms
 PROGRAMS_PER_SM = 2
 
 
-@triton.jit(do_not_specialize=["stride_grad", "stride_other", "stride_x", "num_tokens"])
+@triton.jit(do_not_specialize=["stride_grad", "stride_other", "stride_x", "num_tokens", "threshold"])
 def _layer_norm_backward_kernel(
     grad_ptr,  # [T, E]
     other_ptr,  # [T, E] or None, the second summand of the gradient
     x_ptr,  # [T, E]
     weight_ptr,  # [E]
+    seed_ptr,  # int64 [1] or None
     grad_x_ptr,  # [T, E]
-    grad_linear_ptr,  # [T, E] or None, grad_x in another dtype
+    grad_linear_ptr,  # [T, E] or None if it is grad_x
     sums_ptr,  # float32 [P, 3, E]
     stride_grad,  # in UNITs, like every stride and width
     stride_other,
@@ -52,6 +55,10 @@ def _layer_norm_backward_kernel(
     num_tokens,
     width,
     eps,
+    threshold,
+    keep_scale,
+    SITE: tl.constexpr,
+    DROPOUT: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -64,9 +71,9 @@ def _layer_norm_backward_kernel(
     grad_bias = tl.zeros((BLOCK_E,), tl.float32)
     grad_linear_bias = tl.zeros((BLOCK_E,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_ROWS), tl.num_programs(0)):
-        offs_t = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mask = (offs_t < num_tokens)[:, None] & mask_e[None, :]
-        offs_t = offs_t.to(tl.int64)[:, None]
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (rows < num_tokens)[:, None] & mask_e[None, :]
+        offs_t = rows.to(tl.int64)[:, None]
         x = tl.load(x_ptr + offs_t * (stride_x * UNIT) + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         places = offs_t * (stride_grad * UNIT) + offs_e[None, :]
         grad = tl.load(grad_ptr + places, mask=mask, other=0.0).to(tl.float32)
@@ -81,9 +88,12 @@ def _layer_norm_backward_kernel(
         grad_x = tl.where(mask, rstd * (weighted - mean[:, None] - normalized * along[:, None]), 0.0)
         grad_weight += tl.sum(grad * normalized, axis=0)
         grad_bias += tl.sum(grad, axis=0)
-        grad_linear_bias += tl.sum(grad_x, axis=0)
         places = offs_t * width + offs_e[None, :]
         tl.store(grad_x_ptr + places, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if DROPOUT:
+            keep = keep_mask(tl.load(seed_ptr), rows, 0, 0, SITE, threshold, BLOCK_E)
+            grad_x = tl.where(keep, grad_x * keep_scale, 0.0)
+        grad_linear_bias += tl.sum(grad_x, axis=0)
         if grad_linear_ptr is not None:
             tl.store(grad_linear_ptr + places, grad_x.to(grad_linear_ptr.dtype.element_ty), mask=mask)
     sums_ptr += tl.program_id(0).to(tl.int64) * (3 * width) + offs_e
@@ -94,11 +104,13 @@ def _layer_norm_backward_kernel(
 
 @cached_by_specs
 def _layer_norm_backward_launch(
-    grad: TensorSpec, other: TensorSpec | None, x: TensorSpec, weight: TensorSpec, eps: float
-) -> CachedLaunch | None:
+    grad: TensorSpec, other: TensorSpec | None, x: TensorSpec, weight: TensorSpec, seed: TensorSpec | None,
+    eps: float, p: float, site: int,
+) -> CachedLaunch | None:  # fmt: skip
     """Prepare the launch, or return None if operands have to be copied first."""
     operation = "layer_norm_backward"
     check(operation, x, weight, grad, other)
+    check_seed(operation, seed, x.device)
     size, width = shape_of(operation, "x", x, "T E")
     check_shape(operation, "grad", grad, size, width)
     if other is not None:
@@ -109,6 +121,7 @@ def _layer_norm_backward_launch(
     if not have_unit_strides(grad, other, x, weight):
         return None
     blocks = row_blocks(width)
+    blocks["BLOCK_E"] = max(4, blocks["BLOCK_E"])  # dropout draws four columns at a time
     if width > 2048:
         blocks["num_warps"] = 8  # the forward, which has no sums, takes four
     strides = [row_stride(x), row_stride(grad), row_stride(other or x)]
@@ -126,14 +139,15 @@ def _layer_norm_backward_launch(
             "width": width // unit,
             "eps": eps,
             "UNIT": unit,
+            **dropout_constants(p, site),
             **blocks,
         },
     )
 
 
 class LayerNormGradients(NamedTuple):
-    """Gradients of x [T, E] in x's dtype and once more in `linear_dtype`; float32 [3, E] of weight, bias and the
-    linear's bias."""
+    """x: the gradient [T, E] of LayerNorm's input, and of the residual, in the input's dtype; linear: of the linear, in
+    its dtype, the same tensor if it is equal; sums: float32 [3, E] of LayerNorm's weight and bias and the linear's."""
 
     x: Tensor
     linear: Tensor
@@ -142,25 +156,26 @@ class LayerNormGradients(NamedTuple):
 
 def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, other: Tensor | None = None,
-    linear_dtype: torch.dtype | None = None,
+    linear_dtype: torch.dtype | None = None, dropout: Dropout | None = None,
 ) -> LayerNormGradients:  # fmt: skip
     """grad [T, E] of LayerNorm's output, LayerNorm's input x [T, E], its weight [E] -> gradients.
 
-    other [T, E], in any dtype, is added to grad. linear_dtype: the dtype of the linear whose output is a summand of x;
-    None for x's. If both are equal, one tensor is returned twice. Raises ValueError for invalid shapes or devices and
-    for E above 4096, TypeError for dtypes.
+    other [T, E], in any dtype, is added to grad. linear_dtype: the linear's, if it is not x's. dropout: the forward's.
+    Raises ValueError for invalid shapes, devices or probabilities and for E above 4096, TypeError for dtypes.
     """
-    launch = _layer_norm_backward_launch(spec_of(grad), spec_of(other), spec_of(x), spec_of(weight), eps)
+    p, seed, site = dropout or (0.0, None, 0)
+    launch = _layer_norm_backward_launch(
+        spec_of(grad), spec_of(other), spec_of(x), spec_of(weight), spec_of(seed), eps, p, site
+    )
     if launch is None:
         grad, other, x, weight = map(with_unit_stride, (grad, other, x, weight))
-        return layer_norm_backward(grad, x, weight, eps, other, linear_dtype)
+        return layer_norm_backward(grad, x, weight, eps, other, linear_dtype, dropout)
     grad_x = x.new_empty(x.shape)
-    apart = linear_dtype not in (None, x.dtype)
+    apart = linear_dtype not in (None, x.dtype) or p > 0
     grad_linear = x.new_empty(x.shape, dtype=linear_dtype) if apart else None
-    (programs,), width = launch.grid, x.shape[1]
-    sums = x.new_empty((programs, 3, width), dtype=torch.float32)
+    sums = x.new_empty((*launch.grid, 3, x.shape[1]), dtype=torch.float32)
     launch(
-        grad_ptr=grad, other_ptr=other, x_ptr=x, weight_ptr=weight, grad_x_ptr=grad_x, grad_linear_ptr=grad_linear,
-        sums_ptr=sums,
+        grad_ptr=grad, other_ptr=other, x_ptr=x, weight_ptr=weight, seed_ptr=seed, grad_x_ptr=grad_x,
+        grad_linear_ptr=grad_linear, sums_ptr=sums,
     )  # fmt: skip
     return LayerNormGradients(grad_x, grad_x if grad_linear is None else grad_linear, sums.sum(0))

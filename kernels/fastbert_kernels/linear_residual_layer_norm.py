@@ -162,11 +162,10 @@ class Launches(NamedTuple):
 @cached_by_specs
 def linear_residual_layer_norm_launches(
     x: TensorSpec, weight: TensorSpec, bias: TensorSpec, residual: TensorSpec, norm_weight: TensorSpec,
-    norm_bias: TensorSpec, num_tokens: TensorSpec | None, eps: float, allowed: str | None, apart: bool = False,
+    norm_bias: TensorSpec, num_tokens: TensorSpec | None, eps: float, allowed: str | None,
 ) -> Launches | None:  # fmt: skip
-    """Prepare the launches, or return None if operands have to be copied first. allowed: see `dot_precision`; apart:
-    always two."""
-    operation = "linear_residual_layer_norm_forward" if apart else "linear_residual_layer_norm"
+    """Prepare the launches, or return None if operands have to be copied first. allowed: see `dot_precision`."""
+    operation = "linear_residual_layer_norm"
     check(operation, x, weight, bias, residual, norm_weight, norm_bias, num_tokens)
     (size, num_inputs), width = shape_of(operation, "x", x, "T K"), weight.shape[0]
     check_shape(operation, "weight", weight, width, num_inputs)
@@ -178,7 +177,7 @@ def linear_residual_layer_norm_launches(
         raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
     if not have_unit_strides(x, weight, bias, residual, norm_weight, norm_bias):
         return None
-    config = None if apart else choose(operation, x, width)
+    config = choose(operation, x, width)
     if config is None:
         out = spec_of_new(size, width, dtype=residual.dtype, device=residual.device)
         return Launches(
@@ -237,23 +236,3 @@ def linear_residual_layer_norm(
         launches.linear(**operands, out=out)
         launches.layer_norm(x_ptr=out, **norm, out_ptr=out, num_tokens_ptr=num_tokens)
     return out
-
-
-def linear_residual_layer_norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """As `linear_residual_layer_norm`, in two launches; also returns x W^T + b + residual [T, E], which
-    `layer_norm_backward` needs."""
-    launches = linear_residual_layer_norm_launches(
-        spec_of(x), spec_of(weight), spec_of(bias), spec_of(residual), spec_of(norm_weight), spec_of(norm_bias),
-        None, eps, torch_precision(x), True,
-    )  # fmt: skip
-    if launches is None:
-        tensors = map(with_unit_stride, (x, weight, bias, residual, norm_weight, norm_bias))
-        return linear_residual_layer_norm_forward(*tensors, eps)
-    out, summed = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
-    launches.linear(x=x, weight=weight, bias_ptr=bias, residual_ptr=residual, out=summed, num_tokens_ptr=None)
-    launches.layer_norm(
-        x_ptr=summed, norm_weight_ptr=norm_weight, norm_bias_ptr=norm_bias, out_ptr=out, num_tokens_ptr=None
-    )
-    return out, summed

@@ -31,7 +31,7 @@ OPS = (
     "qkv_projection",
     "linear_residual_layer_norm",
     "linear_residual_layer_norm wide",
-    "linear_residual_layer_norm_forward",
+    "residual_layer_norm",
     "layer_norm",
     "layer_norm_backward",
     "attention",
@@ -123,6 +123,10 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
             "x": x, "weight": weight, "bias": bias, "residual": hidden, "norm_weight": norm_weight,
             "norm_bias": norm_bias, "eps": 1e-12,
         },
+        "residual_layer_norm": {
+            "x": hidden, "residual": normal(70, width, dtype=dtype), "weight": norm_weight, "bias": norm_bias,
+            "eps": 1e-12,
+        },
         "layer_norm": {"x": hidden, "weight": norm_weight, "bias": norm_bias, "eps": 1e-12},
         "layer_norm_backward": {
             "grad": normal(70, width, dtype=dtype), "x": hidden, "weight": norm_weight, "eps": 1e-12,
@@ -140,9 +144,8 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
         "unpack": {"hidden": hidden, "indices": places, "batch_size": 7, "seq_len": 10},
         "pool": {"hidden": hidden, "cu_seqlens": cu_seqlens, "mode": "mean", "normalize": True, "indices": places},
         "packing_plan": {"mask": ids > 3},
-    }  # fmt: skip
-    arguments["linear_residual_layer_norm_forward"] = arguments["linear_residual_layer_norm"]
-    return getattr(fastbert_kernels, op), arguments[op]
+    }[op]  # fmt: skip
+    return getattr(fastbert_kernels, op), arguments
 
 
 ACTIVATIONS = {
@@ -179,16 +182,16 @@ def _linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bia
     return F.layer_norm(F.linear(x, weight, bias) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
-def _linear_residual_layer_norm_forward(x, weight, bias, residual, norm_weight, norm_bias, eps):
-    summed = F.linear(x, weight, bias) + residual
-    return F.layer_norm(summed, norm_weight.shape, norm_weight, norm_bias, eps), summed
+def _residual_layer_norm(x, residual, weight, bias, eps, dropout=None):
+    out = F.layer_norm(x + residual, weight.shape, weight, bias, eps)
+    return out, out, x + residual
 
 
 def _layer_norm(x, weight, bias, eps, dtype=None):
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def _layer_norm_backward(grad, x, weight, eps, other=None, linear_dtype=None):
+def _layer_norm_backward(grad, x, weight, eps, other=None, linear_dtype=None, dropout=None):
     """By autograd. Sums over rows are taken in float32 at least, from the gradients of the given dtype."""
     x, weight = (tensor.detach().requires_grad_() for tensor in (x, weight))
     bias = torch.zeros_like(weight).requires_grad_()
@@ -233,7 +236,7 @@ FORMULAS = {
     "activation_backward": _activation_backward,
     "qkv_projection": _qkv_projection,
     "linear_residual_layer_norm": _linear_residual_layer_norm,
-    "linear_residual_layer_norm_forward": _linear_residual_layer_norm_forward,
+    "residual_layer_norm": _residual_layer_norm,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
     "attention": _attention,
@@ -475,6 +478,16 @@ ERRORS = [
         | dict.fromkeys(("bias", "norm_weight", "norm_bias"), (16385,)),
         ValueError,
         "linear_residual_layer_norm: rows of 16385 elements are longer than 16384",
+    ),
+    ("residual_layer_norm", {"x": (48,)}, ValueError, "residual_layer_norm: x is [48], expected [T, E]"),
+    ("residual_layer_norm", {"residual": (69, 48)}, ValueError, "residual is [69, 48], expected [70, 48]"),
+    ("residual_layer_norm", {"weight": (47,)}, ValueError, "residual_layer_norm: weight is [47], expected [48]"),
+    ("residual_layer_norm", {"bias": (47,)}, ValueError, "residual_layer_norm: bias is [47], expected [48]"),
+    (
+        "residual_layer_norm",
+        dict.fromkeys(("x", "residual"), (2, 16385)) | dict.fromkeys(("weight", "bias"), (16385,)),
+        ValueError,
+        "residual_layer_norm: rows of 16385 elements are longer than 16384",
     ),
     ("layer_norm", {"x": (7, 10, 48)}, ValueError, "layer_norm: x is [7, 10, 48], expected [T, E]"),
     ("layer_norm", {"weight": (47,)}, ValueError, "layer_norm: weight is [47], expected [48]"),

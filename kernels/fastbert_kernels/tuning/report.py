@@ -23,6 +23,7 @@ from triton import knobs
 
 import fastbert_kernels
 from fastbert_kernels import configs
+from fastbert_kernels.dropout import Dropout
 from fastbert_kernels.limits import MAX_ROW, MAX_TRAINED_ROW
 from fastbert_kernels.tuning.ahead_of_time import (
     CHIPS,
@@ -44,7 +45,7 @@ OPS = (
     "attention_backward",
     "linear_residual_layer_norm",
     "linear_activation",
-    "linear_residual_layer_norm_forward",
+    "residual_layer_norm",
     "layer_norm_backward",
     "linear_activation_forward",
     "activation_backward",
@@ -82,6 +83,7 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
     cu_seqlens, num_tokens = new(batch_size + 1, dtype=torch.int32), new(1, dtype=torch.int32)
     x, bias, norm = new(tokens, width), new(width), (new(width), new(width), 1e-12)
     tables, square = (new(30522, width), new(512, width), new(2, width)), (new(width, width), bias)
+    dropout = Dropout(0.1, new(1, dtype=torch.int64), 1)
     trained = new(tokens, min(width, MAX_TRAINED_ROW))
     qkv, activated = new(tokens, 3, num_heads, width // num_heads), new(tokens, inner)
     lse = new(num_heads, tokens, dtype=torch.float32)
@@ -97,8 +99,8 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         ("linear_activation_forward", "linear_activation_forward", x, new(inner, width), new(inner), "gelu"),
         ("activation_backward", "activation_backward", activated, activated, "gelu"),
         ("feed_forward_output", "linear_residual_layer_norm", activated, new(width, inner), bias, x, *norm, num_tokens),
-        ("attention_output", "linear_residual_layer_norm_forward", x, *square, x, *norm),
-        ("layer_norm_backward", "layer_norm_backward", trained, trained, trained[0], 1e-12, trained),
+        ("residual_layer_norm", "residual_layer_norm", x, x, *norm, dropout),
+        ("layer_norm_backward", "layer_norm_backward", trained, trained, trained[0], 1e-12, trained, dtype, dropout),
         ("unpack", "unpack", x, indices, batch_size, seq_len, num_tokens),
         ("pool", "pool", x, cu_seqlens, "mean", True),
         ("pooler", "linear_activation", new(batch_size, width), *square, "tanh"),

@@ -51,9 +51,9 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
     """Return the work of one launch on a full batch [B, S]. Ids and indices are int64.
 
     place: one of LAYER, "row_lengths" or "packing_plan" (the two launches of the packing plan), "embed_layer_norm",
-    "layer_norm" (alone), "unpack", "pool" or "pooler"; of training "layer_norm_backward", "attention_forward",
-    "attention_backward_dq", "attention_backward_dkv", "linear_activation_forward" or "activation_backward". Raises
-    ValueError for another.
+    "layer_norm" (alone), "unpack", "pool" or "pooler"; of training "residual_layer_norm",
+    "layer_norm_backward", "attention_forward", "attention_backward_dq", "attention_backward_dkv",
+    "linear_activation_forward" or "activation_backward". Raises ValueError for another.
     """
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
     rows, ids = tokens * width * itemsize, 8 * tokens
@@ -95,8 +95,10 @@ def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int)
             return Work(0.0, 2.0 * rows + seq_len * width * itemsize + 3.0 * ids)
         case "layer_norm":
             return Work(0.0, 2.0 * rows)
-        case "layer_norm_backward":  # reads the gradient's two summands and the rows
+        case "residual_layer_norm":  # reads two summands, writes their sum and the output
             return Work(0.0, 4.0 * rows)
+        case "layer_norm_backward":  # reads the gradient's two summands and the rows, writes two gradients
+            return Work(0.0, 5.0 * rows)
         case "unpack":
             return Work(0.0, 2.0 * rows + ids)
         case "pool":

@@ -1,15 +1,24 @@
-"""LayerNorm's gradients, compared with autograd's, and the sums over rows."""
+"""LayerNorm for training: with residual, and its gradients, compared with autograd's."""
 
 import pytest
 import torch
 from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, GUARDED, HALVES, LAYOUTS, check, flat, normal, pairwise, random_cases
+from kernel_cases import (
+    DEVICE,
+    GEMM_AND_RESIDUAL,
+    GUARDED,
+    HALVES,
+    LAYOUTS,
+    check,
+    flat,
+    normal,
+    pairwise,
+    random_cases,
+)
 
-import fastbert_kernels
-from fastbert.testing import OP_FACTOR, check_close
-from fastbert_kernels import layer_norm_backward
+from fastbert_kernels import layer_norm, layer_norm_backward, residual_layer_norm
 
 pytestmark = GUARDED
 
@@ -38,6 +47,13 @@ def test_under_autocast(dtype):
     assert torch.equal(found.linear, found.x.to(dtype)) or DEVICE.type == "cpu"  # the interpreter truncates
     torch.testing.assert_close(found.linear.float(), found.x, atol=1e-6, rtol=2**-7)
     assert torch.equal(found.sums, alone.sums)
+
+
+@pairwise(width=(2, 48, 128, 300, 384, 768, 1024, 5000), dtypes=GEMM_AND_RESIDUAL, tokens=(1, 63, 300), layout=LAYOUTS)
+def test_residual_layer_norm(width, dtypes, tokens, layout):
+    """Under autocast the residual is float32 beside a 16-bit linear."""
+    x, residual = (LAYOUTS[layout](normal(tokens, width, dtype=dtype)) for dtype in dtypes)
+    check("residual_layer_norm", x=x, residual=residual, weight=normal(width), bias=normal(width), eps=1e-12)
 
 
 def test_no_rows():
@@ -87,15 +103,10 @@ def test_random_layer_norm_backward(tokens, width, dtype, other):
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float16)], ids=str)
 def test_layer_norm_makes_the_forwards_output_again(dtypes):
-    """From the sum before LayerNorm that the forward returns, bit for bit."""
-    residual, dtype = dtypes
-    shapes = {"x": (70, 40), "weight": (48, 40), "bias": (48,)}
-    given = {name: normal(*shape, dtype=dtype) for name, shape in shapes.items()}
-    norm = normal(48), normal(48), 1e-12
-    out, summed = fastbert_kernels.linear_residual_layer_norm_forward(
-        **given, residual=normal(70, 48, dtype=residual), norm_weight=norm[0], norm_bias=norm[1], eps=norm[2]
-    )
-    assert out.dtype == summed.dtype == residual
-    assert torch.equal(fastbert_kernels.layer_norm(summed, *norm), out)
-    low = fastbert_kernels.layer_norm(summed, *norm, dtype)
-    check_close("narrowed", low, out.to(dtype), out.double(), 2 * OP_FACTOR)
+    """From the sum before LayerNorm, bit for bit; under autocast in both dtypes."""
+    wide, dtype = dtypes
+    norm = normal(300), normal(300), 1e-12
+    found = residual_layer_norm(normal(70, 300, dtype=dtype), normal(70, 300, dtype=wide), *norm)
+    assert (found.out.dtype, found.narrow.dtype, found.summed.dtype) == (wide, dtype, wide)
+    assert torch.equal(layer_norm(found.summed, *norm), found.out)
+    assert torch.equal(layer_norm(found.summed, *norm, dtype), found.narrow)
