@@ -1,8 +1,8 @@
 """The gradient of attention within every packed sequence: grad [T, H D] -> grad of qkv [T, 3, H, D].
 
 FlashAttention-2's backward (Dao 2023, algorithm 2) in two launches, without atomics, so that the order of every sum is
-fixed. Probabilities are computed again from qkv and lse, the base-2 logarithm of each query's sum of exponentials. With
-P the probabilities, dP = grad V^T and delta = rowsum(grad * context), the gradient of the scores is dS = P (dP - delta).
+fixed. The probabilities P are computed again from qkv and lse, log2 of each query's sum of exponentials. With dP = grad
+V^T and delta = rowsum(grad * context), the gradient of the scores is dS = P (dP - delta).
 
 1. A program takes BLOCK_M queries of one head, computes and stores their delta, and goes once over the sequence's keys:
    dQ = scale dS K. Further programs write zeros to the rows that belong to no sequence.
@@ -181,10 +181,10 @@ def _attention_bwd_dkv_kernel(
             rows = (query + offs_q).to(tl.int64)
             mask = live[:, None] & mask_d
             q = tl.load(q_ptr + rows[:, None] * stride_qkv_token + offs_d[None, :], mask=mask, other=0.0)
-            lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
-            scores = dot(k, q.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-            weights = tl.exp2(scores * scale_log2 - lse[None, :])
             grad = tl.load(grad_ptr + rows[:, None] * stride_grad_token + offs_d[None, :], mask=mask, other=0.0)
+            scores = dot(k, q.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
+            weights = tl.exp2(scores * scale_log2 - lse[None, :])
             grad_v = dot(weights.to(grad.dtype), grad, grad_v, PRECISION)
             grad_weights = dot(v, grad.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             delta = tl.load(delta_ptr + rows, mask=live, other=0.0)

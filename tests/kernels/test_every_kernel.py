@@ -185,9 +185,7 @@ def test_hostile_bounds(op, hostile, meant):
     if op == "attention_backward":
         arguments |= {"grad": inside(32), "context": inside(32), "lse": inside(2).T}
     outputs = [
-        getattr(fastbert_kernels, op)(
-            **arguments, cu_seqlens=torch.tensor(values, dtype=torch.int32, device=DEVICE)
-        )
+        getattr(fastbert_kernels, op)(**arguments, cu_seqlens=torch.tensor(values, dtype=torch.int32, device=DEVICE))
         for values in (hostile, meant)
     ]
     if op == "attention_backward":  # rows from the last bound on get zeros, and here sequences write them too

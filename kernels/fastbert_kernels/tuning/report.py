@@ -69,8 +69,8 @@ MAX_HEAD_SIZE_OF_FP32_WGMMA = 64
 
 
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
-    """Yield the launchers' calls of a forward pass with its mask on the device, and those of attention in training: place in the
-    model, op, call."""
+    """Yield the launchers' calls of a forward pass with its mask on the device, and of attention in training: place in
+    the model, op, call."""
     tokens, (_, width, num_heads, inner) = batch_size * seq_len, model
     scale = (width // num_heads) ** -0.5
 
