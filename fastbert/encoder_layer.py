@@ -13,7 +13,6 @@ from torch.utils.weak import TensorWeakRef
 
 from fastbert import ops
 from fastbert.ops import backend
-from fastbert.ops.backend import is_tracing
 
 
 class LayerWeights(NamedTuple):
@@ -66,10 +65,7 @@ def encoder_layer(
     if trains and mask is None and num_tokens is None and backend.trains_layers(x, numbers.head_size):
         return _trained(x, weights, numbers, cu_seqlens, max_seqlen, records)
     assert not any(numbers.dropouts)
-    if torch.is_grad_enabled() and not records and not is_tracing():
-        with torch.no_grad():
-            return encoder_layer(x, weights, numbers, cu_seqlens, max_seqlen, mask, implementation, num_tokens)
-    if mask is None and backend.launches_directly(x, numbers.head_size):
+    if mask is None and not records and backend.launches_directly(x, numbers.head_size):
         # Already imported by launches_directly.
         return sys.modules["fastbert_kernels"].encoder_layer(
             x, weights, cu_seqlens, max_seqlen, numbers.num_heads, numbers.scale, numbers.activation, numbers.eps,

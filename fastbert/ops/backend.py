@@ -198,9 +198,8 @@ def _runs_layers(tensor: Tensor, head_size: int) -> bool:
 
 def launches_directly(tensor: Tensor, head_size: int) -> bool:
     """True if every op of an encoder layer launches its kernel directly for tensors like this one: kernels support
-    them, and no autograd, autocast, tracing, function transform or dispatch mode is active."""
-    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type)
-    return not recorded and _runs_layers(tensor, head_size)
+    them, and no autocast, tracing, function transform or dispatch mode is active. The caller records no gradients."""
+    return not torch.is_autocast_enabled(tensor.device.type) and _runs_layers(tensor, head_size)
 
 
 def trains_layers(hidden: Tensor, head_size: int) -> bool:

@@ -104,12 +104,12 @@ def _attention_fwd_kernel(
             v = tl.load(v_ptr + places, mask=mask, other=0.0)
             context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION)
             row_max = new_max
-        context *= (1.0 / row_sum)[:, None]
-        out_places = ((start + offs_q).to(tl.int64)[:, None] * num_heads + head) * HEAD_SIZE + offs_d[None, :]
-        tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
         if lse_ptr is not None:
             lse_places = head.to(tl.int64) * num_tokens + start + offs_q
             tl.store(lse_ptr + lse_places, row_max + tl.log2(row_sum), mask=offs_q < length)
+        context *= (1.0 / row_sum)[:, None]
+        out_places = ((start + offs_q).to(tl.int64)[:, None] * num_heads + head) * HEAD_SIZE + offs_d[None, :]
+        tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
 def check_qkv(operation: str, qkv: TensorSpec) -> tuple[int, int, int]:

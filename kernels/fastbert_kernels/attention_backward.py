@@ -181,10 +181,10 @@ def _attention_bwd_dkv_kernel(
             rows = (query + offs_q).to(tl.int64)
             mask = live[:, None] & mask_d
             q = tl.load(q_ptr + rows[:, None] * stride_qkv_token + offs_d[None, :], mask=mask, other=0.0)
-            lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
-            scores = dot(k, q.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-            weights = tl.exp2(scores * scale_log2 - lse[None, :])
             grad = tl.load(grad_ptr + rows[:, None] * stride_grad_token + offs_d[None, :], mask=mask, other=0.0)
+            scores = dot(k, q.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
+            weights = tl.exp2(scores * scale_log2 - lse[None, :])
             grad_v = dot(weights.to(grad.dtype), grad, grad_v, PRECISION)
             grad_weights = dot(v, grad.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             delta = tl.load(delta_ptr + rows, mask=live, other=0.0)

@@ -31,7 +31,8 @@ def test_every_configuration_gives_correct_results(name, dtype):
                 for rows in {"x", "residual"} & arguments.keys():
                     arguments[rows] = normal(tokens, arguments[rows].shape[1], dtype=dtype)
                 check(op, **arguments)
-        check("attention", **example("attention", dtype)[1])
+        for op in ("attention", "attention_forward", "attention_backward"):
+            check(op, **example(op, dtype)[1])
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -103,7 +103,8 @@ def test_nothing_spills_and_every_product_uses_the_matrix_unit(sm_90):
         assert row["spill_bytes"] == 0
         assert row["shared_bytes"] <= 227 * 1024
         multiplies = "PRECISION" in row["config"]
-        assert row["matrix_instruction"] == ("HGMMA" if multiplies else "none")
+        wide = row["op"] == "attention_backward" and row["dtype"] == "fp32" and row["config"]["HEAD_SIZE"] > 64
+        assert row["matrix_instruction"] == ("HMMA" if wide else "HGMMA" if multiplies else "none")
         assert row["tma"] == row["config"].get("DESCRIPTORS", False)
     assert {row["tma"] for row in sm_90 if row["op"] == "qkv_projection"} == {True, False}
 
@@ -313,6 +314,16 @@ def test_roofline_times():
         2 * (16 * 3072 + 768 * 3072 + 768 + 2 * 16 * 768),
     )
     assert roofline.work("attention", base, 2, 128, 2) == (4 * 2 * 128 * 128 * 768, 2 * 256 * 768 * 4)
+    rows, statistic = 2 * 256 * 768, 4 * 256 * 12
+    assert roofline.work("attention_forward", base, 2, 128, 2) == (4 * 2 * 128 * 128 * 768, 4 * rows + statistic)
+    assert roofline.work("attention_backward_dq", base, 2, 128, 2) == (
+        6 * 2 * 128 * 128 * 768,
+        6 * rows + 2 * statistic,
+    )
+    assert roofline.work("attention_backward_dkv", base, 2, 128, 2) == (
+        8 * 2 * 128 * 128 * 768,
+        6 * rows + 2 * statistic,
+    )
     tokens, positions = 2 * 256 * 768, 2 * 128 * 768
     assert roofline.work("embed_layer_norm", base, 2, 128, 2) == (0, 2 * tokens + positions + 3 * 8 * 256)
     assert roofline.work("unpack", base, 2, 128, 2) == (0, 2 * tokens + 8 * 256)

@@ -1,5 +1,6 @@
 """Shared by the kernel tests: operands, formulas in plain PyTorch, memory layouts, and NaN-filled guarded outputs."""
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ OPS = (
     "layer_norm",
     "layer_norm_backward",
     "attention",
+    "attention_forward",
+    "attention_backward",
     "embed_layer_norm",
     "unpack",
     "pool",
@@ -109,6 +112,10 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
     hidden = normal(70, width, dtype=dtype)
     norm_weight, norm_bias = normal(width, dtype=dtype), normal(width, dtype=dtype)
     ids = torch.randint(0, 9, (7, 10)).to(DEVICE)
+    attended = {
+        "qkv": normal(70, 3, 3, 16, dtype=dtype), "cu_seqlens": cu_seqlens, "max_seqlen": 64, "scale": 0.25,
+    }  # fmt: skip
+    context, lse = _attention_forward(**attended | {"qkv": attended["qkv"].double()})
     arguments = {
         "linear_activation": {"x": x, "weight": weight, "bias": bias, "activation": "gelu"},
         "linear_activation_forward": {"x": x, "weight": weight, "bias": bias, "activation": "gelu"},
@@ -132,8 +139,10 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
             "grad": normal(70, width, dtype=dtype), "x": hidden, "weight": norm_weight, "eps": 1e-12,
             "other": normal(70, width, dtype=dtype),
         },
-        "attention": {
-            "qkv": normal(70, 3, 3, 16, dtype=dtype), "cu_seqlens": cu_seqlens, "max_seqlen": 64, "scale": 0.25,
+        "attention": attended,
+        "attention_forward": attended,
+        "attention_backward": {
+            "grad": normal(70, 48, dtype=dtype), "context": context.to(dtype), "lse": lse.float(), **attended,
         },
         "embed_layer_norm": {
             "input_ids": ids, "token_type_ids": ids % 2, "position_ids": 9 - ids, "inputs_embeds": None,
@@ -210,6 +219,20 @@ def _attention(qkv, cu_seqlens, max_seqlen, scale):
     return torch.cat(outputs)
 
 
+def _attention_forward(qkv, cu_seqlens, max_seqlen, scale):
+    sums = []
+    for sequence in qkv.split(cu_seqlens.diff().tolist()):
+        q, k, _ = sequence.permute(1, 2, 0, 3)
+        sums.append((q @ k.mT * scale).logsumexp(-1) / math.log(2))
+    return _attention(qkv, cu_seqlens, max_seqlen, scale), torch.cat(sums, 1)
+
+
+def _attention_backward(grad, qkv, context, lse, cu_seqlens, max_seqlen, scale):
+    qkv = qkv.detach().requires_grad_()
+    (grad_qkv,) = torch.autograd.grad(_attention(qkv, cu_seqlens, max_seqlen, scale), qkv, grad)
+    return grad_qkv
+
+
 def _embed_layer_norm(
     input_ids, token_type_ids, position_ids, inputs_embeds, indices, word_table, position_table, token_type_table,
     weight, bias, eps, num_tokens=None,
@@ -240,6 +263,8 @@ FORMULAS = {
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
     "attention": _attention,
+    "attention_forward": _attention_forward,
+    "attention_backward": _attention_backward,
     "embed_layer_norm": _embed_layer_norm,
     "pool": _pool,
 }
@@ -511,6 +536,15 @@ ERRORS = [
     ("attention", {"qkv": (9, 2, 3, 16)}, ValueError, "attention: qkv is [9, 2, 3, 16], expected [9, 3, 3, 16]"),
     ("attention", {"qkv": (9, 3, 1, 129)}, ValueError, "head size 129 is not supported, only 1 to 128"),
     ("attention", {"qkv": (9, 3, 1, 0)}, ValueError, "head size 0 is not supported, only 1 to 128"),
+    ("attention_forward", {"qkv": (9, 3, 1, 129)}, ValueError, "attention_forward: head size 129 is not supported"),
+    ("attention_backward", {"qkv": (70, 3, 1, 129)}, ValueError, "attention_backward: head size 129 is not supported"),
+    ("attention_backward", {"qkv": (70, 3, 48)}, ValueError, "qkv is [70, 3, 48], expected [T, 3, H, D]"),
+    ("attention_backward", {"grad": (70, 3, 16)}, ValueError, "grad is [70, 3, 16], expected [70, 48]"),
+    ("attention_backward", {"context": (69, 48)}, ValueError, "context is [69, 48], expected [70, 48]"),
+    ("attention_backward", {"lse": (70, 3)}, ValueError, "attention_backward: lse is [70, 3], expected [3, 70]"),
+    ("attention_backward", {"grad": torch.float16}, TypeError, "grad is torch.float16, expected torch.float32"),
+    ("attention_backward", {"context": torch.bfloat16}, TypeError, "context is torch.bfloat16, expected torch.float32"),
+    ("attention_backward", {"lse": torch.float16}, TypeError, "lse is torch.float16, expected torch.float32"),
     ("embed_layer_norm", {"input_ids": None}, ValueError, "embed_layer_norm: pass input_ids or inputs_embeds"),
     ("embed_layer_norm", {"token_type_ids": (7, 9)}, ValueError, "token_type_ids is [7, 9], expected [7, 10]"),
     ("embed_layer_norm", {"position_ids": (1, 10)}, ValueError, "position_ids is [1, 10], expected [7, 10]"),

@@ -149,9 +149,10 @@ def test_a_module_of_the_kernels_imports_those_below_it_alone():
     folder = ROOT / "kernels" / "fastbert_kernels"
     names = {path: ".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py")}
     from_below = (
-        "limits", "target", "binding", "activation", "operands", "launch", "configs", "matmul", "layer_norm",
-        "embed_layer_norm", "packing", "pool", "attention", "activation_backward", "linear_activation",
-        "qkv_projection", "linear_residual_layer_norm", "encoder_layer", "__init__", "tuning.__init__",
+        "limits", "target", "binding", "activation", "operands", "launch", "configs", "matmul", "dropout", "layer_norm",
+        "embed_layer_norm", "packing", "pool", "attention", "attention_backward", "activation_backward",
+        "residual_layer_norm", "layer_norm_backward", "linear_activation",
+        "qkv_projection", "linear_residual_layer_norm", "encoder_layer", "encoder_layer_training", "__init__", "tuning.__init__",
         "tuning.roofline", "tuning.ahead_of_time", "tuning.report", "tuning.candidates", "tuning.cases",
         "tuning.trial", "tuning.tune",
     )  # fmt: skip

@@ -172,7 +172,9 @@ def test_kernels_write_their_outputs_only():
         "_layer_norm_kernel": ["out_ptr"],
         "_linear_residual_layer_norm_kernel": ["out_ptr"],
         "_qkv_projection_kernel": ["out"],
-        "_attention_fwd_kernel": ["out_ptr"],
+        "_attention_fwd_kernel": ["out_ptr", "lse_ptr"],
+        "_attention_bwd_dq_kernel": ["delta_ptr", "grad_qkv_ptr"],
+        "_attention_bwd_dkv_kernel": ["grad_qkv_ptr"],
         "_embed_layer_norm_kernel": ["out_ptr", "bad_ids_ptr"],
         "_row_lengths_kernel": ["lengths_ptr"],
         "_packing_plan_kernel": ["indices_ptr", "cu_seqlens_ptr"],
@@ -242,7 +244,7 @@ def test_hostile_ids(seed, kinds, layout, width, dtype, size, num_tokens):
     max_seqlen=st.integers(9, 300),
 )
 def test_hostile_bounds_of_attention(seed, cu_seqlens, heads, dtype, max_seqlen):
-    """Exactly the rows between two bounds are written."""
+    """Exactly the rows between two bounds are written. Those from the last one on have a gradient, too: zero."""
     torch.manual_seed(seed)
     qkv = LAYOUTS["columns"](normal(9, 3, *heads, dtype=dtype))
     written = torch.zeros(9, dtype=torch.bool)
@@ -250,8 +252,14 @@ def test_hostile_bounds_of_attention(seed, cu_seqlens, heads, dtype, max_seqlen)
         written[max(start, 0) : max(stop, 0)] = True
     cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     with sanitized(), guarded_outputs():
-        out = fastbert_kernels.attention(qkv, cu_seqlens, max_seqlen, 0.25)
+        out, lse = fastbert_kernels.attention_forward(qkv, cu_seqlens, max_seqlen, 0.25)
+        grad = normal(*out.shape, dtype=dtype)
+        grad_qkv = fastbert_kernels.attention_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, 0.25)
     assert torch.equal(out.isfinite(), written[:, None].expand(out.shape))
+    assert torch.equal(lse.isfinite(), written.expand(lse.shape))
+    written[max(cu_seqlens[-1].item(), 0) :] = True
+    assert torch.equal(grad_qkv.isfinite().flatten(1).all(1), written)
+    assert torch.equal(grad_qkv.isfinite().flatten(1).any(1), written)
 
 
 @random_cases

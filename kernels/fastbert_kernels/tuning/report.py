@@ -68,6 +68,9 @@ PARTS = {
     "_attention_bwd_dq_kernel": "attention_backward_dq",
     "_attention_bwd_dkv_kernel": "attention_backward_dkv",
 }
+# wgmma reads one operand of a float32 product from registers. Heads of more elements would spill in the backward, which
+# therefore multiplies fewer than 64 rows, by mma.
+MAX_HEAD_SIZE_OF_FP32_WGMMA = 64
 
 
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
@@ -178,6 +181,9 @@ def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
             f"{found.num_warps} warps of {found.registers} registers each thread do not fit on a multiprocessor"
         )
     needed = chip.matrix_instruction_fp32 if dtype == "fp32" else chip.matrix_instruction
+    is_backward = compiled.kernel in ("_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel")
+    if is_backward and dtype == "fp32" and compiled.config["HEAD_SIZE"] > MAX_HEAD_SIZE_OF_FP32_WGMMA:
+        needed = "HMMA" if needed == "HGMMA" else needed
     strongest_first = (*MATRIX_INSTRUCTIONS, "none")
     multiplies = "PRECISION" in compiled.config
     if multiplies and strongest_first.index(found.matrix_instruction) > strongest_first.index(needed):
