@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert_kernels.configs import choose
+from fastbert_kernels.dropout import Dropout, check_seed, dropout_constants, keep_mask
 from fastbert_kernels.launch import CachedLaunch, cached_by_specs
 from fastbert_kernels.limits import MAX_HEAD_SIZE
 from fastbert_kernels.matmul import dot
@@ -44,12 +45,13 @@ def bounds_of(cu_seqlens_ptr, sequence, num_tokens):
 
 
 @triton.jit(
-    do_not_specialize=["num_heads", "query_blocks", "num_tokens"],
+    do_not_specialize=["num_heads", "query_blocks", "num_tokens", "threshold"],
     do_not_specialize_on_alignment=["cu_seqlens_ptr", "lse_ptr"],
 )
 def _attention_fwd_kernel(
     qkv_ptr,  # [T, 3, H, D]
     cu_seqlens_ptr,  # int32 [N + 1]
+    seed_ptr,  # int64 [1] or None
     out_ptr,  # [T, H, D]
     lse_ptr,  # float32 [H, T] or None
     stride_qkv_token,
@@ -59,6 +61,10 @@ def _attention_fwd_kernel(
     query_blocks,
     num_tokens,
     scale_log2,
+    threshold,
+    keep_scale,
+    SITE: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -101,13 +107,16 @@ def _attention_fwd_kernel(
             weights = tl.exp2(scores * scale_log2 - new_max[:, None])
             shrink = tl.exp2(row_max - new_max)
             row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+            if DROPOUT:
+                keep = keep_mask(tl.load(seed_ptr), start + offs_q, key, head, SITE, threshold, BLOCK_N)
+                weights = tl.where(keep, weights, 0.0)
             v = tl.load(v_ptr + places, mask=mask, other=0.0)
             context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION)
             row_max = new_max
         if lse_ptr is not None:
             lse_places = head.to(tl.int64) * num_tokens + start + offs_q
             tl.store(lse_ptr + lse_places, row_max + tl.log2(row_sum), mask=offs_q < length)
-        context *= (1.0 / row_sum)[:, None]
+        context *= (keep_scale / row_sum)[:, None]
         out_places = ((start + offs_q).to(tl.int64)[:, None] * num_heads + head) * HEAD_SIZE + offs_d[None, :]
         tl.store(out_ptr + out_places, context.to(out_ptr.dtype.element_ty), mask=mask_q)
 
@@ -132,13 +141,15 @@ def check_programs(operation: str, programs: int) -> None:
 @cached_by_specs
 def attention_launch(
     qkv: TensorSpec, cu_seqlens: TensorSpec, max_seqlen: int, scale: float, allowed: str | None,
-    operation: str = "attention",
+    operation: str = "attention", seed: TensorSpec | None = None, p: float = 0.0, site: int = 0,
 ) -> CachedLaunch | None:  # fmt: skip
     """Prepare the launch, or return None if operands have to be copied first. allowed: see `dot_precision`.
 
-    operation: "attention", or "attention_forward", whose launch also gets `lse_ptr`: another compiled kernel.
+    operation: "attention", or "attention_forward", whose launch also gets `lse_ptr`: another compiled kernel. seed, p
+    and site: of `Dropout`.
     """
     check(operation, qkv, cu_seqlens)
+    check_seed(operation, seed, qkv.device)
     num_tokens, num_heads, head_size = check_qkv(operation, qkv)
     if not have_unit_strides(qkv, cu_seqlens):
         return None
@@ -160,6 +171,7 @@ def attention_launch(
             "num_tokens": num_tokens,
             # Never zero: minus infinity times zero would be NaN.
             "scale_log2": max(abs(scale) * LOG2_E, SMALLEST),
+            **dropout_constants(p, site),
             "HEAD_SIZE": head_size,
             "PRECISION": dot_precision(qkv.dtype, qkv.device, allowed),
             "BLOCK_M": config.BLOCK_M,
@@ -185,23 +197,29 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     if launch is None:
         return attention(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale)
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
-    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, out_ptr=out, lse_ptr=None)
+    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, seed_ptr=None, out_ptr=out, lse_ptr=None)
     return out
 
 
-def attention_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention for training: arguments as in `attention` -> its context [T, H D], bitwise equal, and lse.
+def attention_forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention for training: arguments as in `attention` -> the context [T, H D], and lse.
 
-    lse, float32 [H, T], is log2 of the sum over a query's keys of exp(scale q k). `attention_backward` needs it. Rows
-    from cu_seqlens[N] on are neither read nor written. Raises ValueError and TypeError as `attention` does.
+    Without dropout the context is bitwise equal to that of `attention`. Dropout zeroes probabilities: its rows are rows
+    of qkv, its columns places of keys in their sequence, its planes heads. lse, float32 [H, T], is log2 of the sum over
+    a query's keys of exp(scale q k). Rows from cu_seqlens[N] on are neither read nor written. Raises ValueError and
+    TypeError as `attention` does, and ValueError for a probability outside of 0 to 1.
     """
+    p, seed, site = dropout or (0.0, None, 0)
     launch = attention_launch(
-        spec_of(qkv), spec_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv), "attention_forward"
-    )
+        spec_of(qkv), spec_of(cu_seqlens), max_seqlen, scale, torch_precision(qkv), "attention_forward", spec_of(seed),
+        p, site,
+    )  # fmt: skip
     if launch is None:
-        return attention_forward(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale)
+        return attention_forward(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale, dropout)
     num_tokens, _, num_heads, head_size = qkv.shape
     out = qkv.new_empty(num_tokens, num_heads * head_size)
     lse = qkv.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, out_ptr=out, lse_ptr=lse)
+    launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, seed_ptr=seed, out_ptr=out, lse_ptr=lse)
     return out, lse

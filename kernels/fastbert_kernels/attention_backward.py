@@ -8,7 +8,9 @@ With dP = grad V^T and delta = rowsum(grad * context), the gradient of the score
    dQ = scale dS K. Further programs write zeros to the rows that belong to no sequence.
 2. A program takes BLOCK_M keys and goes once over the sequence's queries: dV = P^T grad, dK = scale dS^T Q.
 
-Scores, probabilities, delta and all sums are float32. P and dS are rounded to the dtype before their products.
+With dropout, P in dV and dP lose the elements that the forward zeroed, and are scaled as there. delta stays the same,
+because the context already holds the dropout. Scores, probabilities, delta and all sums are float32. P and dS are
+rounded to the dtype before their products.
 """
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from fastbert_kernels.attention import LOG2_E, bounds_of, check_programs, check_qkv
 from fastbert_kernels.configs import choose
+from fastbert_kernels.dropout import Dropout, check_seed, dropout_constants, keep_mask
 from fastbert_kernels.launch import CachedLaunch, cached_by_specs
 from fastbert_kernels.matmul import dot
 from fastbert_kernels.operands import (
@@ -49,7 +52,7 @@ def _fill_tail(
 
 
 @triton.jit(
-    do_not_specialize=["stride_lse_head", "num_heads", "num_sequences", "blocks", "num_tokens"],
+    do_not_specialize=["stride_lse_head", "num_heads", "num_sequences", "blocks", "num_tokens", "threshold"],
     do_not_specialize_on_alignment=["cu_seqlens_ptr", "lse_ptr", "delta_ptr"],
 )
 def _attention_bwd_dq_kernel(
@@ -58,6 +61,7 @@ def _attention_bwd_dq_kernel(
     context_ptr,  # [T, H D]
     lse_ptr,  # float32 [H, T]
     cu_seqlens_ptr,  # int32 [N + 1]
+    seed_ptr,  # int64 [1] or None
     delta_ptr,  # float32 [H, T]
     grad_qkv_ptr,  # [T, 3, H, D]
     stride_grad_token,
@@ -72,6 +76,10 @@ def _attention_bwd_dq_kernel(
     num_tokens,
     scale,
     scale_log2,
+    threshold,
+    keep_scale,
+    SITE: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -114,6 +122,11 @@ def _attention_bwd_dq_kernel(
                 weights = tl.where(live[None, :], tl.exp2(scores * scale_log2 - lse[:, None]), 0.0)
                 v = tl.load(v_ptr + places, mask=mask, other=0.0)
                 grad_weights = dot(grad, v.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+                if DROPOUT:
+                    keep = keep_mask(
+                        tl.load(seed_ptr), start + offs_q, key, head.to(tl.int32), SITE, threshold, BLOCK_N
+                    )
+                    grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
                 grad_scores = weights * (grad_weights - delta[:, None])
                 grad_q = dot(grad_scores.to(k.dtype), k, grad_q, PRECISION)
             out_places = (rows[:, None] * 3 * num_heads + head) * HEAD_SIZE + offs_d[None, :]
@@ -126,7 +139,7 @@ def _attention_bwd_dq_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_lse_head", "num_heads", "blocks", "num_tokens"],
+    do_not_specialize=["stride_lse_head", "num_heads", "blocks", "num_tokens", "threshold"],
     do_not_specialize_on_alignment=["cu_seqlens_ptr", "lse_ptr", "delta_ptr"],
 )
 def _attention_bwd_dkv_kernel(
@@ -134,6 +147,7 @@ def _attention_bwd_dkv_kernel(
     qkv_ptr,  # [T, 3, H, D]
     lse_ptr,  # float32 [H, T]
     cu_seqlens_ptr,  # int32 [N + 1]
+    seed_ptr,  # int64 [1] or None
     delta_ptr,  # float32 [H, T]
     grad_qkv_ptr,  # [T, 3, H, D]
     stride_grad_token,
@@ -146,6 +160,10 @@ def _attention_bwd_dkv_kernel(
     num_tokens,
     scale,
     scale_log2,
+    threshold,
+    keep_scale,
+    SITE: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -185,8 +203,16 @@ def _attention_bwd_dkv_kernel(
             scores = dot(k, q.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
             weights = tl.exp2(scores * scale_log2 - lse[None, :])
-            grad_v = dot(weights.to(grad.dtype), grad, grad_v, PRECISION)
+            kept = weights
+            if DROPOUT:
+                keep = keep_mask(
+                    tl.load(seed_ptr), start + query + offs_q, first, head.to(tl.int32), SITE, threshold, BLOCK_M
+                ).T
+                kept = tl.where(keep, weights * keep_scale, 0.0)
+            grad_v = dot(kept.to(grad.dtype), grad, grad_v, PRECISION)
             grad_weights = dot(v, grad.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            if DROPOUT:
+                grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
             delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
             grad_scores = weights * (grad_weights - delta[None, :])
             grad_k = dot(grad_scores.to(q.dtype), q, grad_k, PRECISION)
@@ -200,11 +226,12 @@ def _attention_bwd_dkv_kernel(
 @cached_by_specs
 def _attention_backward_launches(
     grad: TensorSpec, qkv: TensorSpec, context: TensorSpec, lse: TensorSpec, cu_seqlens: TensorSpec, max_seqlen: int,
-    scale: float, allowed: str | None,
+    scale: float, allowed: str | None, seed: TensorSpec | None, p: float, site: int,
 ) -> tuple[CachedLaunch, CachedLaunch] | None:  # fmt: skip
     """Prepare both launches, or return None if operands have to be copied first. allowed: see `dot_precision`."""
     operation = "attention_backward"
     check(operation, qkv, grad, context, lse, cu_seqlens)
+    check_seed(operation, seed, qkv.device)
     num_tokens, num_heads, head_size = check_qkv(operation, qkv)
     for name, x, dtype in (("grad", grad, qkv.dtype), ("context", context, qkv.dtype), ("lse", lse, torch.float32)):
         if x.dtype != dtype:
@@ -232,6 +259,7 @@ def _attention_backward_launches(
         "num_tokens": num_tokens,
         "scale": float(scale),
         "scale_log2": scale * LOG2_E,
+        **dropout_constants(p, site),
         "HEAD_SIZE": head_size,
         "PRECISION": dot_precision(qkv.dtype, qkv.device, allowed),
         "BLOCK_M": config.BLOCK_M,
@@ -248,22 +276,26 @@ def _attention_backward_launches(
 
 
 def attention_backward(
-    grad: Tensor, qkv: Tensor, context: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-) -> Tensor:
+    grad: Tensor, qkv: Tensor, context: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    dropout: Dropout | None = None,
+) -> Tensor:  # fmt: skip
     """grad [T, H D], qkv [T, 3, H, D], context and lse of `attention_forward` -> the gradient of qkv [T, 3, H, D].
 
-    grad and context have qkv's dtype. cu_seqlens, max_seqlen and scale are those of the forward. Rows from
+    grad and context have qkv's dtype. cu_seqlens, max_seqlen, scale and dropout are those of the forward. Rows from
     cu_seqlens[N] on are not read, and their gradient is zero. The gradient of a sequence does not depend on the others.
     Raises ValueError for other shapes, a head size above 128 or 2^31 programs, TypeError for other dtypes.
     """
     tensors = grad, qkv, context, lse, cu_seqlens
-    launches = _attention_backward_launches(*map(spec_of, tensors), max_seqlen, scale, torch_precision(qkv))
+    p, seed, site = dropout or (0.0, None, 0)
+    launches = _attention_backward_launches(
+        *map(spec_of, tensors), max_seqlen, scale, torch_precision(qkv), spec_of(seed), p, site
+    )
     if launches is None:
-        return attention_backward(*map(with_unit_stride, tensors), max_seqlen, scale)
+        return attention_backward(*map(with_unit_stride, tensors), max_seqlen, scale, dropout)
     by_queries, by_keys = launches
     grad_qkv = qkv.new_empty(qkv.shape)
     given = {
-        "grad_ptr": grad, "qkv_ptr": qkv, "lse_ptr": lse, "cu_seqlens_ptr": cu_seqlens,
+        "grad_ptr": grad, "qkv_ptr": qkv, "lse_ptr": lse, "cu_seqlens_ptr": cu_seqlens, "seed_ptr": seed,
         "delta_ptr": torch.empty(lse.shape, dtype=torch.float32, device=qkv.device), "grad_qkv_ptr": grad_qkv,
     }  # fmt: skip
     by_queries(context_ptr=context, **given)

@@ -183,7 +183,11 @@ def _cached_layer(
             {"x": "x", "q_weight": "q_weight", "q_bias_ptr": "q_bias", "k_weight": "k_weight", "k_bias_ptr": "k_bias"}
             | {"v_weight": "v_weight", "v_bias_ptr": "v_bias", "out": "qkv", "num_tokens_ptr": "num_tokens"},
         ),
-        Step(attending, {"qkv_ptr": "qkv", "cu_seqlens_ptr": "cu_seqlens", "out_ptr": "context", "lse_ptr": None}),
+        Step(
+            attending,
+            {"qkv_ptr": "qkv", "cu_seqlens_ptr": "cu_seqlens", "out_ptr": "context"}
+            | dict.fromkeys(("lse_ptr", "seed_ptr")),
+        ),
         *linear_residual_layer_norm_steps(
             attention_output, "context", "attention", "x", "attention_norm", "attended"
         ),

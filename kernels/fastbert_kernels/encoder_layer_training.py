@@ -62,7 +62,7 @@ def encoder_layer_forward(
     """
     w = weights
     qkv = qkv_projection(x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads)
-    context, lse = attention_forward(qkv, cu_seqlens, max_seqlen, scale)
+    context, lse = attention_forward(qkv, cu_seqlens, max_seqlen, scale, dropouts.at(0, seed))
     linear = torch.addmm(w.attention_bias, context, w.attention_weight.T)
     norm = w.attention_norm_weight, w.attention_norm_bias, eps[0]
     attended = residual_layer_norm(linear, residual, *norm, dropouts.at(1, seed))

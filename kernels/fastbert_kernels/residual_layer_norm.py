@@ -112,7 +112,7 @@ def _residual_layer_norm_launch(
 
 
 class NormalizedSum(NamedTuple):
-    """out and summed [T, E] in the residual's dtype; narrow [T, E]: out in x's dtype, the same tensor if that is equal."""
+    """out and summed [T, E] in the residual's dtype; narrow [T, E]: out in x's dtype, or out itself if equal."""
 
     out: Tensor
     narrow: Tensor

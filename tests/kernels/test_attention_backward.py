@@ -186,4 +186,4 @@ def test_too_many_programs():
     grad, qkv, lse = spec(9, 1024), spec(9, 3, 16, 64), spec(16, 9, dtype=torch.float32)
     launches = import_module("fastbert_kernels.attention_backward")._attention_backward_launches
     with pytest.raises(ValueError, match="attention_backward: .* programs are not supported, only fewer than 2.31"):
-        launches(grad, qkv, grad, lse, spec(2**26 + 1, dtype=torch.int32), 512, 0.125, None)
+        launches(grad, qkv, grad, lse, spec(2**26 + 1, dtype=torch.int32), 512, 0.125, None, None, 0.0, 0)

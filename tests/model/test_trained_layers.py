@@ -100,7 +100,10 @@ def test_random_lengths(lengths, dtype, heads):
     check_gradients(*found, factor=4.0)
 
 
-FORWARD = Counter(_qkv_projection_kernel=1, _attention_fwd_kernel=1, _linear_kernel=3, _layer_norm_kernel=2)
+# And two products by PyTorch.
+FORWARD = Counter(
+    _qkv_projection_kernel=1, _attention_fwd_kernel=1, _linear_kernel=1, _residual_layer_norm_kernel=2
+)  # fmt: skip
 # LayerNorm twice more: the input of the layer and of its feed-forward part are made again.
 BACKWARD = Counter(
     _layer_norm_backward_kernel=2, _activation_backward_kernel=1, _attention_bwd_dq_kernel=1,
@@ -156,7 +159,7 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_frozen_parameters(part, launches):
-    """The others get the same bits, and nothing is launched for gradients that nobody wants."""
+    """The others get the same gradients, and nothing is launched for gradients that nobody wants."""
     ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
     expected = gradients(ours, inputs)
     trained = []
@@ -167,8 +170,9 @@ def test_frozen_parameters(part, launches):
     launches.clear()
     found = gradients(ours, inputs)
     assert list(found) == trained
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    backward = Counter(launches) - FORWARD - FORWARD - FORWARD
+    for name, gradient in found.items():  # layers below the first trained one run as in inference
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+    backward = Counter(launches)
     if part == "the last layer":
         assert backward["_layer_norm_backward_kernel"] == 2
         assert backward["_attention_bwd_dkv_kernel"] == 1
@@ -282,7 +286,8 @@ def test_checkpointing_frees_what_layers_save(use_reentrant, monkeypatch):
     found = gradients(ours, inputs)
     assert [source for source in sources if source is not None and source.rows() is not None] == []
     assert len(sources) == (3 if use_reentrant else 6)  # the reentrant one records no gradients in the forward
-    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+    for name, gradient in expected.items():  # the reentrant one runs its first forward as in inference
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_saved_tensors_on_the_host():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import combinations, product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import fastbert_kernels
 from fastbert.testing import OP_FACTOR, check_close
-from fastbert_kernels import configs
+from fastbert_kernels import Dropout, configs
 
 # Without a GPU the kernels run in Triton's interpreter, on CPU tensors.
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -157,6 +158,28 @@ def example(op: str, dtype: torch.dtype) -> tuple[Callable, dict]:
     return getattr(fastbert_kernels, op), arguments
 
 
+def kept(dropout: Dropout | None, rows: int, columns: int, plane: int = 0) -> Tensor | float:
+    """The factors [rows, columns] of dropout, 0 or 1 / (1 - p), by Philox 4x32-10 (Salmon et al. 2011, section 3.3)."""
+    if dropout is None:
+        return 1.0
+    seed = int(dropout.seed)
+    high, low = np.uint64(32), np.uint64(2**32 - 1)
+    shape, quads = (rows, -(-columns // 4)), np.arange(-(-columns // 4), dtype=np.uint64)
+    counter = [quads, np.arange(rows, dtype=np.uint64)[:, None], np.uint64(plane), np.uint64(dropout.site)]
+    counter = [np.broadcast_to(x, shape) for x in counter]
+    keys = [seed % 2**32, seed >> 32]
+    for _ in range(10):
+        products = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
+        counter = [
+            (products[1] >> high) ^ counter[1] ^ np.uint64(keys[0]), products[1] & low,
+            (products[0] >> high) ^ counter[3] ^ np.uint64(keys[1]), products[0] & low,
+        ]  # fmt: skip
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    numbers = np.stack(counter, -1).reshape(rows, -1)[:, :columns]
+    is_kept = torch.from_numpy((numbers >> np.uint64(1)).astype(np.int64) >= round(dropout.p * 2**31))
+    return is_kept.double() / (1 - dropout.p)
+
+
 ACTIVATIONS = {
     "none": lambda x: x,
     "gelu": F.gelu,
@@ -191,9 +214,14 @@ def _linear_residual_layer_norm(x, weight, bias, residual, norm_weight, norm_bia
     return F.layer_norm(F.linear(x, weight, bias) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
+def as_factors(factors: Tensor | float, like: Tensor) -> Tensor | float:
+    return factors.to(like.device, like.dtype) if isinstance(factors, Tensor) else factors
+
+
 def _residual_layer_norm(x, residual, weight, bias, eps, dropout=None):
-    out = F.layer_norm(x + residual, weight.shape, weight, bias, eps)
-    return out, out, x + residual
+    summed = x * as_factors(kept(dropout, *x.shape), x) + residual
+    out = F.layer_norm(summed, weight.shape, weight, bias, eps)
+    return out, out, summed
 
 
 def _layer_norm(x, weight, bias, eps, dtype=None):
@@ -207,29 +235,35 @@ def _layer_norm_backward(grad, x, weight, eps, other=None, linear_dtype=None, dr
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad = grad if other is None else grad + other
     found = torch.autograd.grad(F.layer_norm(x, weight.shape, weight, bias, eps), (x, weight, bias), grad.to(x.dtype))
-    sums = [tensor.to(wide) for tensor in (*found[1:], found[0].to(wide).sum(0))]
-    return found[0], found[0], torch.stack(sums)
+    linear = found[0] * as_factors(kept(dropout, *x.shape), x)
+    return found[0], linear, torch.stack([tensor.to(wide) for tensor in (*found[1:], linear.to(wide).sum(0))])
 
 
-def _attention(qkv, cu_seqlens, max_seqlen, scale):
-    outputs = []
-    for sequence in qkv.split(cu_seqlens.diff().tolist()):
+def _attention(qkv, cu_seqlens, max_seqlen, scale, dropout=None):
+    outputs, masks = [], [kept(dropout, len(qkv), max_seqlen, head) for head in range(qkv.shape[2])]
+    for sequence, start in zip(qkv.split(cu_seqlens.diff().tolist()), cu_seqlens.tolist(), strict=False):
         q, k, v = sequence.permute(1, 2, 0, 3)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1).flatten(1))
+        if dropout is None:
+            context = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        else:
+            rows, keys = slice(start, start + len(sequence)), slice(len(sequence))
+            factors = torch.stack([mask[rows, keys] for mask in masks]).to(qkv.device, qkv.dtype)
+            context = ((q @ k.mT * scale).softmax(-1) * factors) @ v
+        outputs.append(context.transpose(0, 1).flatten(1))
     return torch.cat(outputs)
 
 
-def _attention_forward(qkv, cu_seqlens, max_seqlen, scale):
+def _attention_forward(qkv, cu_seqlens, max_seqlen, scale, dropout=None):
     sums = []
     for sequence in qkv.split(cu_seqlens.diff().tolist()):
         q, k, _ = sequence.permute(1, 2, 0, 3)
         sums.append((q @ k.mT * scale).logsumexp(-1) / math.log(2))
-    return _attention(qkv, cu_seqlens, max_seqlen, scale), torch.cat(sums, 1)
+    return _attention(qkv, cu_seqlens, max_seqlen, scale, dropout), torch.cat(sums, 1)
 
 
-def _attention_backward(grad, qkv, context, lse, cu_seqlens, max_seqlen, scale):
+def _attention_backward(grad, qkv, context, lse, cu_seqlens, max_seqlen, scale, dropout=None):
     qkv = qkv.detach().requires_grad_()
-    (grad_qkv,) = torch.autograd.grad(_attention(qkv, cu_seqlens, max_seqlen, scale), qkv, grad)
+    (grad_qkv,) = torch.autograd.grad(_attention(qkv, cu_seqlens, max_seqlen, scale, dropout), qkv, grad)
     return grad_qkv
 
 

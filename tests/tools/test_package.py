@@ -152,9 +152,9 @@ def test_a_module_of_the_kernels_imports_those_below_it_alone():
         "limits", "target", "binding", "activation", "operands", "launch", "configs", "matmul", "dropout", "layer_norm",
         "embed_layer_norm", "packing", "pool", "attention", "attention_backward", "activation_backward",
         "residual_layer_norm", "layer_norm_backward", "linear_activation",
-        "qkv_projection", "linear_residual_layer_norm", "encoder_layer", "encoder_layer_training", "__init__", "tuning.__init__",
-        "tuning.roofline", "tuning.ahead_of_time", "tuning.report", "tuning.candidates", "tuning.cases",
-        "tuning.trial", "tuning.tune",
+        "qkv_projection", "linear_residual_layer_norm", "encoder_layer", "encoder_layer_training", "__init__",
+        "tuning.__init__", "tuning.roofline", "tuning.ahead_of_time", "tuning.report", "tuning.candidates",
+        "tuning.cases", "tuning.trial", "tuning.tune",
     )  # fmt: skip
     assert sorted(from_below) == sorted(names.values())
     for path, name in names.items():

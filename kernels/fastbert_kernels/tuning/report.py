@@ -97,6 +97,8 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         ("attention", "attention", qkv, cu_seqlens, seq_len, scale),
         ("attention_forward", "attention_forward", qkv, cu_seqlens, seq_len, scale),
         ("attention_backward", "attention_backward", x, qkv, x, lse, cu_seqlens, seq_len, scale),
+        ("attention_forward", "attention_forward", qkv, cu_seqlens, seq_len, scale, dropout),
+        ("attention_backward", "attention_backward", x, qkv, x, lse, cu_seqlens, seq_len, scale, dropout),
         ("attention_output", "linear_residual_layer_norm", x, *square, x, *norm, num_tokens),
         ("linear_activation", "linear_activation", x, new(inner, width), new(inner), "gelu", num_tokens),
         ("linear_activation_forward", "linear_activation_forward", x, new(inner, width), new(inner), "gelu"),
