@@ -98,6 +98,8 @@ def _attention_fwd_kernel(
             # Keys past the end are masked, not clamped: a key of the next sequence may be NaN, and 0 * NaN is NaN.
             places = (key + offs_key).to(tl.int64)[:, None] * stride_qkv_token + offs_d[None, :]
             mask = live[:, None] & mask_d
+            if DROPOUT:
+                keep = keep_mask(tl.load(seed_ptr), start + offs_q, key, head, SITE, threshold, BLOCK_N)
             k = tl.load(k_ptr + places, mask=mask, other=0.0)
             scores = dot(q, k.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             # Most blocks are full. A branch saves time only on sm_90: elsewhere it costs registers or shared memory.
@@ -108,7 +110,6 @@ def _attention_fwd_kernel(
             shrink = tl.exp2(row_max - new_max)
             row_sum = row_sum * shrink + tl.sum(weights, axis=1)
             if DROPOUT:
-                keep = keep_mask(tl.load(seed_ptr), start + offs_q, key, head, SITE, threshold, BLOCK_N)
                 weights = tl.where(keep, weights, 0.0)
             v = tl.load(v_ptr + places, mask=mask, other=0.0)
             context = dot(weights.to(v.dtype), v, context * shrink[:, None], PRECISION)

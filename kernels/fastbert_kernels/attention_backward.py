@@ -198,6 +198,10 @@ def _attention_bwd_dkv_kernel(
             live = query + offs_q < length
             rows = (query + offs_q).to(tl.int64)
             mask = live[:, None] & mask_d
+            if DROPOUT:
+                keep = keep_mask(
+                    tl.load(seed_ptr), start + query + offs_q, first, head.to(tl.int32), SITE, threshold, BLOCK_M
+                ).T
             q = tl.load(q_ptr + rows[:, None] * stride_qkv_token + offs_d[None, :], mask=mask, other=0.0)
             grad = tl.load(grad_ptr + rows[:, None] * stride_grad_token + offs_d[None, :], mask=mask, other=0.0)
             scores = dot(k, q.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
@@ -205,9 +209,6 @@ def _attention_bwd_dkv_kernel(
             weights = tl.exp2(scores * scale_log2 - lse[None, :])
             kept = weights
             if DROPOUT:
-                keep = keep_mask(
-                    tl.load(seed_ptr), start + query + offs_q, first, head.to(tl.int32), SITE, threshold, BLOCK_M
-                ).T
                 kept = tl.where(keep, weights * keep_scale, 0.0)
             grad_v = dot(kept.to(grad.dtype), grad, grad_v, PRECISION)
             grad_weights = dot(v, grad.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
