@@ -282,6 +282,21 @@ def test_reasons(chip, change, reason):
     assert failures(compiled, CHIPS[chip], "bf16") == ([reason] if reason else [])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "chip", "passes"),
+    [
+        ("fp32", 80, "sm_90", True), ("fp32", 64, "sm_90", False), ("bf16", 80, "sm_90", False),
+        ("fp32", 80, "sm_80", True),
+    ],
+)  # fmt: skip
+def test_only_the_backward_of_wide_float32_heads_may_go_without_wgmma(dtype, head_size, chip, passes):
+    resources = Resources(64, 0, 1024, 0, "HMMA", False, 16, 4)
+    config = {"PRECISION": "tf32x3", "HEAD_SIZE": head_size}
+    for kernel, expected in (("_attention_bwd_dkv_kernel", passes), ("_attention_fwd_kernel", chip == "sm_80")):
+        found = failures(Compiled(kernel, config, 0.0, resources, None), CHIPS[chip], dtype)
+        assert found == ([] if expected else ["matrix instruction HMMA instead of HGMMA"])
+
+
 def test_names_of_chips():
     for name, chip in CHIPS.items():
         known = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)

@@ -640,6 +640,7 @@ FIRST = ("qkv_projection", "16", 0)
         (changed("attention", "16"), "attention: '16' is missing"),
         (changed("attention", "16", to={}), "attention, 16 bits: expected a list of entries, not {}"),
         (changed("attention", "16", to=[]), "attention, 16 bits: the last up_to has to be 128"),
+        (changed("attention_backward", "32", to=[]), "attention_backward, 32 bits: the last up_to has to be 128"),
         (changed("attention", "16", to=[3]), "attention, 16 bits, entry 0: expected an object, not 3"),
         (changed("attention", "16", 0, "config", "BLOCK_K", to=64), "entry 0: 'BLOCK_K' is unknown; known are BLOCK_M"),
         (changed(*FIRST, "config", "BLOCK_K"), "qkv_projection, 16 bits, entry 0: 'BLOCK_K' is missing"),
