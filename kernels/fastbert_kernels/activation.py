@@ -1,4 +1,4 @@
-"""The activations of a GEMM's epilogue, float32 -> float32. `fastbert.ops.linear_activation` uses the same names."""
+"""The activations of a GEMM's epilogue and their backward, in float32, by their names in `fastbert.ops`."""
 
 import triton
 import triton.language as tl

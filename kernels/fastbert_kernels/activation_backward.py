@@ -4,7 +4,8 @@
     output = activation(pre)            [T, F], for the weight gradient of the next linear
     grad_bias = sum over T of grad_pre  [F], float32
 
-pre is x W^T + b, rounded to its dtype, so the forward keeps it alone. One elementwise launch reads both operands once.
+pre is the kept x W^T + b. output is made again from it, so that it need not be kept, too: it differs from the
+forward's by the rounding of pre. One elementwise launch reads both operands once.
 Derivatives, and the values that are summed, are float32. There are no atomics: each program adds its rows in order to a
 partial sum, and PyTorch adds the partial sums, so that results repeat on one device. The number of partial sums depends
 on the number of SMs. Derivative of GELU: Phi(x) + x phi(x) (Hendrycks and Gimpel 2016).
