@@ -184,7 +184,7 @@ def fused_parts(block: nn.Module, fusable: bool = False, drops: bool = False) ->
             parts = parts._make([*parts[:index], base, *parts[index + 1 :]])
     reason, _ = block.unsupported_reason(parts)
     if reason is None and not drops and (p := max(block.dropouts(parts), default=0)) > 0:
-        reason = f"it applies dropout (p={p}), which only kernels do in the ops"
+        reason = f"it applies dropout (p={p}), which only kernels do"
     return (None, reason) if reason else (parts, None)
 
 
@@ -291,6 +291,12 @@ def runs_in_kernels(block: nn.Module) -> bool:
     if not isinstance(block, FusableBlock) or fused_parts(block)[0] is None:
         return False
     return not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
+
+
+def drops_in_kernels(block: FusableBlock) -> bool:
+    """True if kernels would run a layer with dropout on packed tokens in its weights' dtype."""
+    weight = next(block.parameters())  # [.., E]
+    return not any(why_eager(block, op, weight) for op in block.ops_used) and backend.may_train(weight.shape[-1])
 
 
 def has_hooks(module: nn.Module) -> bool:

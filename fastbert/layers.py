@@ -286,12 +286,10 @@ class BertEncoder(hf.BertEncoder):
     ) -> Tensor:  # fmt: skip
         """Run one layer: in the ops, through its modules on packed tokens, or in transformers' own code, called as
         transformers calls it."""
-        if unfused_reason:
-            parts, reason = None, unfused_reason
-        else:
-            parts, reason = fused_parts(
-                layer, fusable=True, drops=layer.training and drops(layer, hidden_states, layout)
-            )
+        parts, reason = None, unfused_reason
+        if not unfused_reason:
+            may_drop = layer.training and drops(layer, hidden_states, layout)
+            parts, reason = fused_parts(layer, fusable=True, drops=may_drop)
         if parts is not None:
             assert isinstance(layer, BertLayer)
             own = not is_compiled(layer) and BertLayer.forward is _OWN_LAYER_FORWARD

@@ -205,7 +205,12 @@ def launches_directly(tensor: Tensor, head_size: int) -> bool:
 def trains_layers(hidden: Tensor, head_size: int) -> bool:
     """True if kernels run an encoder layer in training mode, and its gradients, on hidden states [..., E] like these:
     they support them, and no tracing, function transform or dispatch mode is active."""
-    return _runs_layers(hidden, head_size) and hidden.shape[-1] <= _cached_limit("MAX_TRAINED_ROW")
+    return _runs_layers(hidden, head_size) and may_train(hidden.shape[-1])
+
+
+def may_train(width: int) -> bool:
+    """True if kernels compute gradients of layers with hidden states of this width. Call it only if they run them."""
+    return width <= _cached_limit("MAX_TRAINED_ROW")
 
 
 def kernel(op: str, tensor: Tensor, unsupported_reason: str | None = None, size: int = 0) -> Callable | None:

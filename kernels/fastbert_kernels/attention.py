@@ -10,12 +10,14 @@ For the backward, log2 of the sum of each query's exponentials is stored too, fr
 again (Dao 2023).
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.configs import choose
+from fastbert_kernels.configs import AttentionConfig, choose
 from fastbert_kernels.dropout import Dropout, check_seed, dropout_constants, keep_mask
 from fastbert_kernels.launch import CachedLaunch, cached_by_specs
 from fastbert_kernels.limits import MAX_HEAD_SIZE
@@ -139,6 +141,11 @@ def check_programs(operation: str, programs: int) -> None:
         )
 
 
+def with_dropout(config: AttentionConfig, qkv: TensorSpec, p: float) -> AttentionConfig:
+    """Return the configuration for dropout, whose numbers take registers: in 16 bits half of the columns at a time."""
+    return replace(config, BLOCK_N=max(16, config.BLOCK_N // 2)) if p > 0 and qkv.dtype.itemsize == 2 else config
+
+
 @cached_by_specs
 def attention_launch(
     qkv: TensorSpec, cu_seqlens: TensorSpec, max_seqlen: int, scale: float, allowed: str | None,
@@ -155,7 +162,7 @@ def attention_launch(
     if not have_unit_strides(qkv, cu_seqlens):
         return None
     config = choose("attention_short", qkv, head_size) if max_seqlen <= SHORT else None
-    config = config or choose("attention", qkv, head_size)
+    config = with_dropout(config or choose("attention", qkv, head_size), qkv, p)
     query_blocks = triton.cdiv(max_seqlen, config.BLOCK_M) if num_tokens else 0
     programs = (cu_seqlens.shape[0] - 1) * query_blocks * num_heads
     check_programs(operation, programs)

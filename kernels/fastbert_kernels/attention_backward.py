@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.attention import LOG2_E, bounds_of, check_programs, check_qkv
+from fastbert_kernels.attention import LOG2_E, bounds_of, check_programs, check_qkv, with_dropout
 from fastbert_kernels.configs import choose
 from fastbert_kernels.dropout import Dropout, check_seed, dropout_constants, keep_mask
 from fastbert_kernels.launch import CachedLaunch, cached_by_specs
@@ -242,7 +242,7 @@ def _attention_backward_launches(
     check_shape(operation, "lse", lse, num_heads, num_tokens)
     if not have_unit_strides(grad, qkv, context, lse, cu_seqlens):
         return None
-    config = choose(operation, qkv, head_size)
+    config = with_dropout(choose(operation, qkv, head_size), qkv, p)
     num_sequences = cu_seqlens.shape[0] - 1
     # At least one block, since kernels divide by their number.
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_M))

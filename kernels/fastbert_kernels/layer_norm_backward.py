@@ -74,6 +74,8 @@ def _layer_norm_backward_kernel(
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (rows < num_tokens)[:, None] & mask_e[None, :]
         offs_t = rows.to(tl.int64)[:, None]
+        if DROPOUT:
+            keep = keep_mask(tl.load(seed_ptr), rows, 0, 0, SITE, threshold, BLOCK_E)
         x = tl.load(x_ptr + offs_t * (stride_x * UNIT) + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         places = offs_t * (stride_grad * UNIT) + offs_e[None, :]
         grad = tl.load(grad_ptr + places, mask=mask, other=0.0).to(tl.float32)
@@ -91,7 +93,6 @@ def _layer_norm_backward_kernel(
         places = offs_t * width + offs_e[None, :]
         tl.store(grad_x_ptr + places, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if DROPOUT:
-            keep = keep_mask(tl.load(seed_ptr), rows, 0, 0, SITE, threshold, BLOCK_E)
             grad_x = tl.where(keep, grad_x * keep_scale, 0.0)
         grad_linear_bias += tl.sum(grad_x, axis=0)
         if grad_linear_ptr is not None:

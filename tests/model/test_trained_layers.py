@@ -12,8 +12,12 @@ from kernel_cases import random_cases
 from torch import nn
 
 import fastbert
-from fastbert import encoder_layer
+import fastbert_kernels
+from fastbert import encoder_layer, tokens
+from fastbert.fusion import fused_parts
+from fastbert.ops import backend
 from fastbert.testing import check_close
+from fastbert.tokens import layout_from_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -224,11 +228,11 @@ def test_an_input_that_changed_in_place():
     """A layer's input is made again from what the layer before saved, unless it was changed since."""
     layers, layout = (
         model_of("BertModel").encoder.layer,
-        fastbert.tokens.layout_from_mask(None, 1, 9, torch.device(DEVICE)),
+        layout_from_mask(None, 1, 9, torch.device(DEVICE)),
     )
     x, found = torch.randn(9, 48, device=DEVICE), []
     for change in (lambda y: y.mul_(2), lambda y: y * 2):
-        parts = [fastbert.fusion.fused_parts(layer)[0] for layer in layers[:2]]
+        parts = [fused_parts(layer)[0] for layer in layers[:2]]
         hidden = layers[0]._forward_fused(x, layout, parts[0])
         output = layers[1]._forward_fused(change(hidden), layout, parts[1])
         found.append(torch.autograd.grad(output.square().sum(), [*layers[0].parameters(), *layers[1].parameters()]))
@@ -323,7 +327,7 @@ def test_packed_sequences(on_the_device, monkeypatch):
     ours = model_of("BertModel")
     row, end = batch(None)["input_ids"][:1].to(DEVICE), 9 if on_the_device else SEQ_LEN
     if on_the_device:
-        monkeypatch.setattr(fastbert.tokens, "shapes_may_depend_on_data", lambda tensor: False)
+        monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
     ids = torch.stack((row[0, :5], row[0, 4:9])) if on_the_device else None
     bounds = torch.tensor([0, 5, end], device=DEVICE).int()
     output = ours(row, cu_seq_lens_q=bounds, max_length_q=7).last_hidden_state
@@ -351,3 +355,145 @@ def test_a_linear_probe_between_layers():
         grads = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         found.append({name: grad for name, grad in grads.items() if not name.endswith("key.bias")})
     check_gradients(*found)
+
+
+DROPOUTS = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+
+
+def test_dropout_runs_in_kernels(launches):
+    ours, inputs = model_of(**DROPOUTS).train(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    loss = ours(**inputs).loss
+    assert Counter(launches) == Counter({name: 3 * times for name, times in FORWARD.items()}) + Counter(
+        _embed_layer_norm_kernel=1, _linear_kernel=1, _unpack_kernel=1, _pool_kernel=launches.count("_pool_kernel")
+    )
+    launches.clear()
+    loss.backward()
+    for name, times in BACKWARD.items():
+        assert launches.count(name) >= 3 * times - (name == "_layer_norm_kernel")
+
+
+def test_the_seed_of_torch_repeats_a_step():
+    ours, inputs = model_of(**DROPOUTS).train(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(gradients(ours, inputs))
+    same, other = ([torch.equal(found[0][name], x[name]) for name in found[0]] for x in found[1:])
+    assert all(same)
+    assert not any(other)
+
+
+def test_gradients_with_dropout():
+    """The gradient along a random direction agrees with a finite difference under the same zeros, in float32."""
+    ours, inputs = model_of("BertModel", num_hidden_layers=2, **DROPOUTS).train(), on_device(batch("holes"))
+    weights = torch.randn(1, 1, 48, device=DEVICE)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(5)
+        return (ours(**inputs).last_hidden_state * weights).double().sum()
+
+    parameters = list(ours.encoder.parameters())
+    torch.manual_seed(7)
+    directions = [torch.randn_like(parameter) * parameter.abs().mean() for parameter in parameters]
+    grads = torch.autograd.grad(loss(), parameters)
+    slope = sum((grad.double() * d).sum() for grad, d in zip(grads, directions, strict=True))
+    step, losses = 2e-3, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * step)
+            losses.append(loss())
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), slope, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_draws_the_same_zeros(use_reentrant):
+    ours, inputs = model_of(**DROPOUTS).train(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    ours.disable_input_require_grads()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            ours.disable_input_require_grads()  # hooks, which prevent fusion
+        torch.manual_seed(3)
+        found.append(gradients(ours, inputs))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_dropout_without_gradients(records):
+    """As for estimates of uncertainty: a model in training mode drops, whether gradients are recorded or not."""
+    ours, inputs = model_of("BertModel", **DROPOUTS).train(), on_device(batch("right"))
+    ours.requires_grad_(records)
+    with torch.set_grad_enabled(records):
+        first, second = (ours(**inputs).last_hidden_state for _ in range(2))
+        assert not torch.equal(first, second)
+        for module in ours.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        torch.testing.assert_close(ours(**inputs)[0], ours.eval()(**inputs)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "attention", "attention's output", "output"])
+def test_every_dropout_drops(part):
+    """And only the one that is in training mode."""
+    ours, inputs = model_of("BertModel", **DROPOUTS), on_device(batch("right"))
+    layer = ours.encoder.layer[1]
+    dropout, owner = {
+        "embeddings": (ours.embeddings.dropout,) * 2,
+        "attention": (layer.attention.self.dropout, layer.attention.self),
+        "attention's output": (layer.attention.output.dropout,) * 2,
+        "output": (layer.output.dropout,) * 2,
+    }[part]
+    layer.training = True
+    with torch.no_grad():
+        expected = ours(**inputs).last_hidden_state
+        assert torch.equal(ours(**inputs).last_hidden_state, expected)
+        owner.training = True
+        assert not torch.allclose(ours(**inputs).last_hidden_state, expected, atol=1e-3)
+        dropout.p = 0.0
+        torch.testing.assert_close(ours(**inputs).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_mean_over_many_draws():
+    """Dropout keeps the expectation where what follows is linear: the last layer's sum before LayerNorm."""
+    ours = model_of("BertModel", num_hidden_layers=1, **DROPOUTS)
+    layer, x = ours.encoder.layer[0], torch.randn(SEQ_LEN, 48, device=DEVICE)
+    layout = layout_from_mask(None, 1, SEQ_LEN, torch.device(DEVICE))
+    layer.output.train()
+    layer.training = True
+    sums, forward = [], fastbert_kernels.encoder_layer_forward
+
+    def watched(*arguments):
+        out, saved = forward(*arguments)
+        sums.append(saved.output_sum)
+        return out, saved
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(fastbert_kernels, "encoder_layer_forward", watched)
+        parts = fused_parts(layer, drops=True)[0]
+        for _ in range(200):
+            layer._forward_fused(x, layout, parts)
+        layer.output.eval()
+        layer.attention.output.dropout.train().p = 1e-9  # no draw zeroes anything, but the same code runs
+        layer._forward_fused(x, layout, fused_parts(layer, drops=True)[0])
+    mean, expected = torch.stack(sums[:-1]).mean(0), sums[-1]
+    deviation = torch.stack(sums[:-1]).std(0) / 200**0.5
+    assert ((mean - expected).abs() <= 5 * deviation + 1e-5).all()
+
+
+def test_dropout_falls_back_to_modules_where_kernels_cannot_drop(monkeypatch):
+    """A mask of three dimensions, and a number of tokens that only the device knows, without gradients."""
+    ours, inputs = model_of("BertModel", **DROPOUTS).train(), on_device(batch("right"))
+    score = inputs["attention_mask"][:, None, :].expand(-1, SEQ_LEN, -1)
+    with pytest.raises(RuntimeError, match="it applies dropout .p=0.3., which only kernels do"):
+        ours(input_ids=inputs["input_ids"], attention_mask=score)
+    monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="it applies dropout .p=0.3., which only kernels do"):
+        ours(**inputs)
+    assert ours(**inputs).last_hidden_state.isfinite().all()  # with gradients the host reads the number
+    monkeypatch.setattr(backend._choice, "name", "auto")
+    monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
+    with torch.no_grad():
+        assert ours(**inputs).last_hidden_state.isfinite().all()

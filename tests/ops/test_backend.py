@@ -154,7 +154,7 @@ REASONS = {
         "output.dense has a patched forward",
     ),
     "parameter subclass": (_replace_parameter, "output.dense has a _Parameter in place of a plain Parameter"),
-    "dropout": (_activate_dropout, "attention.self applies dropout (p=0.1)"),
+    "dropout": (_activate_dropout, "it applies dropout (p=0.1), which only kernels do"),
     "activation": (
         lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.SiLU()),
         "intermediate_act_fn, a torch.nn.modules.activation.SiLU, computes none of gelu, gelu_tanh, relu, tanh, none",
@@ -203,6 +203,13 @@ def test_explain_of_kernels_and_of_a_quantized_model():
         rows = fastbert.explain(ours)
     assert {row.backend for row in rows} == {"triton"}
     assert "but eager for a 3-D or 4-D mask" in next(row.reason for row in rows if row.op == "attention")
+
+
+@interpreted
+def test_explain_of_dropout_in_kernels():
+    ours, _ = pair(hidden_dropout_prob=0.1, num_hidden_layers=2)
+    with fastbert.backend("triton"):
+        assert {row.backend for row in fastbert.explain(ours.train())} == {"triton"}
 
 
 def test_dropout_in_eval_mode_does_not_unfuse():
