@@ -497,3 +497,35 @@ def test_dropout_falls_back_to_modules_where_kernels_cannot_drop(monkeypatch):
     monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     with torch.no_grad():
         assert ours(**inputs).last_hidden_state.isfinite().all()
+
+
+PARAMETERS = (
+    "attention.self.query.weight", "attention.self.value.bias", "attention.output.dense.weight",
+    "attention.output.dense.bias", "attention.output.LayerNorm.weight", "intermediate.dense.bias",
+    "intermediate.dense.weight", "output.dense.weight", "output.LayerNorm.bias",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_one_trained_parameter(name):
+    """Of the first layer alone, below which nothing needs a gradient."""
+    ours, inputs = model_of(num_hidden_layers=1), on_device(inputs_for(HEAD, "right", with_labels=True))
+    expected = gradients(ours, inputs)
+    ours.requires_grad_(False)
+    ours.bert.encoder.layer[0].get_parameter(name).requires_grad_()
+    found = gradients(ours, inputs)
+    assert list(found) == [f"bert.encoder.layer.0.{name}"]
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+
+
+def test_norms_are_not_autocast():
+    """A LayerNorm's weight of 1 + 2^-12 is 1 in bfloat16."""
+    ours, x = model_of("BertModel"), torch.randn(9, 48, device=DEVICE)
+    layer, layout = ours.encoder.layer[0], layout_from_mask(None, 1, 9, torch.device(DEVICE))
+    outputs = []
+    for weight in (1.0, 1 + 2**-12):
+        torch.nn.init.constant_(layer.output.LayerNorm.weight, weight)
+        torch.nn.init.zeros_(layer.output.LayerNorm.bias)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            outputs.append(layer._forward_fused(x, layout, fused_parts(layer)[0]))
+    torch.testing.assert_close(outputs[1] / outputs[0], torch.full_like(x, 1 + 2**-12), atol=1e-6, rtol=0)
