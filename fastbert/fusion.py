@@ -281,11 +281,6 @@ def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
     return backend.why_eager(op, weight.device, weight.dtype, block.head_size() if op == "attention" else 0)
 
 
-def active_dropout(dropout: nn.Dropout, module: nn.Module | None = None) -> float:
-    """The probability of a dropout, 0 if it is not active. module: the one whose training flag counts, if another."""
-    return float(dropout.p) if (module or dropout).training else 0.0
-
-
 def runs_in_kernels(block: nn.Module) -> bool:
     """True if a block is fused and each of its ops runs in a kernel."""
     if not isinstance(block, FusableBlock) or fused_parts(block)[0] is None:

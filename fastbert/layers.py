@@ -31,7 +31,6 @@ from fastbert.fusion import (
     FUSED_ACTIVATIONS,
     FusableBlock,
     LayerParts,
-    active_dropout,
     class_name,
     fused_activation,
     fused_parts,
@@ -117,9 +116,13 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
         return self.attention.self.attention_head_size
 
     def dropouts(self, parts: LayerParts) -> tuple[float, ...]:
+        after_attention, after_feed_forward = parts.self_output_dropout, parts.output_dropout
         # Attention applies dropout itself, by its own training flag, and never calls its dropout module.
-        attention = active_dropout(parts.attention_dropout, parts.self_attention)
-        return attention, active_dropout(parts.self_output_dropout), active_dropout(parts.output_dropout)
+        return (
+            parts.attention_dropout.p if parts.self_attention.training else 0.0,
+            after_attention.p if after_attention.training else 0.0,
+            after_feed_forward.p if after_feed_forward.training else 0.0,
+        )
 
     def unsupported_reason(self, parts: LayerParts) -> tuple[str | None, bool]:
         attention = parts.self_attention

@@ -23,7 +23,6 @@ from fastbert.fusion import (
     EmbeddingsParts,
     FusableBlock,
     PoolerParts,
-    active_dropout,
     class_name,
     fused_parts,
     linear_of_any_rank,
@@ -250,8 +249,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     word_table=words, position_table=positions, token_type_table=types,
                     weight=weight, bias=bias, eps=parts.norm.eps, padding_idx=parts.words.padding_idx,
                 )  # fmt: skip
-                if p := active_dropout(parts.dropout):
-                    hidden_states = F.dropout(hidden_states, p)
+                if parts.dropout.training and parts.dropout.p > 0:
+                    hidden_states = F.dropout(hidden_states, parts.dropout.p)
                 shape = layout.batch_size, layout.seq_len, hidden_states.shape[1]
                 return hidden_states.view(shape) if layout.padded else hidden_states
             assert reason is not None

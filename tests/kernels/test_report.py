@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from fastbert_kernels import configs
 from fastbert_kernels.tuning import roofline
 from fastbert_kernels.tuning.ahead_of_time import CHIPS, Compiled, Resources
-from fastbert_kernels.tuning.report import DTYPES, SHAPES, failures, page
+from fastbert_kernels.tuning.report import DTYPES, SHAPES, TRAINING, failures, page
 
 # In one process, so that the rows that several tests read are compiled once.
 pytestmark = pytest.mark.xdist_group("report")
@@ -77,6 +77,7 @@ def test_keys_of_a_row(sm_90):
         assert row["code_bytes"] % 16 == 0
         assert 16 <= row["registers"] <= 255
     assert {row["dtype"] for row in sm_90} == set(COMPILED)
+    assert {row["dtype"] for row in sm_90 if row["op"] in TRAINING} == {"bf16", "fp32"}
 
 
 def test_every_kernel_and_every_shipped_configuration_has_a_row(sm_90):
@@ -93,6 +94,8 @@ def test_every_kernel_and_every_shipped_configuration_has_a_row(sm_90):
             for entry in table[operation][dtype[-2:]]:
                 config = compiled_keys(entry)
                 op = of_op.get(operation, operation)
+                if op in TRAINING and dtype == "fp16":
+                    continue
                 rows = [row["config"] for row in sm_90 if (row["op"], row["dtype"]) == (op, dtype)]
                 assert any(config.items() <= row.items() for row in rows), (operation, dtype, config)
 
@@ -100,7 +103,7 @@ def test_every_kernel_and_every_shipped_configuration_has_a_row(sm_90):
 def test_nothing_spills_and_every_product_uses_the_matrix_unit(sm_90):
     for row in sm_90:
         assert row["reasons"] == []
-        assert row["spill_bytes"] == 0
+        assert row["spill_bytes"] <= (48 if row["config"].get("DROPOUT") else 0)
         assert row["shared_bytes"] <= 227 * 1024
         multiplies = "PRECISION" in row["config"]
         wide = row["op"] == "attention_backward" and row["dtype"] == "fp32" and row["config"]["HEAD_SIZE"] > 64
@@ -280,6 +283,15 @@ def test_reasons(chip, change, reason):
     fine = Resources(64, 0, 1024, 0, "HGMMA", False, 16, 4)
     compiled = Compiled("kernel", {"PRECISION": "ieee"}, 0.0, replace(fine, **change), None)
     assert failures(compiled, CHIPS[chip], "bf16") == ([reason] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("drops", "spill_bytes", "passes"), [(False, 8, False), (True, 48, True), (True, 56, False), (False, 0, True)]
+)
+def test_a_few_registers_may_spill_with_dropout(drops, spill_bytes, passes):
+    resources = Resources(64, spill_bytes, 1024, 0, "HGMMA", False, 16, 4)
+    found = failures(Compiled("kernel", {"DROPOUT": drops}, 0.0, resources, None), CHIPS["sm_90"], "bf16")
+    assert found == ([] if passes else [f"spills {spill_bytes} bytes a thread"])
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ PARTS = {
 # wgmma reads one operand of a float32 product from registers. Heads of more elements would spill in the backward, which
 # therefore multiplies fewer than 64 rows, by mma.
 MAX_HEAD_SIZE_OF_FP32_WGMMA = 64
-# Attention with dropout in float32 spills a few registers in every configuration that was tried.
-MAX_SPILL_OF_FP32_DROPOUT = 40
+# ptxas prefers an occupancy step to a few of the registers that dropout's numbers take.
+MAX_SPILL_OF_DROPOUT = 48  # bytes
 
 
 def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
@@ -180,8 +180,7 @@ def failures(compiled: Compiled, chip: Chip, dtype: str) -> list[str]:
     found, reasons = compiled.resources, []
     if found is None:
         return [f"does not compile: {compiled.error}"]
-    drops_in_fp32 = dtype == "fp32" and compiled.config.get("DROPOUT", False)
-    allowed_spill = MAX_SPILL_OF_FP32_DROPOUT if drops_in_fp32 else 0
+    allowed_spill = MAX_SPILL_OF_DROPOUT if compiled.config.get("DROPOUT") else 0
     if found.spill_bytes > allowed_spill and chip.target.backend == "cuda":
         reasons.append(f"spills {found.spill_bytes} bytes a thread")
     if found.shared_bytes > chip.program_shared_bytes:
