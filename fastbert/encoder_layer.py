@@ -93,22 +93,25 @@ class _Source(NamedTuple):
     """Where a layer's output comes from: LayerNorm of rows [T, E] that the layer saves for its own backward.
 
     The next layer makes its input from these rows again and need not save it. The reference to them is weak, because
-    gradient checkpointing and offloading free what a layer saves. version: of the output; in-place changes raise it.
+    gradient checkpointing and offloading free what a layer saves. norm [2, E]: LayerNorm's weight and bias, copied,
+    because FSDP frees parameters between layers. version: of the output; in-place changes raise it.
     """
 
     rows: TensorWeakRef
-    weight: Tensor
-    bias: Tensor
+    norm: Tensor
     eps: float
     version: int
 
 
 class _Call:
-    """The arguments of a layer that are not differentiated. rows: set by the forward, for the output's `_Source`."""
+    """The arguments of a layer that are not differentiated. rows, norm: set by the forward, for the output's
+    `_Source`."""
+
+    rows: TensorWeakRef
+    norm: Tensor
 
     def __init__(self, numbers: LayerNumbers, max_seqlen: int, source: _Source | None):
         self.numbers, self.max_seqlen, self.source = numbers, max_seqlen, source
-        self.rows: TensorWeakRef | None = None
 
 
 def _trained(
@@ -120,9 +123,7 @@ def _trained(
         with torch.no_grad():
             return _forward(call, cu_seqlens, x, weights)[0]
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
-    assert call.rows is not None
-    norm = weights.output_norm_weight, weights.output_norm_bias, numbers.eps[1]
-    out._fastbert_source = _Source(call.rows, *norm, out._version)
+    out._fastbert_source = _Source(call.rows, call.norm, numbers.eps[1], out._version)
     return out
 
 
@@ -151,9 +152,9 @@ class _TrainedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, cu_seqlens, x, *weights):
         out, saved, used, seed = _forward(call, cu_seqlens, x, LayerWeights(*weights))
-        call.rows = TensorWeakRef(saved.output_sum)
+        call.rows, call.norm = TensorWeakRef(saved.output_sum), saved.output_norm
         rows = None if call.source is None else call.source.rows()
-        source = (x,) if rows is None else (rows, call.source.weight, call.source.bias)
+        source = (x,) if rows is None else (rows, call.source.norm)
         ctx.call = call
         ctx.save_for_backward(cu_seqlens, seed, *used, *saved, *source)
         return out
@@ -169,7 +170,10 @@ class _TrainedLayer(torch.autograd.Function):
 
         def operand():
             dtype = weights.q_weight.dtype
-            return source[0].to(dtype) if len(source) == 1 else kernels.layer_norm(*source, call.source.eps, dtype)
+            if len(source) == 1:
+                return source[0].to(dtype)
+            rows, norm = source
+            return kernels.layer_norm(rows, *norm, call.source.eps, dtype)
 
         _, _, wants_x, *wanted = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):

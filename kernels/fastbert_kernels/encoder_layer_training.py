@@ -36,6 +36,7 @@ class SavedTensors(NamedTuple):
     attention_sum: Tensor  # [T, E], the input of attention's LayerNorm, in the residual's dtype
     up: Tensor  # [T, F], the input of the activation
     output_sum: Tensor  # [T, E], the input of the output's LayerNorm
+    output_norm: Tensor  # float32 [2, E], a copy of this LayerNorm's weight and bias
 
 
 class Dropouts(NamedTuple):
@@ -70,7 +71,7 @@ def encoder_layer_forward(
     linear = torch.addmm(w.down_bias, activated, w.down_weight.T)
     norm = w.output_norm_weight, w.output_norm_bias, eps[1]
     output = residual_layer_norm(linear, attended.out, *norm, dropouts.at(2, seed))
-    return output.out, SavedTensors(qkv, context, lse, attended.summed, up, output.summed)
+    return output.out, SavedTensors(qkv, context, lse, attended.summed, up, output.summed, output.norm)
 
 
 class LayerGradients(NamedTuple):

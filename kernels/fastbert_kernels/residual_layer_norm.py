@@ -6,6 +6,7 @@ is that of `layer_norm` (Ba et al. 2016), dropout that of `dropout`.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,6 +39,7 @@ def _residual_layer_norm_kernel(
     out_ptr,  # [T, E]
     narrow_ptr,  # [T, E] or None, the output in another dtype
     sum_ptr,  # [T, E]
+    norm_ptr,  # float32 [2, E]
     stride_x,  # in UNITs, like every stride and width
     stride_residual,
     num_tokens,
@@ -63,12 +65,15 @@ def _residual_layer_norm_kernel(
         rows = tl.where(keep, rows * keep_scale, 0.0)
     places = places_t * (stride_residual * UNIT) + offs_e[None, :]
     rows += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
-    bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)[None, :]
+    weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)
+    if tl.program_id(0) == 0:
+        tl.store(norm_ptr + offs_e, weight, mask=offs_e < width)
+        tl.store(norm_ptr + width + offs_e, bias, mask=offs_e < width)
     places = places_t * width + offs_e[None, :]
     rounded = rows.to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + places, rounded, mask=mask)
-    rows = normalize_rows(rounded.to(tl.float32), mask_e, width, weight, bias, eps)
+    rows = normalize_rows(rounded.to(tl.float32), mask_e, width, weight[None, :], bias[None, :], eps)
     tl.store(out_ptr + places, rows.to(out_ptr.dtype.element_ty), mask=mask)
     if narrow_ptr is not None:
         tl.store(narrow_ptr + places, rows.to(narrow_ptr.dtype.element_ty), mask=mask)
@@ -112,11 +117,14 @@ def _residual_layer_norm_launch(
 
 
 class NormalizedSum(NamedTuple):
-    """out and summed [T, E] in the residual's dtype; narrow [T, E]: out in x's dtype, or out itself if equal."""
+    """out and summed [T, E] in the residual's dtype; narrow [T, E]: out in x's dtype, or out itself if equal; norm
+    float32 [2, E]: weight and bias, to normalize summed again even if the parameters are gone, as after FSDP's forward.
+    """
 
     out: Tensor
     narrow: Tensor
     summed: Tensor
+    norm: Tensor
 
 
 def residual_layer_norm(
@@ -134,8 +142,9 @@ def residual_layer_norm(
         return residual_layer_norm(*map(with_unit_stride, (x, residual, weight, bias)), eps, dropout)
     out, summed = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
     narrow = None if x.dtype == residual.dtype else x.new_empty(x.shape)
+    norm = x.new_empty(2, x.shape[1], dtype=torch.float32)
     launch(
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed, out_ptr=out,
-        narrow_ptr=narrow, sum_ptr=summed,
+        narrow_ptr=narrow, sum_ptr=summed, norm_ptr=norm,
     )  # fmt: skip
-    return NormalizedSum(out, out if narrow is None else narrow, summed)
+    return NormalizedSum(out, out if narrow is None else narrow, summed, norm)

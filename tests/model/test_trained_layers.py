@@ -239,6 +239,30 @@ def test_an_input_that_changed_in_place():
     assert all(map(torch.equal, *found))
 
 
+def test_parameters_that_are_gone_after_their_layer():
+    """FSDP frees a layer's parameters after its forward and after its backward. Here they become NaN."""
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    expected = gradients(ours, inputs)
+    ours.zero_grad()
+    loss, layers = ours(**inputs).loss, ours.bert.encoder.layer
+    kept = [p.detach().clone() for p in layers[0].parameters()]
+    found = []
+    hook = layers[1].output.LayerNorm.weight.register_post_accumulate_grad_hook(lambda p: found.append(p))
+    for p in layers[0].parameters():
+        p.data.fill_(torch.nan)
+
+    def restore(_):
+        for p, values in zip(layers[0].parameters(), kept, strict=True):
+            p.data.copy_(values)
+
+    layers[1].attention.self.query.weight.register_post_accumulate_grad_hook(restore)
+    loss.backward()
+    hook.remove()
+    assert len(found) == 1
+    for name, gradient in expected.items():
+        assert torch.equal(ours.get_parameter(name).grad, gradient), name
+
+
 def test_the_same_bits_in_every_run():
     ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
     found = [gradients(ours, inputs) for _ in range(2)]

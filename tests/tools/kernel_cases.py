@@ -221,7 +221,7 @@ def as_factors(factors: Tensor | float, like: Tensor) -> Tensor | float:
 def _residual_layer_norm(x, residual, weight, bias, eps, dropout=None):
     summed = x * as_factors(kept(dropout, *x.shape), x) + residual
     out = F.layer_norm(summed, weight.shape, weight, bias, eps)
-    return out, out, summed
+    return out, out, summed, torch.stack((weight, bias)).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _layer_norm(x, weight, bias, eps, dtype=None):
