@@ -169,7 +169,9 @@ def test_kernels_write_their_outputs_only():
     written = {
         "_linear_kernel": ["out", "pre"],
         "_activation_backward_kernel": ["grad_pre_ptr", "out_ptr", "partial_ptr"],
+        "_residual_layer_norm_kernel": ["out_ptr", "sum_ptr", "norm_ptr"],
         "_layer_norm_kernel": ["out_ptr"],
+        "_layer_norm_backward_kernel": ["grad_x_ptr", "sums_ptr"],
         "_linear_residual_layer_norm_kernel": ["out_ptr"],
         "_qkv_projection_kernel": ["out"],
         "_attention_fwd_kernel": ["out_ptr", "lse_ptr"],
