@@ -106,9 +106,10 @@ def _layer_norm_backward_kernel(
 @cached_by_specs
 def _layer_norm_backward_launch(
     grad: TensorSpec, other: TensorSpec | None, x: TensorSpec, weight: TensorSpec, seed: TensorSpec | None,
-    eps: float, p: float, site: int,
+    linear_dtype: torch.dtype, eps: float, p: float, site: int,
 ) -> CachedLaunch | None:  # fmt: skip
-    """Prepare the launch, or return None if operands have to be copied first."""
+    """Prepare the launch, or return None if operands have to be copied first. linear_dtype decides about a second
+    gradient, so about the compiled kernel."""
     operation = "layer_norm_backward"
     check(operation, x, weight, grad, other)
     check_seed(operation, seed, x.device)
@@ -168,15 +169,15 @@ def layer_norm_backward(
     Raises ValueError for invalid shapes, devices or probabilities and for E above 4096, TypeError for dtypes.
     """
     p, seed, site = dropout or (0.0, None, 0)
+    linear_dtype = linear_dtype or x.dtype
     launch = _layer_norm_backward_launch(
-        spec_of(grad), spec_of(other), spec_of(x), spec_of(weight), spec_of(seed), eps, p, site
+        spec_of(grad), spec_of(other), spec_of(x), spec_of(weight), spec_of(seed), linear_dtype, eps, p, site
     )
     if launch is None:
         grad, other, x, weight = map(with_unit_stride, (grad, other, x, weight))
         return layer_norm_backward(grad, x, weight, eps, other, linear_dtype, dropout)
     grad_x = x.new_empty(x.shape)
-    apart = linear_dtype not in (None, x.dtype) or p > 0
-    grad_linear = x.new_empty(x.shape, dtype=linear_dtype) if apart else None
+    grad_linear = x.new_empty(x.shape, dtype=linear_dtype) if linear_dtype != x.dtype or p > 0 else None
     sums = x.new_empty((*launch.grid, 3, x.shape[1]), dtype=torch.float32)
     launch(
         grad_ptr=grad, other_ptr=other, x_ptr=x, weight_ptr=weight, seed_ptr=seed, grad_x_ptr=grad_x,

@@ -19,6 +19,7 @@ from kernel_cases import (
 )
 
 from fastbert_kernels import layer_norm, layer_norm_backward, residual_layer_norm
+from fastbert_kernels.launch import CachedLaunch
 
 pytestmark = GUARDED
 
@@ -54,6 +55,19 @@ def test_residual_layer_norm(width, dtypes, tokens, layout):
     """Under autocast the residual is float32 beside a 16-bit linear."""
     x, residual = (LAYOUTS[layout](normal(tokens, width, dtype=dtype)) for dtype in dtypes)
     check("residual_layer_norm", x=x, residual=residual, weight=normal(width), bias=normal(width), eps=1e-12)
+
+
+def test_gradients_of_another_dtype_are_another_launch(monkeypatch):
+    """A prepared launch keeps its compiled kernel, which depends on the dtype of the linear's gradient."""
+    prepared, launch = [], CachedLaunch.__call__
+    monkeypatch.setattr(
+        CachedLaunch, "__call__", lambda self, **tensors: prepared.append(self) or launch(self, **tensors)
+    )
+    given = arguments(9, 48, torch.float32)
+    for dtype in (None, torch.float32, torch.float16, torch.bfloat16):
+        layer_norm_backward(**given, linear_dtype=dtype)
+    assert prepared[0] is prepared[1]
+    assert len(set(prepared)) == 3
 
 
 def test_no_rows():
