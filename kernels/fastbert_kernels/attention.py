@@ -142,8 +142,13 @@ def check_programs(operation: str, programs: int) -> None:
 
 
 def with_dropout(config: AttentionConfig, qkv: TensorSpec, p: float) -> AttentionConfig:
-    """Return the configuration for dropout, whose numbers take registers: in 16 bits half of the columns at a time."""
-    return replace(config, BLOCK_N=max(16, config.BLOCK_N // 2)) if p > 0 and qkv.dtype.itemsize == 2 else config
+    """Return the configuration for dropout, whose numbers take registers: half of the columns at a time.
+
+    Large blocks of float32 keep their columns: the compiler spills more with half of them.
+    """
+    if p == 0 or (qkv.dtype == torch.float32 and config.BLOCK_M > 64):
+        return config
+    return replace(config, BLOCK_N=max(16, config.BLOCK_N // 2))
 
 
 @cached_by_specs

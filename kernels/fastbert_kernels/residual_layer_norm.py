@@ -14,7 +14,7 @@ from torch import Tensor
 from fastbert_kernels.dropout import Dropout, check_seed, dropout_constants, keep_mask
 from fastbert_kernels.launch import CachedLaunch, cached_by_specs
 from fastbert_kernels.layer_norm import normalize_rows
-from fastbert_kernels.limits import MAX_ROW
+from fastbert_kernels.limits import MAX_TRAINED_ROW
 from fastbert_kernels.operands import (
     TensorSpec,
     check,
@@ -92,8 +92,8 @@ def _residual_layer_norm_launch(
     check_shape(operation, "residual", residual, size, width)
     check_shape(operation, "weight", weight, width)
     check_shape(operation, "bias", bias, width)
-    if width > MAX_ROW:
-        raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_ROW}")
+    if width > MAX_TRAINED_ROW:
+        raise ValueError(f"{operation}: rows of {width} elements are longer than {MAX_TRAINED_ROW}")
     if not have_unit_strides(x, residual, weight, bias):
         return None
     blocks, stride_x, stride_residual = row_blocks(width), row_stride(x), row_stride(residual)
@@ -132,7 +132,7 @@ def residual_layer_norm(
 ) -> NormalizedSum:
     """LayerNorm(dropout(x) + residual), and dropout(x) + residual: x, residual [T, E]; weight, bias [E].
 
-    Raises ValueError for invalid shapes, devices or probabilities and for E above 16384, TypeError for dtypes.
+    Raises ValueError for invalid shapes, devices or probabilities and for E above 4096, TypeError for dtypes.
     """
     p, seed, site = dropout or (0.0, None, 0)
     launch = _residual_layer_norm_launch(

@@ -50,7 +50,7 @@ def test_under_autocast(dtype):
     assert torch.equal(found.sums, alone.sums)
 
 
-@pairwise(width=(2, 48, 128, 300, 384, 768, 1024, 5000), dtypes=GEMM_AND_RESIDUAL, tokens=(1, 63, 300), layout=LAYOUTS)
+@pairwise(width=(2, 48, 128, 300, 384, 768, 1024, 4096), dtypes=GEMM_AND_RESIDUAL, tokens=(1, 63, 300), layout=LAYOUTS)
 def test_residual_layer_norm(width, dtypes, tokens, layout):
     """Under autocast the residual is float32 beside a 16-bit linear."""
     x, residual = (LAYOUTS[layout](normal(tokens, width, dtype=dtype)) for dtype in dtypes)

@@ -112,7 +112,7 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         ("linear_activation_forward", "linear_activation_forward", x, new(inner, width), new(inner), "gelu"),
         ("activation_backward", "activation_backward", activated, activated, "gelu"),
         ("feed_forward_output", "linear_residual_layer_norm", activated, new(width, inner), bias, x, *norm, num_tokens),
-        ("residual_layer_norm", "residual_layer_norm", x, x, *norm, dropout),
+        ("residual_layer_norm", "residual_layer_norm", trained, trained, trained[0], trained[0], 1e-12, dropout),
         ("layer_norm_backward", "layer_norm_backward", trained, trained, trained[0], 1e-12, trained, dtype, dropout),
         ("unpack", "unpack", x, indices, batch_size, seq_len, num_tokens),
         ("pool", "pool", x, cu_seqlens, "mean", True),
