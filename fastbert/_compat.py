@@ -38,6 +38,13 @@ def is_transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_batched(grad: Tensor) -> bool:
+    """True for a gradient of `torch.autograd.grad(..., is_grads_batched=True)`, or inside vmap:
+    `torch._C._functorch.is_legacy_batchedtensor` and `is_batchedtensor`."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+
+
 def is_watched() -> bool:
     """True if a `TorchDispatchMode` is active, which sees every op (to count flops, or for fake tensors):
     `torch._C._len_torch_dispatch_stack`."""

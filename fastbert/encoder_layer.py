@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef
 
 from fastbert import ops
+from fastbert._compat import is_batched, versions_of
 from fastbert.ops import backend
 
 
@@ -53,18 +54,17 @@ class LayerNumbers(NamedTuple):
 
 def encoder_layer(
     x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int,
-    mask: Tensor | None, implementation: str, num_tokens: Tensor | None,
+    mask: Tensor | None, implementation: str, num_tokens: Tensor | None, trained: bool,
 ) -> Tensor:  # fmt: skip
     """x [T, E] -> [T, E]. cu_seqlens, max_seqlen, mask, implementation: see `ops.attention`; num_tokens: see `ops`.
 
-    If gradients are recorded and kernels run the layer, it is one autograd node, which is differentiable once. Dropout
-    needs `backend.trains_layers`, no mask and no num_tokens.
+    trained: kernels can run the layer with its dropout and its gradients; then, if gradients are recorded, it is one
+    autograd node, which is differentiable once. Without trained there may be no dropout.
     """
     records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-    trains = records or any(numbers.dropouts)
-    if trains and mask is None and num_tokens is None and backend.trains_layers(x, numbers.head_size):
+    if trained and (records or any(numbers.dropouts)):
         return _trained(x, weights, numbers, cu_seqlens, max_seqlen, records)
-    assert not any(numbers.dropouts)
+    assert not any(numbers.dropouts), "only kernels for training drop"
     if mask is None and not records and backend.launches_directly(x, numbers.head_size):
         # Already imported by launches_directly.
         return sys.modules["fastbert_kernels"].encoder_layer(
@@ -117,13 +117,13 @@ class _Call:
 def _trained(
     x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int, records: bool
 ) -> Tensor:
-    source = getattr(x, "_fastbert_source", None)
-    call = _Call(numbers, max_seqlen, source if source is not None and source.version == x._version else None)
+    source = getattr(x, "fastbert_source", None)
+    call = _Call(numbers, max_seqlen, source if source is not None and [source.version] == versions_of([x]) else None)
     if not records:
         with torch.no_grad():
             return _forward(call, cu_seqlens, x, weights)[0]
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
-    out._fastbert_source = _Source(call.rows, call.norm, numbers.eps[1], out._version)
+    out.fastbert_source = _Source(call.rows, call.norm, numbers.eps[1], *versions_of([out]))
     return out
 
 
@@ -162,6 +162,11 @@ class _TrainedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        if is_batched(grad):
+            raise RuntimeError(
+                "layers that ran in kernels have no batched gradients (is_grads_batched, vectorize, vmap): run the "
+                "forward under fastbert.backend('eager')"
+            )
         kernels, call = sys.modules["fastbert_kernels"], ctx.call
         numbers, (cu_seqlens, seed, *tensors) = call.numbers, ctx.saved_tensors
         num_weights, num_saved = len(LayerWeights._fields), len(kernels.SavedTensors._fields)

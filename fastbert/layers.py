@@ -152,22 +152,24 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
         encoder_attention_mask: Tensor | None = None,
         past_key_values: hf.Cache | None = None,
         fused: LayerParts | None = None,
+        trained: bool = False,
         attentions: list[Tensor | None] | None = None,
         **kwargs,
     ) -> Tensor:
         """[T, E] or [B, S, E] -> the same shape.
 
-        fused: this layer's parts, to run them in the ops; attention_mask is then a layout. attentions: a list to which
+        fused: this layer's parts, to run them in the ops; attention_mask is then a layout. trained: the result of
+        `trains_in_kernels`, for fused parts. attentions: a list to which
         the attention weights [B, H, S, S] are appended. Without both, a mask or None runs transformers' own code.
         """
         if fused is not None:
             assert isinstance(attention_mask, TokenLayout)
             layout = attention_mask.to(hidden_states.device)
             if layout.backend == backend.current_backend():
-                return self._forward_fused(hidden_states, layout, fused)
+                return self._forward_fused(hidden_states, layout, fused, trained)
             # Gradient checkpointing recomputes the layer outside of the caller's block, possibly on another thread.
             with backend.backend(layout.backend):
-                return self._forward_fused(hidden_states, layout, fused)
+                return self._forward_fused(hidden_states, layout, fused, trained)
         if attentions is None and not isinstance(attention_mask, TokenLayout):
             given = (encoder_hidden_states, encoder_attention_mask, past_key_values)
             reject_decoder_arguments(*given, use_cache=None)
@@ -177,7 +179,7 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
             attentions.append(weights)
         return self.feed_forward_chunk(hidden_states)
 
-    def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts) -> Tensor:
+    def _forward_fused(self, hidden_states: Tensor, layout: TokenLayout, p: LayerParts, trained: bool) -> Tensor:
         weights = LayerWeights(
             *weights_and_biases(
                 (p.query, p.key, p.value, p.self_output_dense, p.self_output_norm, p.intermediate_dense,
@@ -192,15 +194,19 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
         )  # fmt: skip
         x = encoder_layer(
             hidden_states.flatten(0, 1) if layout.padded else hidden_states, weights, numbers, layout.cu_seqlens,
-            layout.max_seqlen, layout.mask, layout.implementation, layout.num_tokens,
+            layout.max_seqlen, layout.mask, layout.implementation, layout.num_tokens, trained,
         )  # fmt: skip
         return x.view(hidden_states.shape) if layout.padded else x
 
 
-def drops(layer: nn.Module, hidden_states: Tensor, layout: TokenLayout) -> bool:
-    """True if kernels would run this layer on these hidden states, including its dropout."""
-    exact = layout.mask is None and layout.num_tokens is None
-    return exact and isinstance(layer, BertLayer) and backend.trains_layers(hidden_states, layer.head_size())
+def trains_in_kernels(layer: nn.Module, hidden_states: Tensor, layout: TokenLayout) -> bool:
+    """True if kernels would run this layer on these hidden states, with its dropout and its gradients.
+
+    Only the caller of a layer asks: inside a compiled call or a recomputation the answer could be another one.
+    """
+    if layout.mask is not None or layout.num_tokens is not None or not isinstance(layer, BertLayer):
+        return False
+    return not is_compiled(layer) and backend.trains_layers(hidden_states, layer.head_size())
 
 
 def is_causal(layer: nn.Module) -> bool:
@@ -291,14 +297,14 @@ class BertEncoder(hf.BertEncoder):
         transformers calls it."""
         parts, reason = None, unfused_reason
         if not unfused_reason:
-            may_drop = layer.training and drops(layer, hidden_states, layout)
-            parts, reason = fused_parts(layer, fusable=True, drops=may_drop)
+            trained = (layer.training or torch.is_grad_enabled()) and trains_in_kernels(layer, hidden_states, layout)
+            parts, reason = fused_parts(layer, fusable=True, drops=trained)
         if parts is not None:
             assert isinstance(layer, BertLayer)
             own = not is_compiled(layer) and BertLayer.forward is _OWN_LAYER_FORWARD
             if torch.is_grad_enabled() or is_tracing() or not own:  # a trace must not depend on grad mode
-                return layer(hidden_states, layout, fused=parts)
-            return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts)
+                return layer(hidden_states, layout, fused=parts, trained=trained)
+            return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts, trained)
         assert reason is not None
         backend.fall_back("an encoder layer", reason, hidden_states.device)
         if not layout.padded and not unfused_reason and not must_see_padding(layer, fusable=True):

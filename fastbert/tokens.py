@@ -139,7 +139,8 @@ class TokenLayout:
             tokens = torch.ones_like(self.indices, dtype=torch.float32)
             keep = ops.unpack(tokens, self.indices, self.batch_size, self.seq_len, self.num_tokens) != 0
             mask = _key_mask(keep)
-        elif self.cu_seqlens.numel() - 1 != self.batch_size:
+        if self.cu_seqlens.numel() - 1 != self.batch_size:
+            # Tokens past the last offset form a block of their own.
             mask = _block_diagonal_mask(self.cu_seqlens, self.seq_len)
         cu_seqlens = _uniform_cu_seqlens(self.batch_size, self.seq_len, self.cu_seqlens.device)
         return replace(
@@ -215,28 +216,26 @@ def layout_from_cu_seqlens(
     """The layout of sequences that are already packed into one row, as by `DataCollatorWithFlattening`.
 
     cu_seqlens: integers [N + 1] from 0 to S, not decreasing; batch_size must be 1. Raises ValueError otherwise. Offsets
-    on a device are not checked; tokens past the last one get zeros. max_seqlen counts for these only; None means S.
+    on a device may end below S; tokens past the last one get zeros. Without gradients these are not checked, and their
+    sequences may be as long as max_seqlen; None means S.
     """
     if batch_size != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
             f"cu_seq_lens_q needs one row [1, S] of packed tokens and holds the offsets [N + 1] of its sequences; "
             f"got {batch_size} rows and cu_seq_lens_q of shape {list(cu_seqlens.shape)}"
         )
-    if shapes_may_depend_on_data(cu_seqlens):
+    on_host = shapes_may_depend_on_data(cu_seqlens)
+    # With gradients the host reads the offsets, as in `_layout_on_device`.
+    if on_host or (torch.is_grad_enabled() and type(cu_seqlens) is Tensor and not is_tracing()):
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != seq_len or bounds != sorted(bounds):
+        if bounds[0] != 0 or bounds[-1] > seq_len or bounds != sorted(bounds) or (on_host and bounds[-1] != seq_len):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {seq_len} tokens of the row, got {bounds}")
-        max_seqlen = max(after - before for before, after in pairwise(bounds))
-        return TokenLayout(batch_size, seq_len, cu_seqlens.to(torch.int32), max_seqlen).to(device)
+        longest = max(after - before for before, after in pairwise(bounds))
+        indices = None if bounds[-1] == seq_len else torch.arange(bounds[-1], device=device)
+        return TokenLayout(batch_size, seq_len, cu_seqlens.to(torch.int32), longest, indices).to(device)
     # The host does not know the lengths: one sequence may fill the row, or the last one may end before the row does.
-    # With gradients the host reads the number of tokens, as in `_layout_on_device`.
-    plain = type(cu_seqlens) is Tensor and not is_tracing()
-    count = min(max(int(cu_seqlens[-1]), 0), seq_len) if plain and torch.is_grad_enabled() else None
     cu_seqlens = copied_to(device, cu_seqlens).to(torch.int32)
     longest = seq_len if max_seqlen is None else max_seqlen
-    if count is not None:
-        indices = None if count == seq_len else torch.arange(count, device=device)
-        return TokenLayout(batch_size, seq_len, cu_seqlens, longest, indices)
     return TokenLayout(batch_size, seq_len, cu_seqlens, longest, num_tokens=cu_seqlens[-1:])
 
 

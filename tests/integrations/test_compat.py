@@ -35,7 +35,7 @@ PACKAGE = Path(fastbert.__file__).parent
 COVERED: set[str] = set()
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
 # Public: the underscores only avoid clashes with the fields of a named tuple.
-PUBLIC = {"_asdict", "_make"}
+PUBLIC = {"_asdict", "_fields", "_make"}
 
 
 def private_names(*names: str):
@@ -69,6 +69,30 @@ def test_forward_mode(private):
     with forward_ad.dual_level():
         assert _compat.is_transforming()
     assert not _compat.is_transforming()
+
+
+@private_names(
+    "torch._C._functorch", "torch._C._functorch.is_legacy_batchedtensor", "torch._C._functorch.is_batchedtensor"
+)
+def test_batched_gradients(private):
+    found = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(_compat.is_batched(grad))
+            return grad
+
+    x = torch.ones(3, requires_grad=True)
+    y = Watched.apply(x)
+    torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+    torch.func.vmap(lambda row: found.append(_compat.is_batched(row)) or row)(torch.eye(2))
+    assert found == [False, True, True]
 
 
 @private_names("torch._C._len_torch_dispatch_stack")

@@ -1,7 +1,9 @@
 """Training in the kernels: gradients, launches, memory, and what training code does with a model."""
 
 from collections import Counter
+from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import random_cases
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 import fastbert
 import fastbert_kernels
@@ -233,8 +236,8 @@ def test_an_input_that_changed_in_place():
     x, found = torch.randn(9, 48, device=DEVICE), []
     for change in (lambda y: y.mul_(2), lambda y: y * 2):
         parts = [fused_parts(layer)[0] for layer in layers[:2]]
-        hidden = layers[0]._forward_fused(x, layout, parts[0])
-        output = layers[1]._forward_fused(change(hidden), layout, parts[1])
+        hidden = layers[0]._forward_fused(x, layout, parts[0], True)
+        output = layers[1]._forward_fused(change(hidden), layout, parts[1], True)
         found.append(torch.autograd.grad(output.square().sum(), [*layers[0].parameters(), *layers[1].parameters()]))
     assert all(map(torch.equal, *found))
 
@@ -307,7 +310,7 @@ def test_checkpointing_frees_what_layers_save(use_reentrant, monkeypatch):
     sources, trained = [], encoder_layer._trained
 
     def watched(x, *others):
-        sources.append(getattr(x, "_fastbert_source", None))
+        sources.append(getattr(x, "fastbert_source", None))
         return trained(x, *others)
 
     monkeypatch.setattr(encoder_layer, "_trained", watched)
@@ -362,6 +365,31 @@ def test_packed_sequences(on_the_device, monkeypatch):
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
     assert ids is None or ids.shape == (2, 5)
+
+
+@pytest.mark.parametrize("change", ["hook", "weights"])
+def test_packed_sequences_with_a_tail_in_modules(change, monkeypatch):
+    """A layer that must see padding gets a mask that separates the sequences and the tokens past them."""
+    ours, row = model_of("BertModel"), batch(None)["input_ids"][:1].to(DEVICE)
+    if change == "hook":
+        ours.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+    asked = {"output_attentions": True} if change == "weights" else {}
+    monkeypatch.setattr(backend._choice, "name", "auto")
+    monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
+    packed = ours(row, cu_seq_lens_q=torch.tensor([0, 3, 8], device=DEVICE).int(), max_length_q=5, **asked)
+    alone = torch.cat([ours(x, **asked).last_hidden_state for x in (row[:, :3], row[:, 3:8])], 1)
+    torch.testing.assert_close(packed.last_hidden_state[:, :8], alone, atol=1e-5, rtol=1e-5)
+    assert not packed.last_hidden_state[:, 8:].any()
+
+
+@pytest.mark.parametrize("bounds", [[1, 5, 9], [0, 9, 5], [0, 5, 99]])
+def test_offsets_that_do_not_rise_are_an_error(bounds, monkeypatch):
+    """With gradients the host reads them, wherever they are: rows in no sequence would spoil every gradient."""
+    monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
+    with pytest.raises(ValueError, match="cu_seq_lens_q must rise from 0 to the 12 tokens of the row"):
+        model_of("BertModel")(
+            batch(None)["input_ids"][:1].to(DEVICE), cu_seq_lens_q=torch.tensor(bounds, device=DEVICE), max_length_q=7
+        )
 
 
 def test_a_linear_probe_between_layers():
@@ -447,6 +475,48 @@ def test_checkpointing_draws_the_same_zeros(use_reentrant):
         torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, DROPOUTS], ids=["plain", "dropout"])
+@pytest.mark.parametrize("way", ["selective", "watched"])
+def test_checkpointing_under_dispatch_modes(way, settings):
+    """Selective checkpointing enters a mode, and a mode may be active around the backward alone: the recomputation
+    still runs in the kernels, as the forward."""
+    ours, inputs = model_of(**settings).train(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            contexts = noop_context_fn
+            if way == "selective":
+                contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+            ours.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+            ours.disable_input_require_grads()  # hooks, which prevent fusion
+        torch.manual_seed(3)
+        ours.zero_grad()
+        loss = ours(**inputs).loss
+        with Counted() if way == "watched" and checkpointing else nullcontext():
+            loss.backward()
+        found.append([p.grad.clone() for p in ours.parameters()])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_in_a_layer_that_is_compiled_alone(monkeypatch):
+    monkeypatch.setattr(backend._choice, "name", "auto")
+    monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
+    ours, inputs = model_of("BertModel", num_hidden_layers=2, **DROPOUTS).train(), on_device(batch("right"))
+    ours.encoder.layer[1].compile(backend="eager")
+    outputs = [ours(**inputs).last_hidden_state for _ in range(2)]
+    assert not torch.equal(*outputs)
+    outputs[0].square().sum().backward()
+    assert all(p.grad is not None for p in ours.encoder.parameters())
+
+
+def test_batched_gradients_are_an_error():
+    x = torch.randn(1, 5, 48, device=DEVICE, requires_grad=True)
+    output = model_of("BertModel")(inputs_embeds=x).last_hidden_state.sum(-1)[0]
+    with pytest.raises(RuntimeError, match="no batched gradients"):
+        torch.autograd.grad(output, x, torch.eye(5, device=DEVICE), is_grads_batched=True)
+
+
 @pytest.mark.parametrize("records", [False, True])
 def test_dropout_without_gradients(records):
     """As for estimates of uncertainty: a model in training mode drops, whether gradients are recorded or not."""
@@ -500,10 +570,10 @@ def test_the_mean_over_many_draws():
         patch.setattr(fastbert_kernels, "encoder_layer_forward", watched)
         parts = fused_parts(layer, drops=True)[0]
         for _ in range(200):
-            layer._forward_fused(x, layout, parts)
+            layer._forward_fused(x, layout, parts, True)
         layer.output.eval()
         layer.attention.output.dropout.train().p = 1e-9  # no draw zeroes anything, but the same code runs
-        layer._forward_fused(x, layout, fused_parts(layer, drops=True)[0])
+        layer._forward_fused(x, layout, fused_parts(layer, drops=True)[0], True)
     mean, expected = torch.stack(sums[:-1]).mean(0), sums[-1]
     deviation = torch.stack(sums[:-1]).std(0) / 200**0.5
     assert ((mean - expected).abs() <= 5 * deviation + 1e-5).all()
@@ -553,5 +623,5 @@ def test_norms_are_not_autocast():
         torch.nn.init.constant_(layer.output.LayerNorm.weight, weight)
         torch.nn.init.zeros_(layer.output.LayerNorm.bias)
         with torch.autocast(DEVICE, torch.bfloat16):
-            outputs.append(layer._forward_fused(x, layout, fused_parts(layer)[0]))
+            outputs.append(layer._forward_fused(x, layout, fused_parts(layer)[0], True))
     torch.testing.assert_close(outputs[1] / outputs[0], torch.full_like(x, 1 + 2**-12), atol=1e-6, rtol=0)
