@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import automatic, inference, sentences
-from fastbert.fusion import FusableBlock, class_name, drops_in_kernels, fused_linear, fused_parts, why_eager
+from fastbert.fusion import FusableBlock, LayerParts, class_name, dropout_reason, fused_linear, fused_parts, why_eager
 from fastbert.heads import PARTS, PROJECTIONS, Head
 from fastbert.ops import backend
 from fastbert.pretrained import BertPreTrainedModel
@@ -136,7 +136,11 @@ def _choice_of_linear(module: nn.Module, caller: nn.Module) -> Choice:
 def _choices_of_block(block: FusableBlock) -> Iterator[Choice]:
     """The choice for each op of a block."""
     weight = next(block.parameters(), None)
-    _, unfused_reason = fused_parts(block, drops=weight is not None and drops_in_kernels(block))
+    parts, unfused_reason = fused_parts(block, drops=True)
+    if parts is not None and weight is not None:
+        drops = not any(why_eager(block, op, weight) for op in block.ops_used)
+        if not (drops and isinstance(parts, LayerParts) and backend.may_train(parts.query.weight.shape[-1])):
+            unfused_reason = dropout_reason(block, parts)
     for op in block.ops_used:
         if unfused_reason or weight is None:
             yield op, "modules", unfused_reason or "it has no parameters"

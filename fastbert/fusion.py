@@ -163,8 +163,8 @@ def fused_parts(block: nn.Module, fusable: bool = False, drops: bool = False) ->
 def fused_parts(block: nn.Module, fusable: bool = False, drops: bool = False) -> tuple[Any | None, str | None]:
     """(parts, None) if the block can run in the ops, otherwise (None, the reason why it runs through its modules).
 
-    fusable: the caller knows that `why_no_block_is_fused` returned None. drops: kernels would run the block, including
-    its dropout. This runs for every block of every call.
+    fusable: the caller knows that `why_no_block_is_fused` returned None. drops: the caller asks `dropout_reason`. This
+    runs for every block of every call.
     """
     if not isinstance(block, FusableBlock):
         return None, f"it is a {class_name(block)}"
@@ -183,9 +183,14 @@ def fused_parts(block: nn.Module, fusable: bool = False, drops: bool = False) ->
         if base is not None:
             parts = parts._make([*parts[:index], base, *parts[index + 1 :]])
     reason, _ = block.unsupported_reason(parts)
-    if reason is None and not drops and (p := max(block.dropouts(parts), default=0)) > 0:
-        reason = f"it applies dropout (p={p}), which only kernels do"
+    reason = reason or (None if drops else dropout_reason(block, parts))
     return (None, reason) if reason else (parts, None)
+
+
+def dropout_reason(block: FusableBlock[Parts], parts: Parts) -> str | None:
+    """Why a block with active dropout runs through its modules where kernels do not run it; None without dropout."""
+    p = max(block.dropouts(parts), default=0)
+    return f"it applies dropout (p={p}), which only kernels do" if p > 0 else None
 
 
 def _merged_base(module: Any) -> nn.Module | None:
@@ -286,12 +291,6 @@ def runs_in_kernels(block: nn.Module) -> bool:
     if not isinstance(block, FusableBlock) or fused_parts(block)[0] is None:
         return False
     return not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
-
-
-def drops_in_kernels(block: FusableBlock) -> bool:
-    """True if kernels would run a layer with dropout on packed tokens in its weights' dtype."""
-    weight = next(block.parameters())  # [.., E]
-    return not any(why_eager(block, op, weight) for op in block.ops_used) and backend.may_train(weight.shape[-1])
 
 
 def has_hooks(module: nn.Module) -> bool:

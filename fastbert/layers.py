@@ -32,6 +32,7 @@ from fastbert.fusion import (
     FusableBlock,
     LayerParts,
     class_name,
+    dropout_reason,
     fused_activation,
     fused_parts,
     has_hooks,
@@ -199,14 +200,14 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
         return x.view(hidden_states.shape) if layout.padded else x
 
 
-def trains_in_kernels(layer: nn.Module, hidden_states: Tensor, layout: TokenLayout) -> bool:
-    """True if kernels would run this layer on these hidden states, with its dropout and its gradients.
+def trains_in_kernels(layer: BertLayer, hidden_states: Tensor, layout: TokenLayout) -> bool:
+    """True if kernels would run this fusable layer on these hidden states, with its dropout and its gradients.
 
     Only the caller of a layer asks: inside a compiled call or a recomputation the answer could be another one.
     """
-    if layout.mask is not None or layout.num_tokens is not None or not isinstance(layer, BertLayer):
+    if layout.mask is not None or layout.num_tokens is not None or is_compiled(layer):
         return False
-    return not is_compiled(layer) and backend.trains_layers(hidden_states, layer.head_size())
+    return backend.trains_layers(hidden_states, layer.head_size())
 
 
 def is_causal(layer: nn.Module) -> bool:
@@ -297,14 +298,16 @@ class BertEncoder(hf.BertEncoder):
         transformers calls it."""
         parts, reason = None, unfused_reason
         if not unfused_reason:
-            trained = (layer.training or torch.is_grad_enabled()) and trains_in_kernels(layer, hidden_states, layout)
-            parts, reason = fused_parts(layer, fusable=True, drops=trained)
+            parts, reason = fused_parts(layer, fusable=True, drops=True)
         if parts is not None:
             assert isinstance(layer, BertLayer)
-            own = not is_compiled(layer) and BertLayer.forward is _OWN_LAYER_FORWARD
-            if torch.is_grad_enabled() or is_tracing() or not own:  # a trace must not depend on grad mode
-                return layer(hidden_states, layout, fused=parts, trained=trained)
-            return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts, trained)
+            trained = (layer.training or torch.is_grad_enabled()) and trains_in_kernels(layer, hidden_states, layout)
+            reason = None if trained else dropout_reason(layer, parts)
+            if reason is None:
+                own = not is_compiled(layer) and BertLayer.forward is _OWN_LAYER_FORWARD
+                if torch.is_grad_enabled() or is_tracing() or not own:  # a trace must not depend on grad mode
+                    return layer(hidden_states, layout, fused=parts, trained=trained)
+                return layer._forward_fused(hidden_states, layout.to(hidden_states.device), parts, trained)
         assert reason is not None
         backend.fall_back("an encoder layer", reason, hidden_states.device)
         if not layout.padded and not unfused_reason and not must_see_padding(layer, fusable=True):

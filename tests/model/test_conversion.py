@@ -273,6 +273,7 @@ def test_modes_and_frozen_parameters_stay():
     assert [row[4] for row in modules_of(model)] == [row[4] for row in modules]
     assert tensors_of(model) == tensors
     assert {row.block for row in fastbert.explain(model) if row.backend == "eager"} == {
+        "bert.embeddings",
         "bert.encoder.layer.0",
         "bert.pooler",
         "classifier",
