@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef
 
 from fastbert import ops
@@ -160,12 +159,11 @@ class _TrainedLayer(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        if is_batched(grad):
+        if torch.is_grad_enabled() or is_batched(grad):
             raise RuntimeError(
-                "layers that ran in kernels have no batched gradients (is_grads_batched, vectorize, vmap): run the "
-                "forward under fastbert.backend('eager')"
+                "layers that ran in kernels have no second derivatives (create_graph=True) and no batched gradients "
+                "(is_grads_batched, vectorize, vmap): run the forward under fastbert.backend('eager')"
             )
         kernels, call = sys.modules["fastbert_kernels"], ctx.call
         numbers, (cu_seqlens, seed, *tensors) = call.numbers, ctx.saved_tensors

@@ -203,9 +203,8 @@ def test_a_second_derivative(head, mask):
 def test_kernels_have_no_second_derivative():
     ours, _, _ = models()
     x = torch.randn(BATCH, SEQ_LEN, 48, device=DEVICE, requires_grad=True)
-    (gradient,) = torch.autograd.grad(ours(inputs_embeds=x)[0].pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"no second derivatives .* run the forward under fastbert.backend"):
+        torch.autograd.grad(ours(inputs_embeds=x)[0].pow(3).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("record", [False, True])
