@@ -318,6 +318,9 @@ def train_as_one_of_two_processes(folder: str) -> None:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
         rank = trainer.args.process_index
         torch.save((losses_of(trainer), trainer.model.state_dict()), f"{folder}/{kind}-{rank}.pt")
+    # Python may not end while gloo's threads still hold tensors: now and then, that aborts the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
