@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from fastbert import ops
-from fastbert._compat import is_batched, versions_of
+from fastbert._compat import is_tracing, versions_of
 from fastbert.ops import backend
+from fastbert.ops.trained_layer import check_derivative
 
 
 class LayerWeights(NamedTuple):
@@ -58,11 +59,13 @@ def encoder_layer(
     """x [T, E] -> [T, E]. cu_seqlens, max_seqlen, mask, implementation: see `ops.attention`; num_tokens: see `ops`.
 
     trained: kernels can run the layer with its dropout and its gradients; then, if gradients are recorded, it is one
-    autograd node, which is differentiable once. Without trained there may be no dropout.
+    autograd node, which is differentiable once, also in a traced graph. Without trained there may be no dropout.
     """
     records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
     if trained and (records or any(numbers.dropouts)):
-        return _trained(x, weights, numbers, cu_seqlens, max_seqlen, records)
+        if is_tracing():
+            return _trained_in_graph(x, weights, numbers, cu_seqlens, max_seqlen, num_tokens)
+        return _trained(x, weights, numbers, cu_seqlens, max_seqlen, num_tokens, records)
     assert not any(numbers.dropouts), "only kernels for training drop"
     if mask is None and not records and backend.launches_directly(x, numbers.head_size):
         # Already imported by launches_directly.
@@ -114,33 +117,54 @@ class _Call:
 
 
 def _trained(
-    x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int, records: bool
-) -> Tensor:
+    x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int,
+    num_tokens: Tensor | None, records: bool,
+) -> Tensor:  # fmt: skip
     source = getattr(x, "fastbert_source", None)
     call = _Call(numbers, max_seqlen, source if source is not None and [source.version] == versions_of([x]) else None)
     if not records:
         with torch.no_grad():
-            return _forward(call, cu_seqlens, x, weights)[0]
+            return _forward(call, cu_seqlens, x, weights, num_tokens)[0]
+    assert num_tokens is None, "with gradients the host reads the number of tokens"
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
     out.fastbert_source = _Source(call.rows, call.norm, numbers.eps[1], *versions_of([out]))
     return out
 
 
-def _forward(call: _Call, cu_seqlens: Tensor, x: Tensor, weights: LayerWeights):
-    """The output of a layer, what to save, the weights that it used, and the seed of its dropouts or None."""
-    kernels, numbers, device_type = sys.modules["fastbert_kernels"], call.numbers, x.device.type
-    operand, residual = x, x
+def _operands(
+    x: Tensor, weights: LayerWeights, numbers: LayerNumbers
+) -> tuple[Tensor, torch.dtype, LayerWeights, Tensor | None]:
+    """x and the weights as autocast casts them, the dtype of the products, and the seed of the dropouts or None."""
+    device_type, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device_type):
         # LayerNorm is not autocast, and its parameters keep their dtype.
-        dtype = torch.get_autocast_dtype(device_type)
-        operand, residual = x.to(dtype), x.float()
+        x, dtype = x.float(), torch.get_autocast_dtype(device_type)
         cast = (w if "norm" in name else w.to(dtype) for name, w in zip(weights._fields, weights, strict=True))
         weights = LayerWeights(*cast)
     # Drawn on the device, by torch's generator there: `torch.manual_seed` and checkpointing repeat it.
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if any(numbers.dropouts) else None
+    return x, dtype, weights, seed
+
+
+def _trained_in_graph(
+    x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int,
+    num_tokens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    x, dtype, weights, seed = _operands(x, weights, numbers)
+    out, *_ = torch.ops.fastbert.trained_layer(
+        x, dtype, list(weights), cu_seqlens, max_seqlen, numbers.num_heads, numbers.scale, numbers.activation,
+        numbers.eps, numbers.dropouts, seed, num_tokens,
+    )  # fmt: skip
+    return out
+
+
+def _forward(call: _Call, cu_seqlens: Tensor, x: Tensor, weights: LayerWeights, num_tokens: Tensor | None = None):
+    """The output of a layer, what to save, the weights that it used, and the seed of its dropouts or None."""
+    kernels, numbers = sys.modules["fastbert_kernels"], call.numbers
+    x, dtype, weights, seed = _operands(x, weights, numbers)
     out, saved = kernels.encoder_layer_forward(
-        operand, residual, weights, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale,
-        numbers.activation, numbers.eps, kernels.Dropouts(*numbers.dropouts), seed,
+        x, dtype, weights, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale,
+        numbers.activation, numbers.eps, kernels.Dropouts(*numbers.dropouts), seed, num_tokens,
     )  # fmt: skip
     return out, saved, weights, seed
 
@@ -160,11 +184,7 @@ class _TrainedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() or is_batched(grad):
-            raise RuntimeError(
-                "layers that ran in kernels have no second derivatives (create_graph=True) and no batched gradients "
-                "(is_grads_batched, vectorize, vmap): run the forward under fastbert.backend('eager')"
-            )
+        check_derivative(grad)
         kernels, call = sys.modules["fastbert_kernels"], ctx.call
         numbers, (cu_seqlens, seed, *tensors) = call.numbers, ctx.saved_tensors
         num_weights, num_saved = len(LayerWeights._fields), len(kernels.SavedTensors._fields)
@@ -182,6 +202,6 @@ class _TrainedLayer(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             found = kernels.encoder_layer_backward(
                 grad, operand, saved, weights, cu_seqlens, call.max_seqlen, numbers.scale, numbers.activation,
-                numbers.eps, kernels.Dropouts(*numbers.dropouts), seed, wants_x, LayerWeights(*wanted),
+                numbers.eps, kernels.Dropouts(*numbers.dropouts), seed, kernels.wanted_gradients(wants_x, wanted),
             )  # fmt: skip
-        return None, None, found.x, *found.weights
+        return None, None, found.x, *found.of_weights()

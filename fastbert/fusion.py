@@ -288,9 +288,13 @@ def why_eager(block: FusableBlock, op: str, weight: nn.Parameter) -> str | None:
 
 def runs_in_kernels(block: nn.Module) -> bool:
     """True if a block is fused and each of its ops runs in a kernel."""
-    if not isinstance(block, FusableBlock) or fused_parts(block)[0] is None:
+    if not isinstance(block, FusableBlock):
         return False
-    return not any(why_eager(block, op, next(block.parameters())) for op in block.ops_used)
+    parts, _ = fused_parts(block, drops=True)
+    weight = next(block.parameters())
+    if parts is None or (dropout_reason(block, parts) and not backend.trains_layers(weight, block.head_size())):
+        return False
+    return not any(why_eager(block, op, weight) for op in block.ops_used)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -205,7 +205,8 @@ def trains_in_kernels(layer: BertLayer, hidden_states: Tensor, layout: TokenLayo
 
     Only the caller of a layer asks: inside a compiled call or a recomputation the answer could be another one.
     """
-    if layout.mask is not None or layout.num_tokens is not None or is_compiled(layer):
+    counted_on_device = layout.num_tokens is not None and torch.is_grad_enabled() and not is_tracing()
+    if layout.mask is not None or counted_on_device:
         return False
     return backend.trains_layers(hidden_states, layer.head_size())
 

@@ -204,8 +204,13 @@ def launches_directly(tensor: Tensor, head_size: int) -> bool:
 
 def trains_layers(hidden: Tensor, head_size: int) -> bool:
     """True if kernels run an encoder layer in training mode, and its gradients, on hidden states [..., E] like these:
-    they support them, and no tracing, function transform or dispatch mode is active."""
-    return _runs_layers(hidden, head_size) and may_train(hidden.shape[-1])
+    they support them, and no export, function transform or dispatch mode is active."""
+    if not is_tracing():
+        return _runs_layers(hidden, head_size) and may_train(hidden.shape[-1])
+    if torch.compiler.is_exporting() or why_eager("encoder_layer", hidden.device, hidden.dtype) is not None:
+        return False
+    fits = why_not_size("attention", head_size) is None
+    return fits and hidden.shape[-1] <= _limit_of_kernels("MAX_TRAINED_ROW")
 
 
 def may_train(width: int) -> bool:

@@ -12,9 +12,11 @@ from fastbert_kernels.embed_layer_norm import BadId, embed_layer_norm, take_bad_
 from fastbert_kernels.encoder_layer import LayerWeights, encoder_layer
 from fastbert_kernels.encoder_layer_training import (
     Dropouts,
+    LayerGradients,
     SavedTensors,
     encoder_layer_backward,
     encoder_layer_forward,
+    wanted_gradients,
 )
 from fastbert_kernels.layer_norm import layer_norm
 from fastbert_kernels.layer_norm_backward import layer_norm_backward
@@ -35,6 +37,7 @@ __all__ = [
     "BadId",
     "Dropout",
     "Dropouts",
+    "LayerGradients",
     "LayerWeights",
     "SavedTensors",
     "activation_backward",
@@ -56,4 +59,5 @@ __all__ = [
     "residual_layer_norm",
     "take_bad_ids",
     "unpack",
+    "wanted_gradients",
 ]

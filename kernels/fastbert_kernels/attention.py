@@ -215,14 +215,15 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
 
 
 def attention_forward(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: Dropout | None = None
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: Dropout | None = None,
+    clear_tail: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention for training: arguments as in `attention` -> the context [T, H D], and lse.
 
     Without dropout the context is bitwise equal to that of `attention`. Dropout zeroes probabilities: its rows are rows
     of qkv, its columns places of keys in their sequence, its planes heads. lse, float32 [H, T], is log2 of the sum over
-    a query's keys of exp(scale q k). Rows from cu_seqlens[N] on are neither read nor written. Raises ValueError and
-    TypeError as `attention` does, and ValueError for a probability outside of 0 to 1.
+    a query's keys of exp(scale q k). Rows from cu_seqlens[N] on are neither read nor written, or zero in the context if
+    clear_tail. Raises ValueError and TypeError as `attention` does, and ValueError for a probability outside of 0 to 1.
     """
     p, seed, site = dropout or (0.0, None, 0)
     launch = attention_launch(
@@ -230,9 +231,11 @@ def attention_forward(
         p, site,
     )  # fmt: skip
     if launch is None:
-        return attention_forward(with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale, dropout)
+        return attention_forward(
+            with_unit_stride(qkv), with_unit_stride(cu_seqlens), max_seqlen, scale, dropout, clear_tail
+        )
     num_tokens, _, num_heads, head_size = qkv.shape
-    out = qkv.new_empty(num_tokens, num_heads * head_size)
+    out = (qkv.new_zeros if clear_tail else qkv.new_empty)(num_tokens, num_heads * head_size)
     lse = qkv.new_empty(num_heads, num_tokens, dtype=torch.float32)
     launch(qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, seed_ptr=seed, out_ptr=out, lse_ptr=lse)
     return out, lse

@@ -42,13 +42,15 @@ def _fill_tail(
 ):  # fmt: skip
     """Write zeros to BLOCK_M rows of the gradient that are in no sequence: those from cu_seqlens[N] on."""
     tail = tl.maximum(tl.load(cu_seqlens_ptr + num_sequences), 0).to(tl.int64)
-    rows = tail + block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows < num_tokens)[:, None] & (offs_d < HEAD_SIZE)[None, :]
-    zeros = tl.zeros((BLOCK_M, BLOCK_D), grad_qkv_ptr.dtype.element_ty)
-    for head in range(3 * num_heads):
-        places = (rows[:, None] * (3 * num_heads) + head) * HEAD_SIZE + offs_d[None, :]
-        tl.store(grad_qkv_ptr + places, zeros, mask=mask)
+    first = tail + block.to(tl.int64) * BLOCK_M
+    if first < num_tokens:
+        rows = first + tl.arange(0, BLOCK_M)
+        offs_d = tl.arange(0, BLOCK_D)
+        mask = (rows < num_tokens)[:, None] & (offs_d < HEAD_SIZE)[None, :]
+        zeros = tl.zeros((BLOCK_M, BLOCK_D), grad_qkv_ptr.dtype.element_ty)
+        for head in range(3 * num_heads):
+            places = (rows[:, None] * (3 * num_heads) + head) * HEAD_SIZE + offs_d[None, :]
+            tl.store(grad_qkv_ptr + places, zeros, mask=mask)
 
 
 @triton.jit(

@@ -7,9 +7,12 @@ Everything else runs in kernels, and all sums over tokens have a fixed order: th
 same bits, if torch.mm does (see `torch.use_deterministic_algorithms`).
 
 All dropouts of a layer share one seed. The backward draws their zeros again from it.
+
+If only the device knows the number of tokens, products take all T rows of the buffers. What the forward saves and what
+the backward computes is therefore finite past the count, and zero on one side of every sum over rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,58 +55,90 @@ class Dropouts(NamedTuple):
 
 
 def encoder_layer_forward(
-    x: Tensor, residual: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
+    x: Tensor, dtype: torch.dtype, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
     scale: float, activation: str, eps: tuple[float, float], dropouts: Dropouts, seed: Tensor | None,
+    num_tokens: Tensor | None = None,
 ) -> tuple[Tensor, SavedTensors]:  # fmt: skip
-    """x [T, E] in the weights' dtype, and x in the dtype of the output -> the output [T, E], and what to save.
+    """x [T, E] -> the output [T, E] in x's dtype, and what to save.
 
-    The two differ under autocast, where products are 16 bits wide, and residuals and LayerNorm float32. LayerNorm's
-    parameters may have another dtype than the weights. seed: int64 [1] on the device, for dropout; None for no dropout.
-    The other arguments are those of `encoder_layer`.
+    dtype: that of the products and their weights. Under autocast it is 16 bits wide, and x and LayerNorm are float32.
+    seed: int64 [1] on the device, for dropout; None for no dropout. num_tokens: as in `encoder_layer`; the output is
+    zero past it. The other arguments are those of `encoder_layer`.
     """
-    w = weights
-    qkv = qkv_projection(x, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads)
-    context, lse = attention_forward(qkv, cu_seqlens, max_seqlen, scale, dropouts.at(0, seed))
+    w, operand = weights, x.to(dtype)
+    qkv = qkv_projection(
+        operand, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads, num_tokens
+    )
+    del operand
+    context, lse = attention_forward(
+        qkv, cu_seqlens, max_seqlen, scale, dropouts.at(0, seed), clear_tail=num_tokens is not None
+    )
     linear = torch.addmm(w.attention_bias, context, w.attention_weight.T)
     norm = w.attention_norm_weight, w.attention_norm_bias, eps[0]
-    attended = residual_layer_norm(linear, residual, *norm, dropouts.at(1, seed))
+    attended = residual_layer_norm(linear, x, *norm, dropouts.at(1, seed), num_tokens)
     activated, up = linear_activation_forward(attended.narrow, w.up_weight, w.up_bias, activation)
     linear = torch.addmm(w.down_bias, activated, w.down_weight.T)
     norm = w.output_norm_weight, w.output_norm_bias, eps[1]
-    output = residual_layer_norm(linear, attended.out, *norm, dropouts.at(2, seed))
+    output = residual_layer_norm(linear, attended.out, *norm, dropouts.at(2, seed), num_tokens)
     return output.out, SavedTensors(qkv, context, lse, attended.summed, up, output.summed, output.norm)
 
 
 class LayerGradients(NamedTuple):
-    """Gradients of x and of the weights, in the order of `LayerWeights`; None for those that were not wanted."""
+    """Gradients of a layer, those of one sum together; None for those that were not wanted."""
 
-    x: Tensor | None
-    weights: LayerWeights
+    x: Tensor | None  # [T, E]
+    qkv_weight: Tensor | None  # [3 H D, E]
+    qkv_bias: Tensor | None  # float32 [3 H D]
+    attention_weight: Tensor | None
+    attention_sums: Tensor | None  # [3, E]: of attention_norm_weight, attention_norm_bias and attention_bias
+    up_weight: Tensor | None
+    up_bias: Tensor | None  # float32
+    down_weight: Tensor | None
+    output_sums: Tensor | None  # [3, E]: of output_norm_weight, output_norm_bias and down_bias
+
+    def of_weights(self) -> LayerWeights:
+        """The gradient of each weight or None. Some are views of one tensor."""
+        q_weight, k_weight, v_weight = (None,) * 3 if self.qkv_weight is None else self.qkv_weight.chunk(3)
+        q_bias, k_bias, v_bias = (None,) * 3 if self.qkv_bias is None else self.qkv_bias.chunk(3)
+        attention, output = ((None,) * 3 if x is None else x.unbind() for x in (self.attention_sums, self.output_sums))
+        return LayerWeights(
+            q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, self.attention_weight, attention[2], *attention[:2],
+            self.up_weight, self.up_bias, self.down_weight, output[2], *output[:2],
+        )  # fmt: skip
+
+
+def wanted_gradients(x: bool, weights: Sequence[bool]) -> LayerGradients:
+    """A bool for each of a layer's gradients, from one for x and one for each weight in the order of `LayerWeights`."""
+    w = LayerWeights(*weights)
+    return LayerGradients(
+        x, w.q_weight or w.k_weight or w.v_weight, w.q_bias or w.k_bias or w.v_bias, w.attention_weight,
+        w.attention_norm_weight or w.attention_norm_bias or w.attention_bias, w.up_weight, w.up_bias, w.down_weight,
+        w.output_norm_weight or w.output_norm_bias or w.down_bias,
+    )  # fmt: skip
 
 
 def encoder_layer_backward(
     grad: Tensor, make_x: Callable[[], Tensor], saved: SavedTensors, weights: LayerWeights, cu_seqlens: Tensor,
     max_seqlen: int, scale: float, activation: str, eps: tuple[float, float], dropouts: Dropouts, seed: Tensor | None,
-    wants_x: bool, wanted: LayerWeights,
+    wanted: LayerGradients, num_tokens: Tensor | None = None,
 ) -> LayerGradients:  # fmt: skip
     """grad [T, E] of the output, x [T, E] in the weights' dtype, what the forward saved -> gradients.
 
-    make_x: returns x; called if a wanted gradient depends on x. wanted: a bool for each weight. Products and launches
-    on which no wanted gradient depends are left out. Gradients have the dtypes of the weights and, for x, of the
-    residual; biases of queries, keys, values and of the activation have float32 gradients.
+    make_x: returns x, finite past num_tokens; called if a wanted gradient depends on x. wanted: of `wanted_gradients`.
+    Products and launches on which no wanted gradient depends are left out. Gradients have the dtypes of the weights
+    (sums that of LayerNorm's) and, for x, of the output. Rows of grad from num_tokens on are not read, and are zero in
+    the gradient of x.
     """
     w, dtype = weights, weights.q_weight.dtype
-    found: dict[str, Tensor | None] = {}
-    needs_context = wants_x or any(wanted[:6])
-    needs_attended = needs_context or any(wanted[6:10])
-    needs_up = needs_attended or any(wanted[10:13])
+    found: dict[str, Tensor] = {}
+    needs_context = wanted.x or wanted.qkv_weight or wanted.qkv_bias
+    needs_attended = needs_context or wanted.attention_weight or wanted.attention_sums
+    needs_up = needs_attended or wanted.up_weight or wanted.up_bias or wanted.down_weight
 
     output = layer_norm_backward(
-        grad, saved.output_sum, w.output_norm_weight, eps[1], None, dtype, dropouts.at(2, seed)
+        grad, saved.output_sum, w.output_norm_weight, eps[1], None, dtype, dropouts.at(2, seed), num_tokens
     )  # fmt: skip
-    found["output_norm_weight"], found["output_norm_bias"], found["down_bias"] = output.sums.to(
-        w.output_norm_weight.dtype
-    )
+    found["output_sums"] = output.sums.to(w.output_norm_weight.dtype)
     if needs_up:
         grad_activated = output.linear @ w.down_weight
         grad_up, activated, found["up_bias"] = activation_backward(grad_activated, saved.up, activation)
@@ -117,29 +152,24 @@ def encoder_layer_backward(
     if needs_attended:
         attended = layer_norm_backward(
             output.x, saved.attention_sum, w.attention_norm_weight, eps[0], grad_up @ w.up_weight, dtype,
-            dropouts.at(1, seed),
+            dropouts.at(1, seed), num_tokens,
         )  # fmt: skip
         del grad_up, output
-        sums = attended.sums.to(w.attention_norm_weight.dtype)
-        found["attention_norm_weight"], found["attention_norm_bias"], found["attention_bias"] = sums
+        found["attention_sums"] = attended.sums.to(w.attention_norm_weight.dtype)
         if wanted.attention_weight:
             found["attention_weight"] = attended.linear.T @ saved.context
-    grad_x = None
     if needs_context:
         qkv = attention_backward(
             attended.linear @ w.attention_weight, saved.qkv, saved.context, saved.lse, cu_seqlens, max_seqlen, scale,
             dropouts.at(0, seed),
         ).flatten(1)  # fmt: skip
-        names, width = ("q", "k", "v"), w.q_weight.shape[0]
-        if any(wanted[0:6:2]):
-            for name, part in zip(names, (qkv.T @ make_x()).split(width), strict=True):
-                found[f"{name}_weight"] = part
-        if any(wanted[1:6:2]):
-            for name, part in zip(names, qkv.sum(0, dtype=torch.float32).split(width), strict=True):
-                found[f"{name}_bias"] = part
-        if wants_x:
+        if wanted.qkv_weight:
+            found["qkv_weight"] = qkv.T @ make_x()
+        if wanted.qkv_bias:
+            found["qkv_bias"] = qkv.sum(0, dtype=torch.float32)
+        if wanted.x:
             weight = torch.cat((w.q_weight, w.k_weight, w.v_weight))
             same = attended.x.dtype == dtype
-            grad_x = torch.addmm(attended.x, qkv, weight) if same else attended.x.add_(qkv @ weight)
-    asked = (found.get(name) if want else None for name, want in zip(w._fields, wanted, strict=True))
-    return LayerGradients(grad_x, LayerWeights(*asked))
+            found["x"] = torch.addmm(attended.x, qkv, weight) if same else attended.x.add_(qkv @ weight)
+    asked = (found[name] if want else None for name, want in zip(wanted._fields, wanted, strict=True))
+    return LayerGradients(*asked)

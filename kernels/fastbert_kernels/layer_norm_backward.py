@@ -8,7 +8,8 @@ With n = (x - mean) / deviation, g = gradient of y, and means over the row:
 
 A program holds whole rows, from which it computes mean and deviation again: reading them would not be faster. It takes
 every P-th block of rows and adds up its part of the three sums, in float32. The P parts are then summed in their order,
-so two runs give the same bits. Limit: rows of at most 4096 elements, for which the sums fit into registers.
+so two runs give the same bits. Rows past the token count add nothing and get zeros, because products take every row of
+a buffer. Limit: rows of at most 4096 elements, for which the sums fit into registers.
 """
 
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from fastbert_kernels.operands import (
     check_shape,
     common_unit,
     have_unit_strides,
+    live_tokens,
     row_blocks,
     row_stride,
     shape_of,
@@ -39,13 +41,17 @@ from fastbert_kernels.target import num_sms
 PROGRAMS_PER_SM = 4  # not measured: fewer would leave memory idle, more would write more partial sums
 
 
-@triton.jit(do_not_specialize=["stride_grad", "stride_other", "stride_x", "num_tokens", "threshold"])
+@triton.jit(
+    do_not_specialize=["stride_grad", "stride_other", "stride_x", "num_tokens", "threshold"],
+    do_not_specialize_on_alignment=["num_tokens_ptr"],
+)
 def _layer_norm_backward_kernel(
     grad_ptr,  # [T, E]
     other_ptr,  # [T, E] or None, the second summand of the gradient
     x_ptr,  # [T, E]
     weight_ptr,  # [E]
     seed_ptr,  # int64 [1] or None
+    num_tokens_ptr,  # int32 [1] or None
     grad_x_ptr,  # [T, E]
     grad_linear_ptr,  # [T, E] or None if it is grad_x
     sums_ptr,  # float32 [P, 3, E]
@@ -66,13 +72,15 @@ def _layer_norm_backward_kernel(
     width *= UNIT
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < width
+    count = live_tokens(num_tokens_ptr, num_tokens)
     weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
     grad_weight = tl.zeros((BLOCK_E,), tl.float32)
     grad_bias = tl.zeros((BLOCK_E,), tl.float32)
     grad_linear_bias = tl.zeros((BLOCK_E,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_ROWS), tl.num_programs(0)):
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mask = (rows < num_tokens)[:, None] & mask_e[None, :]
+        inside = (rows < num_tokens)[:, None] & mask_e[None, :]
+        mask = (rows < count)[:, None] & mask_e[None, :]
         offs_t = rows.to(tl.int64)[:, None]
         if DROPOUT:
             keep = keep_mask(tl.load(seed_ptr), rows, 0, 0, SITE, threshold, BLOCK_E)
@@ -91,12 +99,12 @@ def _layer_norm_backward_kernel(
         grad_weight += tl.sum(grad * normalized, axis=0)
         grad_bias += tl.sum(grad, axis=0)
         places = offs_t * width + offs_e[None, :]
-        tl.store(grad_x_ptr + places, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_x_ptr + places, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         if DROPOUT:
             grad_x = tl.where(keep, grad_x * keep_scale, 0.0)
         grad_linear_bias += tl.sum(grad_x, axis=0)
         if grad_linear_ptr is not None:
-            tl.store(grad_linear_ptr + places, grad_x.to(grad_linear_ptr.dtype.element_ty), mask=mask)
+            tl.store(grad_linear_ptr + places, grad_x.to(grad_linear_ptr.dtype.element_ty), mask=inside)
     sums_ptr += tl.program_id(0).to(tl.int64) * (3 * width) + offs_e
     tl.store(sums_ptr, grad_weight, mask=mask_e)
     tl.store(sums_ptr + width, grad_bias, mask=mask_e)
@@ -106,12 +114,12 @@ def _layer_norm_backward_kernel(
 @cached_by_specs
 def _layer_norm_backward_launch(
     grad: TensorSpec, other: TensorSpec | None, x: TensorSpec, weight: TensorSpec, seed: TensorSpec | None,
-    linear_dtype: torch.dtype, eps: float, p: float, site: int,
+    num_tokens: TensorSpec | None, linear_dtype: torch.dtype, eps: float, p: float, site: int,
 ) -> CachedLaunch | None:  # fmt: skip
     """Prepare the launch, or return None if operands have to be copied first. linear_dtype decides about a second
     gradient, so about the compiled kernel."""
     operation = "layer_norm_backward"
-    check(operation, x, weight, grad, other)
+    check(operation, x, weight, grad, other, num_tokens)
     check_seed(operation, seed, x.device)
     size, width = shape_of(operation, "x", x, "T E")
     check_shape(operation, "grad", grad, size, width)
@@ -161,26 +169,27 @@ class LayerNormGradients(NamedTuple):
 
 def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, other: Tensor | None = None,
-    linear_dtype: torch.dtype | None = None, dropout: Dropout | None = None,
+    linear_dtype: torch.dtype | None = None, dropout: Dropout | None = None, num_tokens: Tensor | None = None,
 ) -> LayerNormGradients:  # fmt: skip
     """grad [T, E] of LayerNorm's output, LayerNorm's input x [T, E], its weight [E] -> gradients.
 
     other [T, E], in any dtype, is added to grad. linear_dtype: the linear's, if it is not x's. dropout: the forward's.
+    num_tokens int32 [1] on the device: rows from index num_tokens on are not read, and their gradients are zero.
     Raises ValueError for invalid shapes, devices or probabilities and for E above 4096, TypeError for dtypes.
     """
     p, seed, site = dropout or (0.0, None, 0)
     linear_dtype = linear_dtype or x.dtype
     launch = _layer_norm_backward_launch(
-        spec_of(grad), spec_of(other), spec_of(x), spec_of(weight), spec_of(seed), linear_dtype, eps, p, site
+        *map(spec_of, (grad, other, x, weight, seed, num_tokens)), linear_dtype, eps, p, site
     )
     if launch is None:
         grad, other, x, weight = map(with_unit_stride, (grad, other, x, weight))
-        return layer_norm_backward(grad, x, weight, eps, other, linear_dtype, dropout)
+        return layer_norm_backward(grad, x, weight, eps, other, linear_dtype, dropout, num_tokens)
     grad_x = x.new_empty(x.shape)
     grad_linear = x.new_empty(x.shape, dtype=linear_dtype) if linear_dtype != x.dtype or p > 0 else None
     sums = x.new_empty((*launch.grid, 3, x.shape[1]), dtype=torch.float32)
     launch(
-        grad_ptr=grad, other_ptr=other, x_ptr=x, weight_ptr=weight, seed_ptr=seed, grad_x_ptr=grad_x,
-        grad_linear_ptr=grad_linear, sums_ptr=sums,
+        grad_ptr=grad, other_ptr=other, x_ptr=x, weight_ptr=weight, seed_ptr=seed,
+        num_tokens_ptr=num_tokens, grad_x_ptr=grad_x, grad_linear_ptr=grad_linear, sums_ptr=sums,
     )  # fmt: skip
     return LayerNormGradients(grad_x, grad_x if grad_linear is None else grad_linear, sums.sum(0))

@@ -1,7 +1,8 @@
 """LayerNorm(dropout(x) + residual) for training: x, residual [T, E] -> [T, E], and the sum before LayerNorm.
 
 The sum is rounded to its dtype before LayerNorm, so `layer_norm` of the stored sum gives the same bits again. LayerNorm
-is that of `layer_norm` (Ba et al. 2016), dropout that of `dropout`.
+is that of `layer_norm` (Ba et al. 2016), dropout that of `dropout`. Rows past the token count get zeros, because the
+products of a backward take every row of a buffer.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from fastbert_kernels.operands import (
     check_shape,
     common_unit,
     have_unit_strides,
+    live_tokens,
     row_blocks,
     row_stride,
     shape_of,
@@ -29,13 +31,17 @@ from fastbert_kernels.operands import (
 )
 
 
-@triton.jit(do_not_specialize=["stride_x", "stride_residual", "num_tokens", "threshold"])
+@triton.jit(
+    do_not_specialize=["stride_x", "stride_residual", "num_tokens", "threshold"],
+    do_not_specialize_on_alignment=["num_tokens_ptr"],
+)
 def _residual_layer_norm_kernel(
     x_ptr,  # [T, E]
     residual_ptr,  # [T, E]
     weight_ptr,  # [E]
     bias_ptr,  # [E]
     seed_ptr,  # int64 [1] or None
+    num_tokens_ptr,  # int32 [1] or None
     out_ptr,  # [T, E]
     narrow_ptr,  # [T, E] or None, the output in another dtype
     sum_ptr,  # [T, E]
@@ -58,13 +64,14 @@ def _residual_layer_norm_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = (offs_e < width)[None, :]
     mask = (offs_t < num_tokens)[:, None] & mask_e
+    live = (offs_t < live_tokens(num_tokens_ptr, num_tokens))[:, None] & mask_e
     places_t = offs_t.to(tl.int64)[:, None]
-    rows = tl.load(x_ptr + places_t * (stride_x * UNIT) + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+    rows = tl.load(x_ptr + places_t * (stride_x * UNIT) + offs_e[None, :], mask=live, other=0.0).to(tl.float32)
     if DROPOUT:
         keep = keep_mask(tl.load(seed_ptr), offs_t, 0, 0, SITE, threshold, BLOCK_E)
         rows = tl.where(keep, rows * keep_scale, 0.0)
     places = places_t * (stride_residual * UNIT) + offs_e[None, :]
-    rows += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    rows += tl.load(residual_ptr + places, mask=live, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_e, mask=offs_e < width, other=0.0).to(tl.float32)
     if tl.program_id(0) == 0:
@@ -74,6 +81,8 @@ def _residual_layer_norm_kernel(
     rounded = rows.to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + places, rounded, mask=mask)
     rows = normalize_rows(rounded.to(tl.float32), mask_e, width, weight[None, :], bias[None, :], eps)
+    if num_tokens_ptr is not None:
+        rows = tl.where(live, rows, 0.0)
     tl.store(out_ptr + places, rows.to(out_ptr.dtype.element_ty), mask=mask)
     if narrow_ptr is not None:
         tl.store(narrow_ptr + places, rows.to(narrow_ptr.dtype.element_ty), mask=mask)
@@ -81,12 +90,12 @@ def _residual_layer_norm_kernel(
 
 @cached_by_specs
 def _residual_layer_norm_launch(
-    x: TensorSpec, residual: TensorSpec, weight: TensorSpec, bias: TensorSpec, seed: TensorSpec | None, eps: float,
-    p: float, site: int,
+    x: TensorSpec, residual: TensorSpec, weight: TensorSpec, bias: TensorSpec, seed: TensorSpec | None,
+    num_tokens: TensorSpec | None, eps: float, p: float, site: int,
 ) -> CachedLaunch | None:  # fmt: skip
     """Prepare the launch, or return None if operands have to be copied first."""
     operation = "residual_layer_norm"
-    check(operation, x, residual, weight, bias)
+    check(operation, x, residual, weight, bias, num_tokens)
     check_seed(operation, seed, x.device)
     size, width = shape_of(operation, "x", x, "T E")
     check_shape(operation, "residual", residual, size, width)
@@ -128,23 +137,23 @@ class NormalizedSum(NamedTuple):
 
 
 def residual_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Dropout | None = None
-) -> NormalizedSum:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Dropout | None = None,
+    num_tokens: Tensor | None = None,
+) -> NormalizedSum:  # fmt: skip
     """LayerNorm(dropout(x) + residual), and dropout(x) + residual: x, residual [T, E]; weight, bias [E].
 
+    num_tokens int32 [1] on the device: rows from index num_tokens on are not read, and are zero in all results.
     Raises ValueError for invalid shapes, devices or probabilities and for E above 4096, TypeError for dtypes.
     """
     p, seed, site = dropout or (0.0, None, 0)
-    launch = _residual_layer_norm_launch(
-        spec_of(x), spec_of(residual), spec_of(weight), spec_of(bias), spec_of(seed), eps, p, site
-    )
+    launch = _residual_layer_norm_launch(*map(spec_of, (x, residual, weight, bias, seed, num_tokens)), eps, p, site)
     if launch is None:
-        return residual_layer_norm(*map(with_unit_stride, (x, residual, weight, bias)), eps, dropout)
+        return residual_layer_norm(*map(with_unit_stride, (x, residual, weight, bias)), eps, dropout, num_tokens)
     out, summed = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
     narrow = None if x.dtype == residual.dtype else x.new_empty(x.shape)
     norm = x.new_empty(2, x.shape[1], dtype=torch.float32)
     launch(
-        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed, out_ptr=out,
-        narrow_ptr=narrow, sum_ptr=summed, norm_ptr=norm,
+        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed,
+        num_tokens_ptr=num_tokens, out_ptr=out, narrow_ptr=narrow, sum_ptr=summed, norm_ptr=norm,
     )  # fmt: skip
     return NormalizedSum(out, out if narrow is None else narrow, summed, norm)

@@ -159,6 +159,10 @@ def test_rows_outside_sequences_are_not_read_and_their_gradient_is_zero(lengths,
     stop = sum(lengths)
     arguments = arguments_of(normal(num_tokens, 3, 2, 16), lengths, 0.25)
     assert arguments["lse"][:, stop:].isnan().all()  # the forward writes none of these rows
+    forward = {name: arguments[name] for name in ("qkv", "cu_seqlens", "scale", "max_seqlen")}
+    cleared, _ = attention_forward(**forward, clear_tail=True)
+    assert torch.equal(cleared[:stop], arguments["context"][:stop])
+    assert torch.equal(cleared[stop:], torch.zeros_like(cleared[stop:]))
     rows = {name: arguments[name][:stop] for name in ("grad", "qkv", "context")}
     expected = attention_backward(**arguments | rows | {"lse": arguments["lse"][:, :stop]})
     for name in ("grad", "qkv", "context"):

@@ -12,13 +12,14 @@ from kernel_cases import (
     HALVES,
     LAYOUTS,
     check,
+    count,
     flat,
     normal,
     pairwise,
     random_cases,
 )
 
-from fastbert_kernels import layer_norm, layer_norm_backward, residual_layer_norm
+from fastbert_kernels import Dropout, layer_norm, layer_norm_backward, residual_layer_norm
 from fastbert_kernels.launch import CachedLaunch
 
 pytestmark = GUARDED
@@ -100,6 +101,32 @@ def test_a_row_with_nan_affects_the_sums_only():
     assert found.x[4].isnan().all()
     assert found.sums[[0, 2]].isnan().all()
     assert torch.equal(found.sums[1], clean.sums[1])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 37, 64, 70, 100])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str)
+def test_rows_past_the_count_are_not_read_and_become_zeros(num_tokens, p, dtypes):
+    dtype, wide = dtypes
+    dropout = Dropout(p, torch.tensor([5], device=DEVICE), 1) if p else None
+    x, residual, grad, other = (normal(70, 300, dtype=kind) for kind in (dtype, wide, wide, dtype))
+    for tensor in (x, residual, grad, other):
+        tensor[num_tokens:] = torch.nan
+    weight, bias, live = normal(300), normal(300), min(num_tokens, 70)
+    found = residual_layer_norm(x, residual, weight, bias, 0.0, dropout, count(num_tokens))
+    alone = residual_layer_norm(x[:live], residual[:live], weight, bias, 0.0, dropout)
+    for whole, part in zip(found[:3], alone[:3], strict=True):
+        assert torch.equal(whole[:live], part)
+        assert not whole[live:].any()
+    assert torch.equal(found.norm, torch.stack((weight, bias)))
+    saved = found.summed.clone()
+    saved[num_tokens:] = torch.nan
+    found = layer_norm_backward(grad, saved, weight, 0.0, other, dtype, dropout, count(num_tokens))
+    alone = layer_norm_backward(grad[:live], saved[:live], weight, 0.0, other[:live], dtype, dropout)
+    for whole, part in zip(found[:2], alone[:2], strict=True):
+        assert torch.equal(whole[:live], part)
+        assert not whole[live:].any()
+    torch.testing.assert_close(found.sums, alone.sums)
 
 
 def test_the_same_bits_in_every_run():

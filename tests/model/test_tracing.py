@@ -183,6 +183,19 @@ def test_compile_clears_nan_embeddings_at_padding():
     assert_same(compiled(inputs_embeds=poisoned, **inputs), ours(inputs_embeds=embeds, **inputs))
 
 
+def test_an_exception_while_tracing_is_not_reported_as_another():
+    """Then torch runs the model without its graph, and compiles every function that the model calls on its own."""
+    ours, _ = pair("BertForSequenceClassification", num_hidden_layers=1)
+
+    def hook(*_):
+        if torch.compiler.is_compiling():
+            raise RuntimeError("only in a graph")
+
+    ours.bert.register_forward_hook(hook)
+    inputs = inputs_for("BertForSequenceClassification", "right")
+    assert_same(torch.compile(ours, backend="eager")(**inputs), ours(**inputs))
+
+
 def test_compile_training_with_dropout_and_hooks():
     ours, _ = pair(hidden_dropout_prob=0.1)
     ours.train().encoder.layer[1].output.dense.register_forward_hook(lambda module, args, output: output * 0)

@@ -580,19 +580,34 @@ def test_the_mean_over_many_draws():
 
 
 def test_dropout_falls_back_to_modules_where_kernels_cannot_drop(monkeypatch):
-    """A mask of three dimensions, and a number of tokens that only the device knows, without gradients."""
+    """A mask of three dimensions."""
     ours, inputs = model_of("BertModel", **DROPOUTS).train(), on_device(batch("right"))
     score = inputs["attention_mask"][:, None, :].expand(-1, SEQ_LEN, -1)
     with pytest.raises(RuntimeError, match="it applies dropout .p=0.3., which only kernels do"):
         ours(input_ids=inputs["input_ids"], attention_mask=score)
-    monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="it applies dropout .p=0.3., which only kernels do"):
-        ours(**inputs)
-    assert ours(**inputs).last_hidden_state.isfinite().all()  # with gradients the host reads the number
     monkeypatch.setattr(backend._choice, "name", "auto")
     monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
-    with torch.no_grad():
-        assert ours(**inputs).last_hidden_state.isfinite().all()
+    assert ours(input_ids=inputs["input_ids"], attention_mask=score).last_hidden_state.isfinite().all()
+
+
+def test_dropout_where_only_the_device_knows_the_number_of_tokens(monkeypatch, launches):
+    """Without gradients. With them the host reads the number."""
+    ours, inputs = model_of("BertModel", **DROPOUTS).train(), on_device(batch("right"))
+    ours.embeddings.dropout.p = 0.0  # by PyTorch, which draws a number for every row of a buffer
+    found = []
+    for records in (False, True):
+        launches.clear()
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(records):
+            found.append(ours(**inputs).last_hidden_state.detach())
+        assert launches.count("_residual_layer_norm_kernel") == 6
+        monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
+        with torch.set_grad_enabled(records):
+            torch.manual_seed(0)
+            assert torch.equal(ours(**inputs).last_hidden_state, found[-1])
+        monkeypatch.undo()
+        assert "_packing_plan_kernel" in launches
+    assert torch.equal(*found)
 
 
 PARAMETERS = (

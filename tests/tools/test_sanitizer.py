@@ -15,7 +15,7 @@ import triton.language as tl
 from cases import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LARGEST, LAYOUTS, OPS, count, embed_arguments, example, guarded_outputs, normal
+from kernel_cases import DEVICE, LARGEST, LAYOUTS, OPS, count, embed_arguments, example, flat, guarded_outputs, normal
 from sanitizer import sanitized
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
@@ -305,6 +305,8 @@ def test_hostile_places_of_unpack(seed, size, trailing, dtype, num_tokens):
     assert torch.equal(out[indices[known]], hidden[known])
 
 
+# Zero past the count; the others leave these rows undefined.
+CLEARED = ("unpack", "residual_layer_norm", "layer_norm_backward")
 COUNTED = [op for op in OPS if "num_tokens" in signature(example(op, torch.float32)[0]).parameters]
 
 
@@ -315,7 +317,11 @@ def test_hostile_counts(op, dtype):
     launcher, arguments = example(op, dtype)
     with sanitized(), guarded_outputs():
         expected = launcher(**arguments)
-        assert torch.equal(launcher(**arguments, num_tokens=count(LARGEST)), expected)
+        assert torch.equal(flat(launcher(**arguments, num_tokens=count(LARGEST))), flat(expected))
         for num_tokens in (-1, -LARGEST - 1):
-            out = launcher(**arguments, num_tokens=count(num_tokens))
-            assert not out.any() if op == "unpack" else out.isnan().all()
+            found = launcher(**arguments, num_tokens=count(num_tokens))
+            for out in found if isinstance(found, tuple) else [found]:
+                if op in CLEARED and out.shape != (2, 48):  # residual_layer_norm returns its parameters, too
+                    assert not out.any()
+                elif op not in CLEARED:
+                    assert out.isnan().all()

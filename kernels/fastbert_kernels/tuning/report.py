@@ -97,7 +97,8 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
     x, bias, norm = new(tokens, width), new(width), (new(width), new(width), 1e-12)
     tables, square = (new(30522, width), new(512, width), new(2, width)), (new(width, width), bias)
     dropout = Dropout(0.1, new(1, dtype=torch.int64), 1)
-    trained = new(tokens, min(width, MAX_TRAINED_ROW))
+    rows = new(tokens, min(width, MAX_TRAINED_ROW))
+    trained = (rows, rows, rows[0])
     qkv, activated = new(tokens, 3, num_heads, width // num_heads), new(tokens, inner)
     lse = new(num_heads, tokens, dtype=torch.float32)
     for place, op, *arguments in (
@@ -114,8 +115,8 @@ def calls(model: Model, batch_size: int, seq_len: int, dtype: torch.dtype) -> It
         ("linear_activation_forward", "linear_activation_forward", x, new(inner, width), new(inner), "gelu"),
         ("activation_backward", "activation_backward", activated, activated, "gelu"),
         ("feed_forward_output", "linear_residual_layer_norm", activated, new(width, inner), bias, x, *norm, num_tokens),
-        ("residual_layer_norm", "residual_layer_norm", trained, trained, trained[0], trained[0], 1e-12, dropout),
-        ("layer_norm_backward", "layer_norm_backward", trained, trained, trained[0], 1e-12, trained, dtype, dropout),
+        ("residual_layer_norm", "residual_layer_norm", *trained, rows[0], 1e-12, dropout, num_tokens),
+        ("layer_norm_backward", "layer_norm_backward", *trained, 1e-12, rows, dtype, dropout, num_tokens),
         ("unpack", "unpack", x, indices, batch_size, seq_len, num_tokens),
         ("pool", "pool", x, cu_seqlens, "mean", True),
         ("pooler", "linear_activation", new(batch_size, width), *square, "tanh"),
