@@ -189,7 +189,7 @@ def fused_parts(block: nn.Module, fusable: bool = False, drops: bool = False) ->
 
 def dropout_reason(block: FusableBlock[Parts], parts: Parts) -> str | None:
     """Why a block with active dropout runs through its modules where kernels do not run it; None without dropout."""
-    p = max(block.dropouts(parts), default=0)
+    p = max((0.0, *block.dropouts(parts)))
     return f"it applies dropout (p={p}), which only kernels do" if p > 0 else None
 
 

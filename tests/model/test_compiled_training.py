@@ -15,11 +15,13 @@ from torch.library import opcheck
 import fastbert
 import fastbert_kernels
 from fastbert import tokens
+from fastbert.ops import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 HEAD = "BertForSequenceClassification"
 DROPOUTS = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+BACKWARD = ("layer_norm_backward", "activation_backward", "attention_bwd_dq", "attention_bwd_dkv")
 WEIGHTS = fastbert_kernels.LayerWeights._fields
 
 
@@ -171,17 +173,29 @@ def test_a_layer_that_is_compiled_alone(launches):
     assert launches.count("_attention_bwd_dkv_kernel") == 2
 
 
-@pytest.mark.parametrize("part", ["LayerNorm", "value.bias", "layer.2", "embeddings"])
+@pytest.mark.parametrize("part", ["LayerNorm", "value.bias", "layer.2", "layer.2.output", "embeddings"])
 def test_frozen_parameters(part, launches):
     """The others get the same gradients, and nothing is launched for gradients that nobody wants."""
     ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
     for name, p in ours.named_parameters():
         p.requires_grad_(part in name)
-    launches.clear()
-    expected, wanted = step(ours, ours, inputs), launches.count("_layer_norm_backward_kernel")
-    launches.clear()
-    check_same(step(torch.compile(ours, fullgraph=True, backend="aot_eager"), ours, inputs), expected)
-    assert launches.count("_layer_norm_backward_kernel") == wanted
+    found, counts = [], []
+    for call in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+        launches.clear()
+        found.append(step(call, ours, inputs))
+        counts.append([launches.count(f"_{kernel}_kernel") for kernel in BACKWARD])
+    check_same(*found)
+    assert counts[0] == counts[1]
+
+
+def test_graphs_with_dropout_are_packed(graphs, monkeypatch):
+    """As those without: some block that kernels do not run would leave the whole graph padded."""
+    monkeypatch.setattr(backend._choice, "name", "auto")
+    monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
+    ours, inputs = trainer_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    step(torch.compile(ours, fullgraph=True, backend=graphs["backend"]), ours, inputs)
+    assert calls(graphs["forward"][0])["trained_layer"] == 3
+    assert calls(graphs["forward"][0])["packing_plan"] == 1
 
 
 def test_second_derivatives_are_an_error():
@@ -192,12 +206,14 @@ def test_second_derivatives_are_an_error():
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_exported_graphs_hold_no_ops_of_training(mode):
+def test_exported_graphs_hold_no_ops_of_training(mode, monkeypatch):
     """Graphs for inference would store what only gradients need; and exported dropout must be PyTorch's."""
+    monkeypatch.setattr(backend._choice, "name", "auto")
+    monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     ours = getattr(model_of("BertModel", num_hidden_layers=1, **DROPOUTS), mode)()
-    with fastbert.backend("auto"):
-        program = torch.export.export(ours, (), on_device(batch("right")), strict=True)
-    assert "trained_layer" not in str(program.graph)
+    graph = str(torch.export.export(ours, (), on_device(batch("right")), strict=True).graph)
+    assert "trained_layer" not in graph
+    assert ("fastbert.attention" in graph) == (mode == "eval")
 
 
 def arguments(size, dtype=torch.float32, wide=torch.float32, dropouts=(0.0, 0.0, 0.0)):

@@ -629,6 +629,16 @@ def test_one_trained_parameter(name):
     assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
 
 
+def test_a_16_bit_model_under_autocast():
+    """Residuals and LayerNorm are float32, as on a GPU in transformers."""
+    ours, theirs = (model.to(DEVICE, torch.float16) for model in pair())
+    x = torch.randn(2, 9, 48, device=DEVICE, dtype=torch.float16)
+    with torch.autocast(DEVICE, torch.float16):
+        found, expected = (model.encoder(x).last_hidden_state for model in (ours, theirs))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), atol=1e-2, rtol=1e-2)
+
+
 def test_norms_are_not_autocast():
     """A LayerNorm's weight of 1 + 2^-12 is 1 in bfloat16."""
     ours, x = model_of("BertModel"), torch.randn(9, 48, device=DEVICE)

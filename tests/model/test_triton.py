@@ -9,7 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from cases import BATCH, HEADS, MASKS, SEQ_LEN, at_kept_tokens, batch, inputs_for, pair
+from cases import BATCH, HEADS, MASKS, SEQ_LEN, VOCAB, at_kept_tokens, batch, inputs_for, pair
 from torch._subclasses import FakeTensorMode
 
 import fastbert
@@ -240,22 +240,37 @@ def saved_by(call):
     return list(kept.values())
 
 
+def saved_by_a_layer(inputs, **settings):
+    """The numbers that one layer saves, ours and transformers': the difference between models of three and of two."""
+    saved = {}
+    for num_layers in (2, 3):
+        for model in models(num_hidden_layers=num_layers, intermediate_size=4 * 48, **settings)[:2]:
+            parameters = {x.data_ptr() for x in model.train().parameters()}
+            kept = saved_by(lambda model=model: model(**inputs))
+            sizes = [x.numel() for x in kept if x.data_ptr() not in parameters and x.is_floating_point()]
+            saved.setdefault(type(model).__module__, []).append(sum(sizes))
+    return [after - before for before, after in saved.values()]
+
+
 @pytest.mark.parametrize("mask", [None, "right"])
 def test_what_a_layer_saves(mask):
     """10 units of T x E, where transformers saves 16: 3 for queries, keys and values, 1 for the context, 2 for the sums
     before LayerNorm, and 4 for the activation's input. The layer's input is made again from the layer before."""
-    inputs, saved = on_device(batch(mask)), {}
-    for num_layers in (2, 3):
-        for model in models(num_hidden_layers=num_layers, intermediate_size=4 * 48)[:2]:
-            parameters = {x.data_ptr() for x in model.parameters()}
-            kept = saved_by(lambda model=model: model(**inputs))
-            sizes = [x.numel() for x in kept if x.data_ptr() not in parameters and x.is_floating_point()]
-            saved.setdefault(type(model).__module__, []).append(sum(sizes))
-    ours, theirs = (after - before for before, after in saved.values())
+    ours, theirs = saved_by_a_layer(on_device(batch(mask)))
     size = 48 * (BATCH * SEQ_LEN if mask is None else int(MASKS[mask].sum()))
     # Beside these: lse, one number a head, and LayerNorm's weight and bias.
     assert ours == 10 * size + 3 * size // 48 + 2 * 48
     assert ours <= 0.65 * theirs or mask is not None  # transformers computes padding, too
+
+
+def test_what_a_layer_saves_with_dropout():
+    """As much as without, since nothing about dropout is stored. transformers saves 24 units in plain PyTorch, which
+    stores the probabilities: with 32 tokens and 3 heads as many a row as base with 128 tokens."""
+    dropouts = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    inputs = {"input_ids": torch.randint(0, VOCAB, (2, 32), device=DEVICE)}
+    ours, theirs = saved_by_a_layer(inputs, max_position_embeddings=32, attention="eager", **dropouts)
+    assert ours == 10 * 64 * 48 + 3 * 64 + 2 * 48
+    assert ours <= 0.45 * theirs
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

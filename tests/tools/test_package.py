@@ -33,7 +33,8 @@ def imported(path: Path) -> set[str]:
 def test_only_the_dispatch_imports_the_kernels():
     for name, path in MODULES.items():
         text = path.read_text()
-        assert 'import_module("fastbert_kernels")' not in text or name in ("ops.backend", "ops.torch_library"), path
+        knows = name in ("ops.backend", "ops.torch_library", "ops.trained_layer")
+        assert 'import_module("fastbert_kernels")' not in text or knows, path
         assert not any(module.startswith("fastbert_kernels") for module in imported(path)), path
 
 
@@ -43,6 +44,7 @@ def test_modules_import_those_below_them_alone():
         "ops.backend": {"_compat"},
         "ops.eager": {"ops.backend"},
         "ops.torch_library": {"_compat", "ops.backend", "ops.eager"},
+        "ops.trained_layer": {"_compat", "ops.eager"},
         "ops": {"ops.backend", "ops.eager", "ops.torch_library"},
         "tokens": {"ops"},
         "patches": {"_compat"},
