@@ -2,21 +2,19 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
 from cases import batch, labels, pair
+from launch_names import launch_names
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import one_of_two, run_twice
 
 import fastbert
 from fastbert.testing import check_close
-from fastbert_kernels.launch import launching_by
-from fastbert_kernels.launch import run as launch
 
 pytestmark = [
     pytest.mark.xdist_group("two-processes-in-kernels"),
@@ -53,23 +51,10 @@ def batch_of(step: int) -> dict[str, Tensor]:
     return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
 
 
-@contextmanager
-def counting() -> Iterator[Counter[str]]:
-    """Run in the kernels and count their launches."""
-    found: Counter[str] = Counter()
-
-    def counted(kernel, grid, arguments):
-        found[kernel.fn.__name__] += 1
-        launch(kernel, grid, arguments)
-
-    with launching_by(counted), fastbert.backend("triton"):
-        yield found
-
-
 def train(model: nn.Module, rows: slice = slice(None), num_batches: int = 1) -> Run:
     """Train for some steps on some rows of each batch. Every step adds up the gradients of num_batches parts."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
-    with counting() as kernels:
+    with launch_names() as names, fastbert.backend("triton"):
         for step in range(STEPS):
             optimizer.zero_grad()
             inputs = {name: x[rows].chunk(num_batches) for name, x in batch_of(step).items()}
@@ -80,7 +65,7 @@ def train(model: nn.Module, rows: slice = slice(None), num_batches: int = 1) -> 
                 losses.append(loss.item())
             optimizer.step()
     weights = {name.removeprefix("module."): x.detach() for name, x in model.named_parameters()}
-    return Run(weights, losses, kernels)
+    return Run(weights, losses, Counter(names))
 
 
 def run(rank: int, folder: str) -> None:
