@@ -66,11 +66,12 @@ bench: .venv/installed
 bench-gpu: .venv/installed
 	$(BIN)/pytest bench --seconds 500 $(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(BIN)/python bench/report.py && exit $$status
 
-# The pages of the records, the picture of a layer's launches, and what every kernel compiles to, for every architecture:
-# no GPU is needed.
+# The pages of the records, the picture of a layer's launches, the prediction of a training step, and what every kernel
+# compiles to, for every architecture: no GPU is needed.
 report: .venv/installed
 	$(BIN)/python bench/report.py
 	$(BIN)/python bench/launches.py
+	$(BIN)/python bench/training_step.py
 	$(BIN)/python -m fastbert_kernels.tuning.report > .venv/report.md; status=$$?; \
 	    test -s .venv/report.md && mv .venv/report.md bench/results/compiled/README.md && exit $$status
 

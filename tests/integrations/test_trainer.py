@@ -6,17 +6,20 @@ import random
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
 from cases import SEQ_LEN, VOCAB, pair, tiny_config, with_random_weights
+from launch_names import launch_names
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import fastbert
 
@@ -24,7 +27,44 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 HEAD = "BertForSequenceClassification"
 PACKAGES = ("asyncio", "email", "importlib", "unittest")
-TRAINED_ON, HELD_OUT = 110, 40  # docstrings of each package
+
+
+class Task(NamedTuple):
+    """What the first layer of MiniLM learns from docstrings.
+
+    row: tokenizer, docstring, index of its package -> a row of the data set. trained_on, held_out: docstrings of each
+    package.
+    """
+
+    head: str
+    num_labels: int
+    row: Callable[[Any, str, int], dict]
+    trained_on: int
+    held_out: int
+    collator: type
+    batch_size: int
+    learning_rate: float
+    num_epochs: int
+
+
+def with_package(tokenizer, text: str, package: int) -> dict:
+    """Return a text whose label is its package."""
+    return dict(tokenizer(text, truncation=True, max_length=32), labels=package)
+
+
+def with_lengths(tokenizer, text: str, package: int) -> dict:
+    """Return a text in which each token's label tells whether the token before it has at least four characters."""
+    row = dict(tokenizer(text, truncation=True, max_length=24))
+    long = [int(len(token) >= 4) for token in tokenizer.convert_ids_to_tokens(row["input_ids"])]
+    return row | {"labels": [-100, *long[:-2], -100]}
+
+
+PACKAGE_OF_TEXT = Task(HEAD, len(PACKAGES), with_package, 110, 40, DataCollatorWithPadding, 16, 1e-3, 2)
+# Few short texts, as the interpreter is slow, and a task that ten steps teach. It needs attention.
+LENGTH_BEFORE = Task(
+    "BertForTokenClassification", 2, with_lengths, 10, 4, DataCollatorForTokenClassification, 4, 2e-3, 1
+)
+LARGEST = max(task.trained_on + task.held_out for task in (PACKAGE_OF_TEXT, LENGTH_BEFORE))
 
 
 @cache
@@ -40,7 +80,7 @@ def docstrings_of_packages() -> dict[str, list[str]]:
         found[package] = [text for text in dict.fromkeys(texts) if text and text not in seen]
         seen.update(texts)
         random.Random(0).shuffle(found[package])
-        assert len(found[package]) >= TRAINED_ON + HELD_OUT
+        assert len(found[package]) >= LARGEST
     return found
 
 
@@ -48,26 +88,32 @@ class Run(NamedTuple):
     losses: list[float]
     evaluation: dict[str, float]
     model: nn.Module
+    launches: Counter[str]
+
+
+def accuracy(predicted) -> dict[str, float]:
+    kept = predicted.label_ids != -100
+    return {"accuracy": (predicted.predictions.argmax(-1) == predicted.label_ids)[kept].mean().item()}
 
 
 @pytest.fixture(scope="module")
 def fine_tuned(minilm_path, tokenizer, tmp_path_factory):
-    """Return a function that trains the first layer of MiniLM to classify docstrings by package."""
+    """Return a function that trains the first layer of MiniLM for a task. seed: of dropout."""
 
-    def rows(start, stop):
+    def rows(task: Task, start: int, stop: int) -> list[dict]:
         return [
-            dict(tokenizer(text, truncation=True, max_length=32), labels=label)
-            for label, package in enumerate(PACKAGES)
+            task.row(tokenizer, text, index)
+            for index, package in enumerate(PACKAGES)
             for text in docstrings_of_packages()[package][start:stop]
         ]
 
     @cache
-    def fine_tune(kind: str, dropout: float) -> Run:
+    def fine_tune(kind: str, dropout: float, task: Task = PACKAGE_OF_TEXT, seed: int = 0) -> Run:
         transformers.set_seed(0)
-        package = fastbert if kind == "our class" else transformers
-        model = package.BertForSequenceClassification.from_pretrained(
+        package = fastbert if kind in ("our class", "in kernels") else transformers
+        model = getattr(package, task.head).from_pretrained(
             minilm_path,
-            num_labels=len(PACKAGES),
+            num_labels=task.num_labels,
             num_hidden_layers=1,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
@@ -80,18 +126,21 @@ def fine_tuned(minilm_path, tokenizer, tmp_path_factory):
             model,
             arguments(
                 tmp_path_factory.mktemp("run"),
-                per_device_train_batch_size=16,
-                per_device_eval_batch_size=40,
-                learning_rate=1e-3,
-                num_train_epochs=2,
+                per_device_train_batch_size=task.batch_size,
+                per_device_eval_batch_size=task.held_out,
+                learning_rate=task.learning_rate,
+                num_train_epochs=task.num_epochs,
+                seed=seed,
+                data_seed=0,
             ),
-            train_dataset=rows(0, TRAINED_ON),
-            eval_dataset=rows(TRAINED_ON, TRAINED_ON + HELD_OUT),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean().item()},
+            train_dataset=rows(task, 0, task.trained_on),
+            eval_dataset=rows(task, task.trained_on, task.trained_on + task.held_out),
+            data_collator=task.collator(tokenizer),
+            compute_metrics=accuracy,
         )
-        trainer.train()
-        return Run(losses_of(trainer), trainer.evaluate(), model)
+        with fastbert.backend("triton" if kind == "in kernels" else "auto"), launch_names() as names:
+            trainer.train()
+            return Run(losses_of(trainer), trainer.evaluate(), model, Counter(names))
 
     return fine_tune
 
@@ -119,7 +168,7 @@ KINDS = ["our class", "optimized"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_fine_tuning_follows_transformers_step_by_step(fine_tuned, kind):
     run, expected = fine_tuned(kind, dropout=0.0), fine_tuned("transformers", dropout=0.0)
-    assert len(run.losses) == 2 * -(-len(PACKAGES) * TRAINED_ON // 16)
+    assert len(run.losses) == 2 * -(-len(PACKAGES) * PACKAGE_OF_TEXT.trained_on // 16)
     assert run.losses == pytest.approx(expected.losses, abs=1e-3)
     assert run.evaluation["eval_accuracy"] == pytest.approx(expected.evaluation["eval_accuracy"], abs=0.01)
     assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], abs=1e-3)
@@ -127,6 +176,7 @@ def test_fine_tuning_follows_transformers_step_by_step(fine_tuned, kind):
     # There are four classes.
     assert run.evaluation["eval_accuracy"] > 0.6
     assert {row.backend for row in fastbert.explain(run.model.eval())} == {"eager"}
+    assert not run.launches
 
 
 @pytest.mark.xdist_group("fine-tuning")
@@ -135,6 +185,44 @@ def test_fine_tuning_with_dropout_learns(fine_tuned):
     assert run.losses != pytest.approx(without.losses, abs=1e-2)
     assert sum(run.losses[-8:]) < 0.8 * sum(run.losses[:8])
     assert run.evaluation["eval_accuracy"] > 0.5
+
+
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run in the interpreter, on the CPU")
+
+
+def check_learned_in_kernels(run: Run) -> None:
+    """Every step and the evaluation ran in kernels, and the model learned."""
+    steps = len(PACKAGES) * LENGTH_BEFORE.trained_on // LENGTH_BEFORE.batch_size
+    assert len(run.losses) == steps
+    launches = [run.launches[f"_attention_{name}_kernel"] for name in ("fwd", "bwd_dkv")]
+    assert launches == [steps + len(PACKAGES), steps]
+    assert run.launches["_residual_layer_norm_kernel"] == run.launches["_layer_norm_backward_kernel"] == 2 * steps
+    assert sum(run.losses[-4:]) < 0.8 * sum(run.losses[:4])
+    assert run.evaluation["eval_accuracy"] > 0.75  # 59 % of the labels are equal
+
+
+@in_the_interpreter
+@pytest.mark.xdist_group("fine-tuning")
+def test_fine_tuning_in_kernels_follows_transformers_step_by_step(fine_tuned):
+    run, expected = (fine_tuned(kind, 0.0, LENGTH_BEFORE) for kind in ("in kernels", "transformers"))
+    check_learned_in_kernels(run)
+    assert run.losses == pytest.approx(expected.losses, abs=2e-4)
+    for name in ("eval_accuracy", "eval_loss"):
+        assert run.evaluation[name] == pytest.approx(expected.evaluation[name], abs=1e-3)
+
+
+@in_the_interpreter
+@pytest.mark.xdist_group("fine-tuning")
+def test_fine_tuning_in_kernels_with_dropout_is_within_the_noise_of_transformers(fine_tuned):
+    """The noise is that of other seeds. Batches are the same."""
+    run, without = (fine_tuned("in kernels", dropout, LENGTH_BEFORE) for dropout in (0.1, 0.0))
+    check_learned_in_kernels(run)
+    assert run.losses != pytest.approx(without.losses, abs=1e-3)
+    expected = [fine_tuned("transformers", 0.1, LENGTH_BEFORE, seed) for seed in range(8)]
+    curves = torch.tensor([[*each.losses, each.evaluation["eval_loss"]] for each in expected])
+    found = torch.tensor([*run.losses, run.evaluation["eval_loss"]])
+    deviations = (found - curves.mean(0)) / curves.std(0)
+    assert deviations.square().mean() < 4
 
 
 def tiny(kind: str, head: str = HEAD, **settings) -> nn.Module:

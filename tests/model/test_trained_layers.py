@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import random_cases
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 import fastbert
@@ -21,6 +22,8 @@ from fastbert.fusion import fused_parts
 from fastbert.ops import backend
 from fastbert.testing import check_close
 from fastbert.tokens import layout_from_mask
+from fastbert_kernels.launch import launching_by
+from fastbert_kernels.tuning.roofline import MODELS, training_layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -117,6 +120,9 @@ BACKWARD = Counter(
     _attention_bwd_dkv_kernel=1, _layer_norm_kernel=2,
 )  # fmt: skip
 
+# PyTorch's ops that launch nothing.
+FREE = {"t", "transpose", "permute", "view", "unbind", "split", "detach", "empty", "new_empty"}
+
 
 class Counted(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the calls of PyTorch's ops that run a kernel on a GPU."""
@@ -147,9 +153,34 @@ def test_launches_of_a_layer(launches):
     assert backward == BACKWARD
     # Seven products, the sums of partial sums and of the biases of queries, keys and values, and their three weights.
     assert {name: others[name] for name in ("mm", "addmm", "sum", "cat")} == {"mm": 7, "addmm": 1, "sum": 4, "cat": 1}
-    free = {"t", "transpose", "permute", "view", "unbind", "split", "detach", "empty", "new_empty"}
     interpreters = {"copy_", "set_"} if DEVICE == "cpu" else set()
-    assert set(others) <= {"mm", "addmm", "sum", "cat"} | free | interpreters
+    assert set(others) <= {"mm", "addmm", "sum", "cat"} | FREE | interpreters
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_roofline_of_a_training_step_has_every_launch(drops):
+    """The launches of a layer under autocast, forward and backward. Nothing is computed: launches are counted only."""
+    inputs, found = on_device(inputs_for(HEAD, "right", with_labels=True)), []
+    for num_layers in (2, 3):
+        model, names = model_of(num_hidden_layers=num_layers, **(DROPOUTS if drops else {})).train(), []
+        counted = launching_by(lambda kernel, grid, arguments, to=names: to.append(kernel.fn.__name__))
+        with counted, profile(activities=[ProfilerActivity.CPU]) as profiled:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = model(**inputs).loss
+            loss.backward()
+        ops = [event.name.removeprefix("aten::") for event in profiled.events() if event.name.startswith("aten::")]
+        found.append(Counter(names + ops))
+    layer, expected = found[1] - found[0], Counter()
+    for part in training_layer(MODELS["base"], [128], drops):
+        expected[part.runs] += part.launches
+    if DEVICE == "cpu":
+        expected["_to_copy"] += 2  # of operands in another dtype than the result, by `sum` and by `add_`
+    assert {name: layer[name] for name in expected} == expected
+    assert {name: expected[name] for name in FORWARD | BACKWARD} == FORWARD + BACKWARD
+    # What these ops call.
+    inner = {"to", "copy_", "fill_", "random_", "matmul", "as_strided", "empty_strided", "expand", "resolve_conj"}
+    inner |= {"numpy_T", "narrow", "slice", "select", "flatten"}
+    assert set(layer) - set(expected) <= FREE | inner
 
 
 PARTS = {

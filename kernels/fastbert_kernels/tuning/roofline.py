@@ -3,7 +3,10 @@
 Each operand is read from memory once and each result is written once. Launch overhead and caches are not modelled.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from fastbert_kernels.layer_norm_backward import PROGRAMS_PER_SM
 
 
 class Model(NamedTuple):
@@ -22,6 +25,7 @@ MODELS = {
     "base": Model(12, 768, 12, 3072),
     "large": Model(24, 1024, 16, 4096),
 }
+VOCABULARY, POSITIONS = 30522, 512  # rows of the embeddings' tables
 # The launches of one layer, by their place in it.
 LAYER = ("qkv_projection", "attention", "attention_output", "linear_activation", "feed_forward_output")
 
@@ -45,6 +49,103 @@ class Work(NamedTuple):
     def seconds(self, dtype: str, roofs: Roofs = H200) -> float:
         """Return the roofline time: computation and transfers overlap, so the slower of the two counts."""
         return max(self.flops / roofs.flops_per_s[dtype], self.bytes / roofs.bytes_per_s)
+
+
+class Part(NamedTuple):
+    """Launches of one kind in a training step. runs: the kernel, or the PyTorch op; work: of all of them together."""
+
+    runs: str
+    what: str
+    launches: int
+    work: Work
+
+    @property
+    def in_our_kernel(self) -> bool:
+        return self.runs.endswith("_kernel")
+
+
+def training_layer(model: Model, lengths: list[int], dropout: bool) -> Iterator[Part]:
+    """Yield the forward and the backward of a layer in 16-bit autocast with float32 parameters, in order.
+
+    lengths: of the sequences, in tokens. The layer is not the first one, whose input is not normalized again.
+    """
+    _, width, num_heads, inner = model
+    tokens, pairs = sum(lengths), float(sum(length**2 for length in lengths))
+    rows, statistic = float(tokens * width), 4.0 * tokens * num_heads  # elements; bytes of lse, or of delta
+    weights, biases = 4 * width * width + 2 * width * inner, 5 * width + inner
+    norm_partials = 2 * 3 * 4.0 * width * min(tokens, 132 * PROGRAMS_PER_SM)  # 132 SMs; of both LayerNorms
+
+    def attention(products: int, read_and_written: int, statistics: int) -> Work:
+        return Work(2.0 * products * pairs * width, 2 * read_and_written * rows + statistics * statistic)
+
+    def product(*sizes: tuple[int, int, int]) -> Work:
+        """M x K times K x N, for each size."""
+        return Work(sum(2.0 * m * k * n for m, k, n in sizes), sum(2.0 * (m * k + k * n + m * n) for m, k, n in sizes))
+
+    def moved(size: float) -> Work:
+        return Work(0.0, float(size))
+
+    yield Part("_to_copy", "input to 16 bits", 1, moved(6 * rows))
+    yield Part("_to_copy", "weights and biases to 16 bits", 12, moved(6 * (weights + biases)))
+    if dropout:
+        yield Part("randint", "seed of dropout", 1, moved(8))
+    yield Part("_qkv_projection_kernel", "queries, keys, values", 1, work("qkv_projection", model, 1, tokens, 2))
+    yield Part("_attention_fwd_kernel", "attention", 1, attention(2, 4, 1))
+    yield Part("addmm", "attention's output", 1, product((tokens, width, width)))
+    # Reads 16-bit rows and the float32 residual; writes the sum and the output in float32, and a 16-bit output.
+    yield Part("_residual_layer_norm_kernel", "residual and LayerNorm", 2, moved(2 * 16 * rows))
+    yield Part("_linear_kernel", "up and activation", 1, work("linear_activation_forward", model, 1, tokens, 2))
+    yield Part("addmm", "down", 1, product((tokens, inner, width)))
+    # Reads the gradient and the sum in float32, and once another 16-bit gradient; writes a gradient of each width.
+    yield Part("_layer_norm_backward_kernel", "LayerNorm", 2, moved((14 + 16) * rows + norm_partials))
+    of_inputs = product(
+        (tokens, width, inner), (tokens, inner, width), (tokens, width, width), (tokens, 3 * width, width)
+    )
+    yield Part("mm", "gradients of inputs", 4, of_inputs)
+    yield Part("_activation_backward_kernel", "activation", 1, work("activation_backward", model, 1, tokens, 2))
+    of_weights = product(
+        (width, tokens, inner), (inner, tokens, width), (width, tokens, width), (3 * width, tokens, width)
+    )
+    yield Part("mm", "gradients of weights", 4, of_weights)
+    yield Part("_layer_norm_kernel", "inputs of two linears, made again", 2, moved(2 * 6 * rows))
+    yield Part("_attention_bwd_dq_kernel", "attention, queries", 1, attention(3, 6, 2))
+    yield Part("_attention_bwd_dkv_kernel", "attention, keys and values", 1, attention(4, 6, 2))
+    yield Part("sum", "biases and partial sums", 4, moved(norm_partials + 6 * rows))
+    yield Part("cat", "weights of queries, keys, values", 1, moved(2 * 2 * 3 * width * width))
+    yield Part("add_", "gradient of the residual", 1, moved(10 * rows))
+    yield Part("_to_copy", "gradients of weights to float32", 6, moved(6 * weights))
+
+
+def parameters(model: Model) -> int:
+    """Return the number of parameters of a BertForSequenceClassification with two labels."""
+    num_layers, width, _, inner = model
+    layer = 4 * width * (width + 1) + 2 * width * inner + inner + width + 4 * width
+    return num_layers * layer + (VOCABULARY + POSITIONS + 2 + 2) * width + width * (width + 1) + 2 * (width + 1)
+
+
+def training_step(model: Model, lengths: list[int], dropout: bool) -> list[Part]:
+    """Return the parts of a step of BertForSequenceClassification in 16-bit autocast, with float32 parameters and fused
+    AdamW, whose gradients start as None."""
+    size, tokens, tables = parameters(model), sum(lengths), (VOCABULARY + POSITIONS + 2) * model.width
+    rows = 4.0 * tokens * model.width
+    of_layers = [
+        Part(part.runs, part.what, model.num_layers * part.launches, Work(*(model.num_layers * x for x in part.work)))
+        for part in training_layer(model, lengths, dropout)
+    ]
+    return [
+        Part("_embed_layer_norm_kernel", "embeddings", 1, Work(0.0, 2 * rows)),
+        *of_layers,
+        Part("_layer_norm_backward_kernel", "LayerNorm of the embeddings", 1, Work(0.0, 3 * rows)),
+        # Each table's gradient is filled with zeros; then rows are read, and read and written there.
+        Part("embedding_dense_backward", "gradients of three tables", 3, Work(0.0, 4.0 * tables + 3 * 3 * rows)),
+        Part("other ops", "packing, pooler, classifier, loss", OTHER_OPS, Work(0.0, 0.0)),
+        # Reads parameter, gradient and both moments; writes all but the gradient. Its launches are an estimate.
+        Part("_fused_adamw_", "AdamW", 10, Work(0.0, 28.0 * size)),
+    ]
+
+
+# On a CPU, 55 to 86 ops that work run around the layers, fewer without padding and without dropout.
+OTHER_OPS = 70
 
 
 def work(place: str, model: Model, batch_size: int, seq_len: int, itemsize: int) -> Work:
