@@ -25,8 +25,6 @@ FULL = [128] * 32
 HALF_FULL = [max(1, int(128 * (0.02 + 0.96 * index / 31))) for index in range(32)]
 # The goals: transformers' time over ours.
 SDPA_GOAL, COMPILED_GOAL, HALF_FULL_GOAL = 1.5, 1.1, 1.8
-# A part of the step, by its `what`.
-CASTS = "weights and biases to 16 bits"
 
 
 def predicted_s(part: Part) -> float:
@@ -53,9 +51,9 @@ class Step(NamedTuple):
         return max(self.device, self.host)
 
 
-def step(lengths: list[int], dropout: bool, without: str = "") -> Step:
-    """Return the prediction for base. without: `what` of a part that is left out."""
-    parts = [part for part in training_step(MODELS["base"], lengths, dropout) if part.what != without]
+def step(lengths: list[int], dropout: bool) -> Step:
+    """Return the prediction for base."""
+    parts = training_step(MODELS["base"], lengths, dropout)
     return Step(
         sum(lengths),
         sum(part.launches for part in parts),
@@ -141,9 +139,7 @@ def products_ms() -> tuple[float, float]:
 
 def text() -> list[str]:
     """Return the section without its heading."""
-    full, half, fewer = step(FULL, True), step(HALF_FULL, True), step(HALF_FULL, True, CASTS)
-    sdpa, _ = TRANSFORMERS_MS[True]
-    casts = full.launches - step(FULL, True, CASTS).launches
+    full, half = step(FULL, True), step(HALF_FULL, True)
     products, at_the_roof = products_ms()
     return [
         "Written by `python bench/training_step.py`. **Everything here is a prediction: no kernel for training has run "
@@ -170,13 +166,12 @@ def text() -> list[str]:
         goals_table(),
         "transformers' times are those [above](#what-was-measured), of full batches, before the kernels for training. "
         "Half full its sdpa is assumed to take as long, since it computes padding. With such an estimate of the host's "
-        "time, a ratio near its goal leaves open whether it is reached. **Not reached by this prediction:** "
+        "time, a ratio near its goal leaves open whether it is reached; sdpa's time without dropout is high for its "
+        "work, so the ratios to it are, too. **Not reached by this prediction:** "
         f"{'; '.join(each.name for each in goals() if not each.is_reached) or 'none'}.",
-        f"The largest gap is the host's time for {full.launches} launches. {casts} of them cast weights and biases to "
-        f"16 bits. Without them a half full step is predicted at {fewer.time:.1f} ms, {sdpa / fewer.time:.2f} times as "
-        "fast as sdpa. Others cast a layer's input, although the LayerNorm before it has just written these rows in 16 "
-        "bits, which nobody reads, and the gradients of weights to float32, one by one. On the device the largest gap "
-        f"is the GEMMs: {products:.1f} ms of {full.device:.1f}, {at_the_roof:.1f} at the roof.",
+        f"The largest gap is the host's time for {full.launches} launches. Two of a layer's cast its weights and its "
+        "weights' gradients. On the device the largest gap is the GEMMs: "
+        f"{products:.1f} ms of {full.device:.1f}, {at_the_roof:.1f} at the roof.",
     ]
 
 

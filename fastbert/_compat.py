@@ -166,6 +166,15 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     return [x._version for x in tensors]
 
 
+def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in another dtype, without gradients. For tensors of one dtype on a GPU this is one launch:
+    `torch._foreach_copy_`."""
+    cast = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    if cast:
+        torch._foreach_copy_(cast, list(tensors))
+    return cast
+
+
 # The method of `nn.Module` with which `nn.DataParallel` copies a module.
 REPLICATE = "_replicate_for_data_parallel"
 # The module of the function that runs in a data loader's pin-memory thread.

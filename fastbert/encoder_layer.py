@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from fastbert import ops
-from fastbert._compat import is_tracing, versions_of
+from fastbert._compat import cast_together, is_tracing, versions_of
 from fastbert.ops import backend
 from fastbert.ops.trained_layer import check_derivative
 
@@ -96,21 +96,24 @@ class _Source(NamedTuple):
 
     The next layer makes its input from these rows again and need not save it. The reference to them is weak, because
     gradient checkpointing and offloading free what a layer saves. norm [2, E]: LayerNorm's weight and bias, copied,
-    because FSDP frees parameters between layers. version: of the output; in-place changes raise it.
+    because FSDP frees parameters between layers. narrow [T, E]: the output in the dtype of products, if that is
+    another; it lives as long as the output. version: of the output; in-place changes raise it.
     """
 
     rows: TensorWeakRef
     norm: Tensor
+    narrow: Tensor | None
     eps: float
     version: int
 
 
 class _Call:
-    """The arguments of a layer that are not differentiated. rows, norm: set by the forward, for the output's
+    """The arguments of a layer that are not differentiated. rows, norm, narrow: set by the forward, for the output's
     `_Source`."""
 
     rows: TensorWeakRef
     norm: Tensor
+    narrow: Tensor | None
 
     def __init__(self, numbers: LayerNumbers, max_seqlen: int, source: _Source | None):
         self.numbers, self.max_seqlen, self.source = numbers, max_seqlen, source
@@ -127,7 +130,7 @@ def _trained(
             return _forward(call, cu_seqlens, x, weights, num_tokens)[0]
     assert num_tokens is None, "with gradients the host reads the number of tokens"
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
-    out.fastbert_source = _Source(call.rows, call.norm, numbers.eps[1], *versions_of([out]))
+    out.fastbert_source = _Source(call.rows, call.norm, call.narrow, numbers.eps[1], *versions_of([out]))
     return out
 
 
@@ -139,8 +142,11 @@ def _operands(
     if torch.is_autocast_enabled(device_type):
         # LayerNorm is not autocast, and its parameters keep their dtype.
         x, dtype = x.float(), torch.get_autocast_dtype(device_type)
-        cast = (w if "norm" in name else w.to(dtype) for name, w in zip(weights._fields, weights, strict=True))
-        weights = LayerWeights(*cast)
+        named = dict(zip(LayerWeights._fields, weights, strict=True))
+        wide = {name: w for name, w in named.items() if "norm" not in name and w.dtype != dtype}
+        # In a graph the compiler sees each cast, and the gradient's.
+        cast = [w.to(dtype) for w in wide.values()] if is_tracing() else cast_together([*wide.values()], dtype)
+        weights = LayerWeights(**named | dict(zip(wide, cast, strict=True)))
     # Drawn on the device, by torch's generator there: `torch.manual_seed` and checkpointing repeat it.
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if any(numbers.dropouts) else None
     return x, dtype, weights, seed
@@ -161,11 +167,15 @@ def _trained_in_graph(
 def _forward(call: _Call, cu_seqlens: Tensor, x: Tensor, weights: LayerWeights, num_tokens: Tensor | None = None):
     """The output of a layer, what to save, the weights that it used, and the seed of its dropouts or None."""
     kernels, numbers = sys.modules["fastbert_kernels"], call.numbers
+    known = None if call.source is None else call.source.narrow
     x, dtype, weights, seed = _operands(x, weights, numbers)
-    out, saved = kernels.encoder_layer_forward(
-        x, dtype, weights, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale,
+    operand = known if known is not None and known.dtype == dtype else x.to(dtype)
+    out, narrow, saved = kernels.encoder_layer_forward(
+        operand, x, weights, cu_seqlens, call.max_seqlen, numbers.num_heads, numbers.scale,
         numbers.activation, numbers.eps, kernels.Dropouts(*numbers.dropouts), seed, num_tokens,
     )  # fmt: skip
+    call.rows, call.norm = TensorWeakRef(saved.output_sum), saved.output_norm
+    call.narrow = None if narrow is out else narrow  # not the output itself, which would refer to itself
     return out, saved, weights, seed
 
 
@@ -175,18 +185,19 @@ class _TrainedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, cu_seqlens, x, *weights):
         out, saved, used, seed = _forward(call, cu_seqlens, x, LayerWeights(*weights))
-        call.rows, call.norm = TensorWeakRef(saved.output_sum), saved.output_norm
         rows = None if call.source is None else call.source.rows()
         source = (x,) if rows is None else (rows, call.source.norm)
-        ctx.call = call
+        # Not the call, whose rows in the dtype of products would live until the backward.
+        ctx.numbers, ctx.max_seqlen, ctx.dtype = call.numbers, call.max_seqlen, weights[0].dtype
+        ctx.source_eps = None if call.source is None else call.source.eps
         ctx.save_for_backward(cu_seqlens, seed, *used, *saved, *source)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         check_derivative(grad)
-        kernels, call = sys.modules["fastbert_kernels"], ctx.call
-        numbers, (cu_seqlens, seed, *tensors) = call.numbers, ctx.saved_tensors
+        kernels, numbers = sys.modules["fastbert_kernels"], ctx.numbers
+        cu_seqlens, seed, *tensors = ctx.saved_tensors
         num_weights, num_saved = len(LayerWeights._fields), len(kernels.SavedTensors._fields)
         weights, tensors = LayerWeights(*tensors[:num_weights]), tensors[num_weights:]
         saved, source = kernels.SavedTensors(*tensors[:num_saved]), tensors[num_saved:]
@@ -196,12 +207,18 @@ class _TrainedLayer(torch.autograd.Function):
             if len(source) == 1:
                 return source[0].to(dtype)
             rows, norm = source
-            return kernels.layer_norm(rows, *norm, call.source.eps, dtype)
+            return kernels.layer_norm(rows, *norm, ctx.source_eps, dtype)
 
         _, _, wants_x, *wanted = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
             found = kernels.encoder_layer_backward(
-                grad, operand, saved, weights, cu_seqlens, call.max_seqlen, numbers.scale, numbers.activation,
+                grad, operand, saved, weights, cu_seqlens, ctx.max_seqlen, numbers.scale, numbers.activation,
                 numbers.eps, kernels.Dropouts(*numbers.dropouts), seed, kernels.wanted_gradients(wants_x, wanted),
             )  # fmt: skip
+        # Of the weights that were cast. autograd would cast each by a launch of its own.
+        named = dict(zip(found._fields, found, strict=True))
+        products = {name: x for name, x in named.items() if "weight" in name and x is not None}
+        if weights.q_weight.dtype != ctx.dtype:
+            cast = cast_together([*products.values()], ctx.dtype)
+            found = kernels.LayerGradients(**named | dict(zip(products, cast, strict=True)))
         return None, None, found.x, *found.of_weights()

@@ -25,9 +25,9 @@ def trained_layer(
     """
     kernels = import_module("fastbert_kernels")
     with torch.autocast(x.device.type, enabled=False):  # the caller has cast
-        out, saved = kernels.encoder_layer_forward(
-            x, dtype, kernels.LayerWeights(*weights), cu_seqlens, max_seqlen, num_heads, scale, activation, tuple(eps),
-            kernels.Dropouts(*dropouts), seed, num_tokens,
+        out, _, saved = kernels.encoder_layer_forward(
+            x.to(dtype), x, kernels.LayerWeights(*weights), cu_seqlens, max_seqlen, num_heads, scale, activation,
+            tuple(eps), kernels.Dropouts(*dropouts), seed, num_tokens,
         )  # fmt: skip
     return out, *saved
 

@@ -55,21 +55,21 @@ class Dropouts(NamedTuple):
 
 
 def encoder_layer_forward(
-    x: Tensor, dtype: torch.dtype, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
+    operand: Tensor, x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
     scale: float, activation: str, eps: tuple[float, float], dropouts: Dropouts, seed: Tensor | None,
     num_tokens: Tensor | None = None,
-) -> tuple[Tensor, SavedTensors]:  # fmt: skip
-    """x [T, E] -> the output [T, E] in x's dtype, and what to save.
+) -> tuple[Tensor, Tensor, SavedTensors]:  # fmt: skip
+    """x [T, E] -> the output [T, E] in x's dtype, the same in the weights' dtype, and what to save.
 
-    dtype: that of the products and their weights. Under autocast it is 16 bits wide, and x and LayerNorm are float32.
-    seed: int64 [1] on the device, for dropout; None for no dropout. num_tokens: as in `encoder_layer`; the output is
-    zero past it. The other arguments are those of `encoder_layer`.
+    operand: x in the weights' dtype, that of the products. Under autocast it is 16 bits wide, and x, LayerNorm and its
+    parameters are float32. Otherwise operand is x, and both outputs are one tensor. seed: int64 [1] on the device, for
+    dropout; None for no dropout. num_tokens: as in `encoder_layer`; the output is zero past it. The other arguments are
+    those of `encoder_layer`.
     """
-    w, operand = weights, x.to(dtype)
+    w = weights
     qkv = qkv_projection(
         operand, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias, num_heads, num_tokens
     )
-    del operand
     context, lse = attention_forward(
         qkv, cu_seqlens, max_seqlen, scale, dropouts.at(0, seed), clear_tail=num_tokens is not None
     )
@@ -80,7 +80,7 @@ def encoder_layer_forward(
     linear = torch.addmm(w.down_bias, activated, w.down_weight.T)
     norm = w.output_norm_weight, w.output_norm_bias, eps[1]
     output = residual_layer_norm(linear, attended.out, *norm, dropouts.at(2, seed), num_tokens)
-    return output.out, SavedTensors(qkv, context, lse, attended.summed, up, output.summed, output.norm)
+    return output.out, output.narrow, SavedTensors(qkv, context, lse, attended.summed, up, output.summed, output.norm)
 
 
 class LayerGradients(NamedTuple):

@@ -283,6 +283,16 @@ def test_versions(private):
         _compat.versions_of([z])
 
 
+@private_names("torch._foreach_copy_")
+def test_cast_together(private):
+    tensors = [torch.randn(3, 5), torch.randn(5, 3).T, torch.randn(0), torch.randn(2, dtype=torch.float64)]
+    cast = _compat.cast_together(tensors, torch.bfloat16)
+    for x, y in zip(tensors, cast, strict=True):
+        assert torch.equal(x.bfloat16(), y)
+        assert y.stride() == x.stride()
+    assert _compat.cast_together([], torch.bfloat16) == []
+
+
 # transformers
 
 

@@ -1,5 +1,6 @@
 """Training in the kernels: gradients, launches, memory, and what training code does with a model."""
 
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
@@ -168,18 +169,19 @@ def test_the_roofline_of_a_training_step_has_every_launch(drops):
             with torch.autocast(DEVICE, torch.bfloat16):
                 loss = model(**inputs).loss
             loss.backward()
-        ops = [event.name.removeprefix("aten::") for event in profiled.events() if event.name.startswith("aten::")]
+        events = [event.name for event in profiled.events() if event.name.startswith("aten::")]
+        ops = [name.removeprefix("aten::").removeprefix("_") for name in events]
         found.append(Counter(names + ops))
     layer, expected = found[1] - found[0], Counter()
     for part in training_layer(MODELS["base"], [128], drops):
         expected[part.runs] += part.launches
     if DEVICE == "cpu":
-        expected["_to_copy"] += 2  # of operands in another dtype than the result, by `sum` and by `add_`
+        expected["to_copy"] += 2  # of operands in another dtype than the result, by `sum` and by `add_`
     assert {name: layer[name] for name in expected} == expected
     assert {name: expected[name] for name in FORWARD | BACKWARD} == FORWARD + BACKWARD
     # What these ops call.
     inner = {"to", "copy_", "fill_", "random_", "matmul", "as_strided", "empty_strided", "expand", "resolve_conj"}
-    inner |= {"numpy_T", "narrow", "slice", "select", "flatten"}
+    inner |= {"numpy_T", "narrow", "slice", "select", "flatten", "chunk", "empty_like"}
     assert set(layer) - set(expected) <= FREE | inner
 
 
@@ -258,8 +260,10 @@ def test_a_parameter_that_changed_in_place_is_an_error(name):
         loss.backward()
 
 
-def test_an_input_that_changed_in_place():
-    """A layer's input is made again from what the layer before saved, unless it was changed since."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_input_that_changed_in_place(autocast):
+    """A layer's input is made again from what the layer before saved, unless it was changed since. Under autocast the
+    layer before also made it in 16 bits."""
     layers, layout = (
         model_of("BertModel").encoder.layer,
         layout_from_mask(None, 1, 9, torch.device(DEVICE)),
@@ -267,8 +271,9 @@ def test_an_input_that_changed_in_place():
     x, found = torch.randn(9, 48, device=DEVICE), []
     for change in (lambda y: y.mul_(2), lambda y: y * 2):
         parts = [fused_parts(layer)[0] for layer in layers[:2]]
-        hidden = layers[0]._forward_fused(x, layout, parts[0], True)
-        output = layers[1]._forward_fused(change(hidden), layout, parts[1], True)
+        with torch.autocast(DEVICE, torch.bfloat16, autocast):
+            hidden = layers[0]._forward_fused(x, layout, parts[0], True)
+            output = layers[1]._forward_fused(change(hidden), layout, parts[1], True)
         found.append(torch.autograd.grad(output.square().sum(), [*layers[0].parameters(), *layers[1].parameters()]))
     assert all(map(torch.equal, *found))
 
@@ -593,9 +598,9 @@ def test_the_mean_over_many_draws():
     sums, forward = [], fastbert_kernels.encoder_layer_forward
 
     def watched(*arguments):
-        out, saved = forward(*arguments)
+        out, narrow, saved = forward(*arguments)
         sums.append(saved.output_sum)
-        return out, saved
+        return out, narrow, saved
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(fastbert_kernels, "encoder_layer_forward", watched)
@@ -668,6 +673,24 @@ def test_a_16_bit_model_under_autocast():
         found, expected = (model.encoder(x).last_hidden_state for model in (ours, theirs))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected.float(), atol=1e-2, rtol=1e-2)
+
+
+def test_the_16_bit_output_of_a_layer_dies_with_the_next_one(monkeypatch):
+    """The next layer reads it. The last layer's output is kept by what unpacks it."""
+    kept, source = [], encoder_layer._Source
+
+    def watched(*fields):
+        made = source(*fields)
+        kept.append(None if made.narrow is None else weakref.ref(made.narrow))
+        return made
+
+    monkeypatch.setattr(encoder_layer, "_Source", watched)
+    ours, inputs = model_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = ours(**inputs).loss
+    assert len(kept) == 3
+    assert [narrow() is None for narrow in kept] == [True, True, False]
+    loss.backward()
 
 
 def test_norms_are_not_autocast():

@@ -27,8 +27,7 @@ def test_what_the_page_says_of_its_figures():
         assert predicted.host > predicted.device > predicted.roofline
         assert predicted.time == predicted.host
     assert (len(training_step.HALF_FULL), min(training_step.HALF_FULL), max(training_step.HALF_FULL)) == (32, 2, 125)
-    assert [each.name for each in training_step.goals() if not each.is_reached] == ["half full, dropout 0.1, sdpa"]
-    assert training_step.step(training_step.HALF_FULL, True, training_step.CASTS).launches == 661 - 144
+    assert all(each.is_reached for each in training_step.goals())
 
 
 def test_the_number_of_parameters():

@@ -85,8 +85,7 @@ def training_layer(model: Model, lengths: list[int], dropout: bool) -> Iterator[
     def moved(size: float) -> Work:
         return Work(0.0, float(size))
 
-    yield Part("_to_copy", "input to 16 bits", 1, moved(6 * rows))
-    yield Part("_to_copy", "weights and biases to 16 bits", 12, moved(6 * (weights + biases)))
+    yield Part("foreach_copy_", "weights and biases to 16 bits", 1, moved(6 * (weights + biases)))
     if dropout:
         yield Part("randint", "seed of dropout", 1, moved(8))
     yield Part("_qkv_projection_kernel", "queries, keys, values", 1, work("qkv_projection", model, 1, tokens, 2))
@@ -113,7 +112,7 @@ def training_layer(model: Model, lengths: list[int], dropout: bool) -> Iterator[
     yield Part("sum", "biases and partial sums", 4, moved(norm_partials + 6 * rows))
     yield Part("cat", "weights of queries, keys, values", 1, moved(2 * 2 * 3 * width * width))
     yield Part("add_", "gradient of the residual", 1, moved(10 * rows))
-    yield Part("_to_copy", "gradients of weights to float32", 6, moved(6 * weights))
+    yield Part("foreach_copy_", "gradients of weights to float32", 1, moved(6 * weights))
 
 
 def parameters(model: Model) -> int:
