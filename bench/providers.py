@@ -25,9 +25,11 @@ GRAPHED = "fastbert-graphed"
 UNPADDED = "unpadded-varlen"
 # fastbert with the mask on the host: the token count is known there, so it allocates no more than the tokens need.
 HOST_MASK = "fastbert-host-mask"
-OURS = ("fastbert", GRAPHED, HOST_MASK)
+OURS_COMPILED = "fastbert-compiled"
+OURS = ("fastbert", GRAPHED, HOST_MASK, OURS_COMPILED)
 # Compiled providers, each for the exact shape of a case: what is compiled, and the mode of torch.compile.
 COMPILED = {
+    OURS_COMPILED: ("fastbert", "default"),
     f"{BASELINE}-compiled": (BASELINE, "default"),
     f"{BASELINE}-reduce-overhead": (BASELINE, "reduce-overhead"),
     f"{BASELINE}-max-autotune": (BASELINE, "max-autotune"),
@@ -112,26 +114,42 @@ def uncompiled(name: str, dtype: str, provider: str) -> nn.Module:
 
 @outside_inference_mode
 def model_of(case: Case, provider: str) -> nn.Module | Callable:
-    """Return a provider's model. A graphed one has no CUDA graphs yet.
-
-    A compiled one is new, and earlier compilations are cleared: after eight shapes torch.compile falls back to eager.
-    """
+    """Return a provider's model. A graphed one has no CUDA graphs yet. A compiled one is new, as `compiled` says."""
     if provider == GRAPHED:
         model = uncompiled(case.model, case.dtype, provider)
         vars(model).pop("forward", None)
         return fastbert.graphed(model)
     if provider not in COMPILED:
         return uncompiled(case.model, case.dtype, provider)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     base, mode = COMPILED[provider]
     if base != UNPADDED:
-        # Under torch.compile some releases of transformers make a mask if none is given, so no flash attention is used.
-        base = MASKLESS if case.fill == 1 else base
-        return torch.compile(uncompiled(case.model, case.dtype, base), mode=mode, dynamic=False)
+        return compiled(uncompiled(case.model, case.dtype, maskless_if_full(case, base)), mode)
     model = UnpaddedBert.from_transformers(source(case.model, case.dtype))
-    model.encode = torch.compile(model.encode, mode=mode, dynamic=False)
+    model.encode = compiled(model.encode, mode)
     return model
+
+
+def maskless_if_full(case: Case, provider: str) -> str:
+    """Return what is compiled for a provider: for a full batch, the baseline in a form that makes no mask.
+
+    Under torch.compile some releases of transformers make a mask if none is given, so no flash attention is used.
+    """
+    return MASKLESS if provider == BASELINE and case.fill == 1 else provider
+
+
+def compiled(function: Callable, mode: str) -> Callable:
+    """Return the function under torch.compile for one shape, and clear earlier compilations and their graph breaks.
+
+    After eight shapes torch.compile falls back to eager.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(function, mode=mode, dynamic=False)
+
+
+def graph_breaks() -> int:
+    """Return the graph breaks since the last `compiled`."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def batch_of(case: Case, provider: str) -> dict[str, Tensor]:
@@ -177,7 +195,7 @@ def checked(case: Case, provider: str) -> Checked:
     require_graphs(model, provider)
     fields["first_call_s"] = first_call_s
     if provider in COMPILED:
-        fields["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+        fields["graph_breaks"] = graph_breaks()
     return Checked(model, forward, fields)
 
 

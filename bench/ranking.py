@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import records
-from workloads import Case
+from workloads import Case, TrainingCase
 
 SUITES = {
     "model": "The model's forward",
     "latency": "Latency of one sequence, from the call to the result on the host",
+    "training": "A training step of BertForSequenceClassification",
     "encode": "Sentences to embeddings, end to end",
     "memory": "Peak memory of one forward",
     "attention": "Attention",
@@ -20,9 +21,10 @@ HOST_SHARE = 0.9
 
 
 def case_of(record: dict) -> Case:
-    """Return the forward that a record of the model's suites measures."""
-    names = {field.name for field in fields(Case)}
-    return Case(**{name: value for name, value in record["case"].items() if name in names})
+    """Return the forward or the training step that a record of the model's suites measures."""
+    case_class = TrainingCase if record["kind"] == "training" else Case
+    names = {field.name for field in fields(case_class)}
+    return case_class(**{name: value for name, value in record["case"].items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Comparison:
 
     @property
     def case(self) -> Case:
-        """The forward, in the model's suites."""
+        """The forward or the training step, in the model's suites."""
         return case_of(next(iter(self.of.values())))
 
     @property

@@ -1,9 +1,9 @@
 """The records of benchmarks: one JSON line for each case and provider, in bench/results/<device>/<suite>.jsonl.
 
-Every record has suite, kind ("latency" of a forward, "request" from the call to the result on the host, "encode",
-"memory", "kernel", "attention" or "host"), case, provider, baseline, ratio (baseline / provider: higher is better) and
-the fields of `provenance`. If the provider could not run, it has "absent" with the reason instead of a ratio; if the
-result was wrong, "wrong" with the error.
+Every record has suite, kind ("latency" of a forward, "request" from the call to the result on the host, "training",
+"encode", "memory", "kernel", "attention" or "host"), case, provider, baseline, ratio (baseline / provider: higher is
+better) and the fields of `provenance`. If the provider could not run, it has "absent" with the reason instead of a
+ratio; if the result was wrong, "wrong" with the error.
 
 Timed records add median_s, q20_s, q80_s and baseline_median_s in seconds, rounds, error and error_ratio (error / the
 baseline's error); on a GPU also flops_per_s and bytes_per_s (of the least work of the case), of_roof (the roofline time
@@ -14,6 +14,9 @@ are those of `fastbert.commands.timing.Measured`. first_call_s includes compilat
 Requests add p50_s, p90_s and p99_s; encode adds texts_per_s, the settings of the tokenizer's threads and, without the
 model, of_tokenizer (relative to tokenization alone); memory has peak_bytes and baseline_peak_bytes; host has layer_s
 and baseline_layer_s (one layer) for launches, until_replay_s for replays.
+
+Training steps have their ratio of times as "ratio" and also peak_bytes, baseline_peak_bytes and their ratio,
+memory_ratio. The dtype of their case is autocast's. With dropout they have no error.
 """
 
 import json

@@ -45,7 +45,7 @@ def by_case(lines: Iterable[dict], kind: str) -> Measured:
 
 
 def _size_of(case: Case) -> tuple:
-    return MODELS.index(case.model), case.dtype, case.batch * case.seq_len, -case.fill
+    return MODELS.index(case.model), case.dtype, case.batch * case.seq_len, -case.fill, str(case)
 
 
 def markdown_table(columns: tuple[str, ...], rows: Iterable[tuple]) -> str:
@@ -68,6 +68,10 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.{max(0, 2 - math.floor(math.log10(seconds * 1e3)))}f}"
 
 
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
 def provenance_line(lines: Iterable[dict]) -> str:
     """Return the machines, versions, commits, dates and load of the records, which may come from several runs."""
     lines = list(lines)
@@ -83,17 +87,17 @@ def on_cpu(record: dict) -> bool:
     return record["device"].startswith("CPU")
 
 
-def speeds(latencies: Measured) -> str:
+def speeds(heading: str, measured: Measured) -> str:
     """Return the section with every provider's speed relative to the baseline in the same rounds."""
-    if not latencies:
+    if not measured:
         return ""
-    compared = [name for name in PROVIDERS if name != BASELINE and any(name in of for of in latencies.values())]
+    compared = [name for name in PROVIDERS if name != BASELINE and any(name in of for of in measured.values())]
     rows = [
         (case, *(f"{of[name]['ratio']:.2f}" if name in of else "" for name in compared))
-        for case, of in latencies.items()
+        for case, of in measured.items()
     ]
     table = markdown_table((f"speed, {BASELINE} = 1", *compared), rows)
-    return f"## Every provider's forwards\n\n{table}"
+    return f"## {heading}\n\n{table}"
 
 
 def samples(latencies: Measured) -> str:
@@ -125,8 +129,8 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
     if "ratio" not in record:
         return {"case": comparison.title, "ours": name, "best peer": peer, "best peer / ours": beside_best}
     value, unit, text = record.get("median_s"), "ms", milliseconds
-    if "peak_bytes" in record:
-        value, unit, text = record["peak_bytes"], "MiB", lambda size: f"{size / 2**20:.1f}"
+    if comparison.suite == "memory":
+        value, unit, text = record["peak_bytes"], "MiB", mebibytes
     spread = [milliseconds(record[quantile]) for quantile in ("q20_s", "q80_s") if quantile in record]
     return {
         "case": comparison.title,
@@ -143,6 +147,8 @@ def row_of(comparison: Comparison, name: str) -> dict[str, object]:
         f"its {unit}": text(value * comparison.beside_best(name)),
         "best peer / ours": beside_best,
         f"{record['baseline']} / ours": f"{record['ratio']:.2f}",
+        "peak, MiB": mebibytes(record["peak_bytes"]) if "memory_ratio" in record else None,
+        f"peak, {record['baseline']} / ours": f"{record['memory_ratio']:.2f}" if "memory_ratio" in record else None,
         "of the roof": f"{record['of_roof']:.0%}" if "of_roof" in record else None,
         "error ratio": f"{record['error_ratio']:.2f}" if record.get("error_ratio") is not None else None,
         "limit": "host" if comparison.host_bound(name) else None,
@@ -173,7 +179,8 @@ def page(lines: list[dict], plots: dict[str, str]) -> str:
         *(f"![{shown}]({name})" for name, shown in plots.items()),
         samples(latencies),
         *sections,
-        speeds(latencies),
+        speeds("Every provider's forwards", latencies),
+        speeds("Every provider's training steps", by_case(lines, "training")),
         absent(cases),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -198,7 +205,8 @@ def standing(heading: str, ours: str, ranked: list[Comparison]) -> dict[str, obj
 
 def reading(lines: list[dict], latencies: Measured) -> str:
     """Return the notes on how to read a page."""
-    noise = [of[BASELINE]["ratio"] for of in latencies.values() if BASELINE in of]
+    against_peers = [*latencies.values(), *by_case(lines, "training").values()]
+    noise = [of[BASELINE]["ratio"] for of in against_peers if BASELINE in of]
     told = [
         "A case is a model, batch x length, the share of the batch that is tokens and not padding, and the dtype "
         "(float32 if none is given).",
@@ -207,6 +215,10 @@ def reading(lines: list[dict], latencies: Measured) -> str:
         "time in our rounds divided by the peer's speed relative to the baseline.",
         f"{BASELINE} measured against itself gives {min(noise):.2f} to {max(noise):.2f}, which is the noise."
         if noise
+        else "",
+        "A training step has float32 weights and runs in another dtype by autocast. Its peak memory is that of "
+        "activations, gradients and temporaries, without weights and the optimizer's state."
+        if any(line["kind"] == "training" for line in lines)
         else "",
         pace(latencies),
         roof(lines),

@@ -33,6 +33,17 @@ class Case:
         return f"{self.batch}x{self.seq_len}" + (" full" if self.fill == 1 else f" {self.fill:.0%} filled")
 
 
+@dataclass(frozen=True)
+class TrainingCase(Case):
+    """A training step with float32 weights. dtype: autocast's, or float32 without it. dropout: the rate everywhere."""
+
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        autocast = "" if self.dtype == "float32" else " autocast"
+        return f"{super().__str__()}{autocast}, dropout {self.dropout:g}"
+
+
 # The maximum and mean length of SQuAD, with our texts.
 SQUAD = Case("large", 64, 384, 175 / 384, "bfloat16")
 

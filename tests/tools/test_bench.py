@@ -17,6 +17,7 @@ import bench_encode
 import bench_latency
 import bench_memory
 import bench_model
+import bench_training
 import demo
 import device_timing
 import memory
@@ -86,7 +87,7 @@ def recorded(tmp_path, monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("suites", ["model,latency,encode,memory,attention,kernels", "host"])
+@pytest.mark.parametrize("suites", ["model,latency,encode,memory,attention,kernels", "training", "host"])
 def test_the_bench_checks_its_results(suites):
     """Every provider that runs here is checked and not timed. Nothing is recorded, and only peers are skipped."""
     environment = dict(os.environ)
@@ -251,7 +252,8 @@ def test_peers_get_no_mask_for_a_full_batch(monkeypatch):
 
 
 def test_every_fastbert_provider_is_in_ours():
-    timed = {name for _, name in every_forward()} | {name for *_, name in [*bench_latency.CUDA, *bench_memory.CUDA]}
+    others = [*bench_latency.CUDA, *bench_memory.CUDA, *bench_training._gpu_steps()]
+    timed = {name for *_, name in [*every_forward(), *others]}
     assert {name for name in timed if name.startswith("fastbert")} == set(providers.OURS)
 
 
