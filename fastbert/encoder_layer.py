@@ -63,8 +63,9 @@ def encoder_layer(
     """
     records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
     if trained and (records or any(numbers.dropouts)):
-        if is_tracing():
-            return _trained_in_graph(x, weights, numbers, cu_seqlens, max_seqlen, num_tokens)
+        # The caller may have been traced, and then a graph break runs the layer, whose tokens only the device counts.
+        if is_tracing() or (records and num_tokens is not None):
+            return _trained_by_op(x, weights, numbers, cu_seqlens, max_seqlen, num_tokens)
         return _trained(x, weights, numbers, cu_seqlens, max_seqlen, num_tokens, records)
     assert not any(numbers.dropouts), "only kernels for training drop"
     if mask is None and not records and backend.launches_directly(x, numbers.head_size):
@@ -128,7 +129,6 @@ def _trained(
     if not records:
         with torch.no_grad():
             return _forward(call, cu_seqlens, x, weights, num_tokens)[0]
-    assert num_tokens is None, "with gradients the host reads the number of tokens"
     out = _TrainedLayer.apply(call, cu_seqlens, x, *weights)
     out.fastbert_source = _Source(call.rows, call.norm, call.narrow, numbers.eps[1], *versions_of([out]))
     return out
@@ -144,15 +144,16 @@ def _operands(
         x, dtype = x.float(), torch.get_autocast_dtype(device_type)
         named = dict(zip(LayerWeights._fields, weights, strict=True))
         wide = {name: w for name, w in named.items() if "norm" not in name and w.dtype != dtype}
-        # In a graph the compiler sees each cast, and the gradient's.
-        cast = [w.to(dtype) for w in wide.values()] if is_tracing() else cast_together([*wide.values()], dtype)
+        # autograd and compilers have to see each cast.
+        seen = torch.is_grad_enabled() or is_tracing()
+        cast = [w.to(dtype) for w in wide.values()] if seen else cast_together([*wide.values()], dtype)
         weights = LayerWeights(**named | dict(zip(wide, cast, strict=True)))
     # Drawn on the device, by torch's generator there: `torch.manual_seed` and checkpointing repeat it.
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if any(numbers.dropouts) else None
     return x, dtype, weights, seed
 
 
-def _trained_in_graph(
+def _trained_by_op(
     x: Tensor, weights: LayerWeights, numbers: LayerNumbers, cu_seqlens: Tensor, max_seqlen: int,
     num_tokens: Tensor | None,
 ) -> Tensor:  # fmt: skip

@@ -291,8 +291,10 @@ def runs_in_kernels(block: nn.Module) -> bool:
     if not isinstance(block, FusableBlock):
         return False
     parts, _ = fused_parts(block, drops=True)
+    if parts is None:
+        return False
     weight = next(block.parameters())
-    if parts is None or (dropout_reason(block, parts) and not backend.trains_layers(weight, block.head_size())):
+    if dropout_reason(block, parts) and not backend.trains_layers(weight, block.head_size()):
         return False
     return not any(why_eager(block, op, weight) for op in block.ops_used)
 

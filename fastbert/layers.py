@@ -160,8 +160,8 @@ class BertLayer(hf.BertLayer, FusableBlock[LayerParts]):
         """[T, E] or [B, S, E] -> the same shape.
 
         fused: this layer's parts, to run them in the ops; attention_mask is then a layout. trained: the result of
-        `trains_in_kernels`, for fused parts. attentions: a list to which
-        the attention weights [B, H, S, S] are appended. Without both, a mask or None runs transformers' own code.
+        `trains_in_kernels`, for fused parts. attentions: a list to which the attention weights [B, H, S, S] are
+        appended. Without both, a mask or None runs transformers' own code.
         """
         if fused is not None:
             assert isinstance(attention_mask, TokenLayout)
@@ -205,10 +205,7 @@ def trains_in_kernels(layer: BertLayer, hidden_states: Tensor, layout: TokenLayo
 
     Only the caller of a layer asks: inside a compiled call or a recomputation the answer could be another one.
     """
-    counted_on_device = layout.num_tokens is not None and torch.is_grad_enabled() and not is_tracing()
-    if layout.mask is not None or counted_on_device:
-        return False
-    return backend.trains_layers(hidden_states, layer.head_size())
+    return layout.mask is None and backend.trains_layers(hidden_states, layer.head_size())
 
 
 def is_causal(layer: nn.Module) -> bool:

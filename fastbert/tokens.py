@@ -4,10 +4,10 @@ Letters used in every shape of this project: B batch, S padded length, T packed 
 size, F feed-forward size, V vocabulary. N is the number of sequences, which is B unless sequences share a row.
 
 Padding is removed once, before the embeddings, and restored once, after the last layer, as zeros. The host knows the
-number of tokens if the mask is on the CPU, and reads it from the device if gradients are recorded. Otherwise the number
-stays on the device and buffers have B * S rows. A batch stays padded, with hidden states [B, S, E] and a mask for
-attention, if its mask has more than two dimensions, or if neither the host nor a kernel can read the number of tokens
-(while tracing, or with a mask on a device without kernels).
+number of tokens if the mask is on the CPU, and reads it from the device if gradients are recorded outside of a trace.
+Otherwise the number stays on the device and buffers have B * S rows. A batch stays padded, with hidden states [B, S, E]
+and a mask for attention, if its mask has more than two dimensions, or if neither the host nor a kernel can read the
+number of tokens (while tracing, or with a mask on a device without kernels).
 """
 
 from collections.abc import Collection
@@ -216,8 +216,8 @@ def layout_from_cu_seqlens(
     """The layout of sequences that are already packed into one row, as by `DataCollatorWithFlattening`.
 
     cu_seqlens: integers [N + 1] from 0 to S, not decreasing; batch_size must be 1. Raises ValueError otherwise. Offsets
-    on a device may end below S; tokens past the last one get zeros. Without gradients these are not checked, and their
-    sequences may be as long as max_seqlen; None means S.
+    on a device may end below S; tokens past the last one get zeros. Without gradients and in a trace these are not
+    checked, and their sequences may be as long as max_seqlen; None means S.
     """
     if batch_size != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(

@@ -68,17 +68,17 @@ def trained_layer_backward(
 def _fake_backward(grad, x, dtype, weights, *arguments):
     kernels = import_module("fastbert_kernels")
     w = kernels.LayerWeights(*weights)
-    (context_width, width), inner, norm = w.q_weight.shape, w.up_weight.shape[0], w.output_norm_weight.dtype
+    (context_width, width), inner = w.q_weight.shape, w.up_weight.shape[0]
     found = kernels.LayerGradients(
         x=x.new_empty(x.shape),
         qkv_weight=x.new_empty(3 * context_width, width, dtype=dtype),
         qkv_bias=x.new_empty(3 * context_width, dtype=torch.float32),
         attention_weight=x.new_empty(w.attention_weight.shape, dtype=dtype),
-        attention_sums=x.new_empty(3, width, dtype=norm),
+        attention_sums=x.new_empty(3, width, dtype=w.attention_norm_weight.dtype),
         up_weight=x.new_empty(w.up_weight.shape, dtype=dtype),
         up_bias=x.new_empty(inner, dtype=torch.float32),
         down_weight=x.new_empty(w.down_weight.shape, dtype=dtype),
-        output_sums=x.new_empty(3, width, dtype=norm),
+        output_sums=x.new_empty(3, width, dtype=w.output_norm_weight.dtype),
     )
     return [gradient for gradient, want in zip(found, arguments[-1], strict=True) if want]
 

@@ -8,8 +8,9 @@ same bits, if torch.mm does (see `torch.use_deterministic_algorithms`).
 
 All dropouts of a layer share one seed. The backward draws their zeros again from it.
 
-If only the device knows the number of tokens, products take all T rows of the buffers. What the forward saves and what
-the backward computes is therefore finite past the count, and zero on one side of every sum over rows.
+If only the device knows the number of tokens, products take all T rows of the buffers. Their operands are therefore
+finite past the count, and zero on one side of every sum over rows. QKV and lse are undefined there: only attention
+reads them, by offsets.
 """
 
 from collections.abc import Callable, Sequence
@@ -147,7 +148,8 @@ def encoder_layer_backward(
             found["down_weight"] = output.linear.T @ activated
         del activated
     if wanted.up_weight:
-        norm = w.attention_norm_weight, w.attention_norm_bias, eps[0]
+        # Rows past num_tokens are zero: without eps they would be NaN.
+        norm = w.attention_norm_weight, w.attention_norm_bias, max(eps[0], torch.finfo(torch.float32).tiny)
         found["up_weight"] = grad_up.T @ layer_norm(saved.attention_sum, *norm, dtype)
     if needs_attended:
         attended = layer_norm_backward(

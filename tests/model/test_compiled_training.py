@@ -15,6 +15,7 @@ from torch.library import opcheck
 import fastbert
 import fastbert_kernels
 from fastbert import tokens
+from fastbert.fusion import runs_in_kernels
 from fastbert.ops import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -216,14 +217,46 @@ def test_exported_graphs_hold_no_ops_of_training(mode, monkeypatch):
     assert ("fastbert.attention" in graph) == (mode == "eval")
 
 
-def arguments(size, dtype=torch.float32, wide=torch.float32, dropouts=(0.0, 0.0, 0.0)):
-    """Of "fastbert::trained_layer", for a buffer of 9 rows, E = 12 and F = 20, of which `size` are tokens."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_graph_break_before_a_layer(autocast, launches):
+    """The traced encoder packs on the device. Its layers, outside of the graph, do not know the number of tokens."""
+    ours, inputs = trainer_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    ours.disable_input_require_grads()  # hooks, which prevent fusion
+    with torch.autocast(DEVICE, torch.bfloat16, autocast):
+        expected = step(ours, ours, inputs)
+        for layer in ours.bert.encoder.layer:
+            layer._gradient_checkpointing_func = torch.compiler.disable(layer._gradient_checkpointing_func)
+        launches.clear()
+        found = step(torch.compile(ours, backend="aot_eager"), ours, inputs)
+    check_same(found, expected, 0.03 if autocast else 1e-4)
+    assert launches.count("_attention_fwd_kernel") == 6
+
+
+def test_a_block_without_parameters_of_its_own_does_not_run_in_kernels():
+    """As in FSDP's flat parameters and DataParallel's copies."""
+    ours = model_of("BertModel", num_hidden_layers=1)
+    layer = ours.encoder.layer[0]
+    assert runs_in_kernels(layer)
+    for module in layer.modules():
+        for name in list(module._parameters):
+            value = module._parameters.pop(name)
+            setattr(module, name, value.detach())
+    assert not runs_in_kernels(layer)
+
+
+def arguments(
+    size, dtype=torch.float32, wide=torch.float32, dropouts=(0.0, 0.0, 0.0), eps=(1e-12, 1e-6), second_norm=None
+):
+    """Of "fastbert::trained_layer", for a buffer of 9 rows, E = 12 and F = 20, of which `size` are tokens. second_norm:
+    the dtype of the output's LayerNorm, if it is another."""
     shapes = [(12, 12), (12,)] * 4 + [(12,), (12,), (20, 12), (20,), (12, 20), (12,), (12,), (12,)]
     weights = [
         normal(*shape, dtype=wide if "norm" in name else dtype) for name, shape in zip(WEIGHTS, shapes, strict=True)
     ]
+    weights[-2:] = (w.to(second_norm or wide) for w in weights[-2:])
     seed = torch.tensor([7], device=DEVICE) if any(dropouts) else None
-    numbers = 2, 6**-0.5, "gelu", [1e-12, 1e-6], list(dropouts), seed
+    numbers = 2, 6**-0.5, "gelu", list(eps), list(dropouts), seed
     return [normal(9, 12, dtype=wide), dtype, weights, bounds((size - 2, 2)), size, *numbers, count(size)]
 
 
@@ -233,13 +266,14 @@ def requiring_gradients(given):
     return given
 
 
+@pytest.mark.parametrize("eps", [(1e-12, 1e-6), (0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.3, 0.2, 0.1)], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "wide"), [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)]
 )
-def test_rows_past_the_count_have_no_effect(dtype, wide, dropouts):
+def test_rows_past_the_count_have_no_effect(dtype, wide, dropouts, eps):
     """They hold NaN in x, in the gradient and in every new buffer. The output and the gradient of x are zero there."""
-    given = arguments(6, dtype, wide, dropouts)
+    given = arguments(6, dtype, wide, dropouts, eps)
     x, grad = given[0], normal(9, 12, dtype=wide)
     for tensor in (x, grad):
         tensor[6:] = torch.nan
@@ -260,10 +294,17 @@ def test_rows_past_the_count_have_no_effect(dtype, wide, dropouts):
 
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.3, 0.2, 0.1)], ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "wide"), [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=["float32", "autocast"]
+    ("dtype", "wide", "second_norm"),
+    [
+        (torch.float32, torch.float32, None),
+        (torch.float16, torch.float32, None),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+    ],
+    ids=["float32", "autocast", "wide and narrow norm", "narrow and wide norm"],
 )
-def test_opcheck(dtype, wide, dropouts):
-    given = arguments(9, dtype, wide, dropouts)
+def test_opcheck(dtype, wide, second_norm, dropouts):
+    given = arguments(9, dtype, wide, dropouts, second_norm=second_norm)
     opcheck(torch.ops.fastbert.trained_layer.default, tuple(requiring_gradients(list(given))))
     given[0], given[2] = given[0].detach(), [w.detach() for w in given[2]]
     out, *saved = torch.ops.fastbert.trained_layer(*given)
