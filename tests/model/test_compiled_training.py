@@ -191,10 +191,10 @@ def test_frozen_parameters(part, launches):
 
 def test_graphs_with_dropout_are_packed(graphs, monkeypatch):
     """As those without: some block that kernels do not run would leave the whole graph padded."""
-    monkeypatch.setattr(backend._choice, "name", "auto")
     monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     ours, inputs = trainer_of(), on_device(inputs_for(HEAD, "right", with_labels=True))
-    step(torch.compile(ours, fullgraph=True, backend=graphs["backend"]), ours, inputs)
+    with fastbert.backend("auto"):
+        step(torch.compile(ours, fullgraph=True, backend=graphs["backend"]), ours, inputs)
     assert calls(graphs["forward"][0])["trained_layer"] == 3
     assert calls(graphs["forward"][0])["packing_plan"] == 1
 
@@ -209,10 +209,10 @@ def test_second_derivatives_are_an_error():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_exported_graphs_hold_no_ops_of_training(mode, monkeypatch):
     """Graphs for inference would store what only gradients need; and exported dropout must be PyTorch's."""
-    monkeypatch.setattr(backend._choice, "name", "auto")
     monkeypatch.setattr(backend, "_wants_kernels", lambda device: True)
     ours = getattr(model_of("BertModel", num_hidden_layers=1, **DROPOUTS), mode)()
-    graph = str(torch.export.export(ours, (), on_device(batch("right")), strict=True).graph)
+    with fastbert.backend("auto"):
+        graph = str(torch.export.export(ours, (), on_device(batch("right")), strict=True).graph)
     assert "trained_layer" not in graph
     assert ("fastbert.attention" in graph) == (mode == "eval")
 
