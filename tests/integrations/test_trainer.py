@@ -20,6 +20,7 @@ from launch_names import launch_names
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from two_processes import end_together
 
 import fastbert
 
@@ -406,9 +407,7 @@ def train_as_one_of_two_processes(folder: str) -> None:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
         rank = trainer.args.process_index
         torch.save((losses_of(trainer), trainer.model.state_dict()), f"{folder}/{kind}-{rank}.pt")
-    # Python may not end while gloo's threads still hold tensors: now and then, that aborts the process.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_together()
 
 
 @pytest.fixture(scope="module")
