@@ -6,10 +6,8 @@ from functools import partial
 import pytest
 import torch
 from cases import MASKS, VOCAB, batch, inputs_for, pair
-from functorch.compile import make_boxed_func
 from kernel_cases import bounds, count, guarded_outputs, normal
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
+from recorded_graphs import recorded_graphs
 from torch.library import opcheck
 
 import fastbert
@@ -68,15 +66,7 @@ def check_same(found, expected, tolerance=1e-4):
 @pytest.fixture
 def graphs():
     """The graphs that inductor would get, and a back end that runs them."""
-    found = {"forward": [], "backward": []}
-
-    def keep(direction):
-        return lambda graph, _: found[direction].append(graph.graph) or make_boxed_func(graph.forward)
-
-    found["backend"] = aot_autograd(
-        fw_compiler=keep("forward"), bw_compiler=keep("backward"), decompositions=select_decomp_table()
-    )
-    return found
+    return recorded_graphs()
 
 
 def calls(graph):

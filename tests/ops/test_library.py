@@ -5,9 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from cases import MASKS, batch, inputs_for, pair
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
+from recorded_graphs import recorded_graphs
 from torch.library import opcheck
 
 import fastbert
@@ -155,15 +153,7 @@ def graphs(monkeypatch):
     """The forward and backward graphs that inductor would get, with masks packed on the device."""
     monkeypatch.setattr(tokens, "shapes_may_depend_on_data", lambda tensor: False)
     torch._dynamo.reset()
-    found = {"forward": [], "backward": []}
-
-    def keep(direction):
-        return lambda graph, _: found[direction].append(graph.graph) or make_boxed_func(graph.forward)
-
-    found["backend"] = aot_autograd(
-        fw_compiler=keep("forward"), bw_compiler=keep("backward"), decompositions=select_decomp_table()
-    )
-    return found
+    return recorded_graphs()
 
 
 def names(graph, namespace):

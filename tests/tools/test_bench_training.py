@@ -105,6 +105,8 @@ def test_a_wrong_step_is_not_timed(wrong, monkeypatch, recorded):
 def test_a_peer_need_not_repeat_its_dropout(monkeypatch):
     spoil(monkeypatch, WRONG["dropout without a seed"][1])
     step = training_steps.Step(DROPPED, "fastbert")
+    with pytest.raises(ArithmeticError, match="the same seed of"):
+        training_steps.require_dropout(DROPPED, step, repeats=True)
     training_steps.require_dropout(DROPPED, step, repeats=False)
 
 
