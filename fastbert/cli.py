@@ -5,7 +5,6 @@ torch and transformers take seconds to import. Only the commands import them, so
 
 from collections.abc import Iterable
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -164,19 +163,21 @@ def bench(
     epilog=_examples(
         "fastbert encode sentence-transformers/all-MiniLM-L6-v2 texts.txt -o vectors.npy",
         "fastbert encode ./my-model texts.jsonl --field text -o vectors.parquet --dtype float16",
+        "fastbert encode ./my-model 's3://bucket/*.parquet' --field text --ray -o s3://other/vectors",
     )
 )
 def encode(
     model: Model,
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="A file of UTF-8 text, one text per line.", show_default=False)
+        str, typer.Argument(metavar="INPUT", help="A file of UTF-8 text, one text per line.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="The .npy or .parquet file to write.",
-                           show_default=False)
+        str, typer.Option("--output", "-o", metavar="OUT",
+                          help="The .npy or .parquet file to write; with --ray, a folder.", show_default=False)
     ],
     field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Lines are JSON objects with the text in this field.")
+        str | None, typer.Option(metavar="NAME", help="Lines are JSON objects with the text in this field. The column "
+                                                      "of Parquet files, by default text.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Text to put before each line; by default the model's prompt.")
@@ -187,6 +188,14 @@ def encode(
         int | None,
         typer.Option(min=1, help="Maximum tokens of a batch: by default 16384, on a CPU 2048.",
                      show_default=False),
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="INPUT is a folder, a pattern or a URI of Parquet files or files of lines, "
+                                         "which several GPUs embed. OUT is a folder of Parquet files.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The Ray cluster, auto for the one of this machine; by "
+                                                           "default the command starts one here.", show_default=False)
     ] = None,
 ) -> None:  # fmt: skip
     """Embed each line of INPUT as one vector in OUT, a .npy or .parquet file.
@@ -200,19 +209,40 @@ def encode(
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+    weights = None if dtype is None else getattr(torch, dtype.value)
+    if ray:
+        if device is not None:
+            raise ValueError(f"--device {device}: with --ray, the cluster's GPUs are the devices")
+        _encode_corpus(model, source, output, field=field, prompt=prompt, dtype=weights, tokens=tokens, address=address)
+        return
+    if address is not None:
+        raise ValueError(f"--address {address} needs --ray")
     from fastbert.commands.encode import encode_file
 
-    transformers.utils.logging.disable_progress_bar()
-    made = encode_file(
-        model, source, output, field=field, prompt=prompt, dtype=None if dtype is None else getattr(torch, dtype.value),
-        device=device, tokens=tokens,
-    )  # fmt: skip
+    made = encode_file(model, source, output, field=field, prompt=prompt, dtype=weights, device=device, tokens=tokens)
     tokens_rate = f", {made.tokens_rate:,.0f} tokens/s" if made.tokens_rate else ""
     typer.echo(f"{output}: {made.dtype} [{made.lines}, {made.dim}], {made.rate:,.1f} texts/s{tokens_rate}")
     typer.echo("waited for " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in made.seconds.items()))
     if made.bad:
         more = f", and {made.bad - len(made.bad_lines):,} more" if made.bad > len(made.bad_lines) else ""
         typer.echo(f"rows of NaN, for lines that are not texts: {', '.join(map(str, made.bad_lines))}{more}")
+        raise typer.Exit(1)
+
+
+def _encode_corpus(model: str, source: str, output: str, **options) -> None:
+    """`fastbert encode --ray`."""
+    try:
+        from fastbert.ray.corpus import encode_corpus
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--ray needs Ray ({error}): pip install 'fastbert-triton[ray]'") from error
+    made, rate = encode_corpus(model, source, output, **options, report=typer.echo)
+    shown = f", {rate:,.1f} texts/s" if rate is not None else ""
+    typer.echo(f"{output}: {made.dtype} [{made.rows}, {made.dim}], {made.files:,} files{shown}")
+    if made.bad:
+        for line in made.reported:
+            typer.echo(line)
+        typer.echo(f"rows without a vector, whose column error says why: {made.bad:,}")
         raise typer.Exit(1)
 
 

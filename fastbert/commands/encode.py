@@ -175,10 +175,10 @@ def encode_file(
     with file.locked():
         state = state_of(source)
         lines, content = count_and_hash(source)
-        embedder = _load(model, device, report)
+        embedder = load(model, device, report)
         if prompt is None and embedder.default_prompt_name is not None:
             prompt = embedder.prompts.get(embedder.default_prompt_name)
-        fingerprint = {"input": content, "field": field, "prompt": prompt, "model": _identity(embedder)}
+        fingerprint = {"input": content, "field": field, "prompt": prompt, "model": identity(embedder)}
         if dtype is not None:
             embedder.to(dtype)
         fingerprint["dtype"] = str(embedder.dtype)
@@ -337,13 +337,13 @@ def _reading(
     return read
 
 
-def _load(model: str, device: str | None, report: Callable[[str], None]) -> SentenceTransformer:
+def load(model: str, device: str | None, report: Callable[[str], None]) -> SentenceTransformer:
     if Path(model).is_dir() and not Path(model, "modules.json").exists():
         report(f"{model} has no modules.json: vectors are the mean over the tokens of a text")
     return SentenceTransformer(model, device=str(select_device(device))).eval()
 
 
-def _identity(embedder: SentenceTransformer) -> str:
+def identity(embedder: SentenceTransformer) -> str:
     """A hash of all that vectors depend on: weights, configuration, tokenizer and the modules' options."""
     digest, config = hashlib.sha256(), embedder.config
     tokenizer = getattr(embedder.tokenizer, "backend_tokenizer", None)

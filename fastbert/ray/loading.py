@@ -1,8 +1,9 @@
 """Load a sentence-transformers model once per actor: optimized, compiled and warm."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 import fastbert
@@ -19,9 +20,11 @@ def load(kind: type[E], model: str, device: str | None = None, dtype: torch.dtyp
 
     Raises OSError if there is no such model, ValueError for a device that does not exist, and what loading raises.
     """
+    transformers.utils.logging.disable_progress_bar()
     encoder = kind(local_or_hub(model), device=str(select_device(device))).eval()
     if dtype is not None:
         encoder.to(dtype)
     fastbert.optimize(encoder)
-    fastbert.warmup(encoder[0].model)
+    transformer: Any = encoder[0]
+    fastbert.warmup(transformer.model)
     return encoder

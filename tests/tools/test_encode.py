@@ -338,7 +338,7 @@ STEPS = [
 
 
 def test_dying_between_any_two_steps_loses_nothing(source, output, tiny_path, monkeypatch):
-    monkeypatch.setattr(encode, "_load", cache(encode._load))
+    monkeypatch.setattr(encode, "load", cache(encode.load))
     source.write_text("\n".join(SHORT[:30]))
     once = output.with_name("once.npy")
     encode_file(tiny_path, source, once, block_lines=20)
