@@ -1,4 +1,4 @@
-"""The command line: `fastbert verify`, `fastbert bench`, `fastbert encode`, `fastbert info`.
+"""The command line: `fastbert verify`, `bench`, `encode`, `serve` and `info`.
 
 torch and transformers take seconds to import. Only the commands import them, so `--help` answers at once.
 """
@@ -244,6 +244,52 @@ def _encode_corpus(model: str, source: str, output: str, **options) -> None:
             typer.echo(line)
         typer.echo(f"rows without a vector, whose column error says why: {made.bad:,}")
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "fastbert serve sentence-transformers/all-MiniLM-L6-v2",
+        "FASTBERT_API_KEY=... fastbert serve ./my-model --host 0.0.0.0 --port 80 --name my-model",
+    )
+)
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 for clients on other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The TCP port.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name for clients; by default the hub's, or the "
+                                                      "folder's.", show_default=False)
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="The dtype of the weights; by default the checkpoint's.")] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut texts that are too long for the model, in place of an error.")
+    ] = False,
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum bytes of a request.")] = 8388608,
+    max_inputs: Annotated[int, typer.Option(min=1, help="Maximum texts of a request.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a request.")] = 131072,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Maximum batches of requests that wait; further ones get an error.")
+    ] = 1024,
+) -> None:  # fmt: skip
+    """Serve MODEL over HTTP: /v1/embeddings as OpenAI's clients call it, or
+    /v1/rerank if MODEL is a cross-encoder.
+
+    Also /v1/models, /health and /metrics. If FASTBERT_API_KEY is set,
+    clients must send it. On SIGINT or SIGTERM the requests in flight are
+    answered before the command ends.
+    """
+    import torch
+
+    try:
+        from fastbert.commands.serve import run
+        from fastbert.ray.protocol import Limits
+    except ModuleNotFoundError as error:
+        raise ImportError(f"serve needs Ray ({error}): pip install 'fastbert-triton[ray]'") from error
+    weights = None if dtype is None else getattr(torch, dtype.value)
+    limits = Limits(max_body, max_inputs, max_tokens, max_queue)
+    run(model, host, port, typer.echo, name=name, dtype=weights, truncate=truncate, limits=limits)
 
 
 @app.command(epilog=_examples("fastbert info", "FASTBERT_BACKEND=eager fastbert info"))

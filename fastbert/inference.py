@@ -6,7 +6,7 @@ call raises `Unsupported` with the reason; `fastbert.sentences` then runs senten
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain, pairwise
@@ -26,8 +26,8 @@ from fastbert.fusion import class_name, fused_parts, has_hooks, why_no_block_is_
 from fastbert.graphs import GraphedForward
 from fastbert.layers import runs_packed
 from fastbert.ops import backend
-from fastbert.tokenization import PackingTokenizer, Unsupported, why_only_wrapper
-from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead, spans, window_of
+from fastbert.tokenization import PackedTokens, PackingTokenizer, Unsupported, why_only_wrapper
+from fastbert.windows import CPU_TOKENS, TOKENS, Window, ahead, spans, window_of, window_of_tokens
 
 # Class of a whole sentence-transformers model -> our class in its Transformer, and the modules that may follow it.
 # Except Pooling, these run on one vector per text.
@@ -229,7 +229,7 @@ class PackedEncoder:
 
     count: the number of inputs. paired: inputs are pairs of texts. prompt: put before each input. batch_size and
     max_tokens: see `windows.window_of`; max_tokens is TOKENS or CPU_TOKENS by default. device: None means the model's.
-    kwargs: further arguments of `encode` and `predict`, for `preprocess`.
+    kwargs: further arguments of `encode` and `predict`, for `preprocess`. Attributes: device, tokenizer and max_tokens.
 
     Puts the model in eval mode. Raises Unsupported if only sentence-transformers' own code supports the model or the
     arguments, and what sentence-transformers and its tokenizer raise.
@@ -254,7 +254,7 @@ class PackedEncoder:
         added = len(transformer.processor.backend_tokenizer.get_added_tokens_decoder())
         if added > MANY_ADDED and count < FEW_TEXTS:
             raise Unsupported(f"copying {added} added tokens takes longer than tokenizing few texts")
-        self._tokenizer = PackingTokenizer(transformer.processor, **options)
+        self.tokenizer = PackingTokenizer(transformer.processor, **options)
         self._constant: dict[str, Any] = {"modality": "text"}
         if prompt and not all(getattr(module, "include_prompt", True) for module in encoder.children()):
             if options != _options(transformer):
@@ -262,11 +262,11 @@ class PackedEncoder:
             self._constant["prompt_length"] = self._length_of(prompt, transformer.processor.all_special_ids)
         self._encoder, self._kwargs = encoder, kwargs
         self._paired, self._prompt, self._batch_size = paired, prompt, batch_size
-        self._max_tokens = max_tokens or (CPU_TOKENS if self.device.type == "cpu" else TOKENS)
+        self.max_tokens = max_tokens or (CPU_TOKENS if self.device.type == "cpu" else TOKENS)
 
     def _length_of(self, prompt: str, special_ids: list[int]) -> int:
         """The number of a prompt's tokens without a special token at its end, as sentence-transformers counts them."""
-        ids = self._tokenizer([prompt]).input_ids
+        ids = self.tokenizer([prompt]).input_ids
         return len(ids) - (len(ids) > 0 and ids[-1] in special_ids)
 
     def window(self, inputs: list, first: int, stopped: Event) -> Window | None:
@@ -274,10 +274,14 @@ class PackedEncoder:
         texts = inputs
         if self._prompt:
             texts = [(self._prompt + a, b) for a, b in inputs] if self._paired else [self._prompt + x for x in inputs]
-        window = window_of(self._tokenizer, texts, first, self._batch_size, self._max_tokens, stopped)
+        window = window_of(self.tokenizer, texts, first, self._batch_size, self.max_tokens, stopped)
         if window is not None and not window.lengths[-1]:
             raise Unsupported("a text has no tokens")
         return window
+
+    def window_of_tokens(self, chunks: Sequence[PackedTokens]) -> Window:
+        """Join the tokens of texts into a window; chunks are N texts in all, and its rows are their indices."""
+        return window_of_tokens(chunks, 0, self._batch_size, self.max_tokens)
 
     def features(self, given: dict) -> dict:
         """Run the model on a batch of a window, T tokens of N texts. Returns sentence_embedding [N, dim], scores

@@ -90,7 +90,7 @@ class PackingTokenizer:
         found = wrapper(["a"], **options)
         if not {"input_ids", "attention_mask"} <= found.keys() <= SUPPORTED_OUTPUTS:
             raise Unsupported(f"the tokenizer gives {', '.join(found)}")
-        self._gives_types = "token_type_ids" in found
+        self.gives_types = "token_type_ids" in found
         self._tokenizer.no_padding()
 
     def __call__(self, texts: Texts, first: int = 0) -> PackedTokens:
@@ -102,7 +102,7 @@ class PackingTokenizer:
         lengths = np.array([len(x) for x in encodings], dtype=np.int64)
         size = int(lengths.sum())
         types = None
-        if self._gives_types:
+        if self.gives_types:
             # Types mark the second text and special tokens, so the longest encoding has every type that occurs.
             paired = not isinstance(texts[0], str)
             has_types = paired or any(encodings[int(lengths.argmax())].type_ids)

@@ -127,10 +127,11 @@ def window_of(
         if stopped.is_set():
             return None
         chunks.append(tokenizer(texts[start : start + CHUNK], first + start))
-    return _window(chunks, first, batch_size, max_tokens)
+    return window_of_tokens(chunks, first, batch_size, max_tokens)
 
 
-def _window(chunks: Sequence[PackedTokens], first: int, batch_size: int, max_tokens: int) -> Window:
+def window_of_tokens(chunks: Sequence[PackedTokens], first: int, batch_size: int, max_tokens: int) -> Window:
+    """Cut the tokens of texts into a window, as `window_of` does."""
     lengths = np.concatenate([chunk.lengths for chunk in chunks])
     order = np.argsort(-lengths, kind="stable")
     begins, lengths = (lengths.cumsum() - lengths)[order], lengths[order]

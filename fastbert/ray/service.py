@@ -1,0 +1,66 @@
+"""A service on Ray Serve, which queues, batches, routes and scales.
+
+Frontends speak HTTP and tokenize; models compute. A request is cut into pieces of at most the tokens of a batch, so
+that replicas share long requests, and pieces of several requests share a batch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import serve
+
+from fastbert.commands.checkpoint import Checkpoint
+from fastbert.ray.frontend import Frontend
+from fastbert.ray.protocol import Limits
+from fastbert.ray.replica import Model, Settings
+
+# Seconds that requests in flight have when a replica is stopped.
+DRAIN_SECONDS = 30
+# How many pieces a replica of the model accepts before they queue.
+PIECES = 256
+# How many requests a frontend accepts. Ray answers further ones itself, in plain text.
+REQUESTS = 10_000
+
+
+def app(
+    model: str,
+    *,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    truncate: bool = False,
+    api_key: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008
+    num_replicas: int = 1,
+    autoscaling_config: dict | None = None,
+    ray_actor_options: dict | None = None,
+) -> serve.Application:
+    """An application for `serve.run`: /v1/embeddings of an embedding model, or /v1/rerank of a cross-encoder.
+
+    model: a folder that every machine has, or a name on the hub. It ranks if it is a BertForSequenceClassification.
+    name: the one that clients give; by default the hub's, or the folder's. dtype: of the weights; by default the
+    checkpoint's. truncate: cut longer texts, as `encode` does, in place of an error. api_key: what clients must send;
+    by default none. num_replicas, autoscaling_config, ray_actor_options: of the model's deployment, as Ray Serve takes
+    them; by default a replica has one GPU if this machine has any, else one CPU.
+
+    Raises OSError if there is no such model, ValueError for wrong arguments. A replica raises what loading raises.
+    """
+    config = Checkpoint(model).config
+    ranks = "BertForSequenceClassification" in (config.architectures or ())
+    if ranks and config.num_labels != 1:
+        raise ValueError(f"{model} has {config.num_labels} labels: only a cross-encoder with one can rank documents")
+    if name is None:
+        name = Path(model).absolute().name if Path(model).is_dir() else model
+    settings = Settings(model, name, ranks, dtype, truncate, api_key, limits)
+    options: dict = {"autoscaling_config": autoscaling_config} if autoscaling_config else {"num_replicas": num_replicas}
+    options["ray_actor_options"] = ray_actor_options or {"num_gpus" if torch.cuda.is_available() else "num_cpus": 1}
+    replica: Any = serve.deployment  # its types know decorators alone
+    models = replica(
+        Model, max_ongoing_requests=PIECES, max_queued_requests=limits.queue,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS, **options,
+    ).bind(settings)  # fmt: skip
+    frontends = replica(
+        serve.ingress()(Frontend), max_ongoing_requests=REQUESTS, graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        ray_actor_options={"num_cpus": 0},
+    )  # fmt: skip
+    return frontends.bind(settings, models)
