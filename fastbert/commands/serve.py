@@ -28,7 +28,9 @@ def run(model: str, host: str, port: int, report: Callable[[str], None], **optio
     _check_port(host, port)
     cpus = os.cpu_count() or 1
     actor = {"num_gpus": 1} if torch.cuda.is_available() else {"num_cpus": cpus}
-    application = app(model, ray_actor_options=actor, api_key=os.environ.get(KEY_VARIABLE), **options)
+    # Started again, a model that cannot be served would fail again.
+    deployment: dict[str, Any] = {"ray_actor_options": actor, "max_constructor_retry_count": 1}
+    application = app(model, api_key=os.environ.get(KEY_VARIABLE), **deployment, **options)
     ray.init(address="local", num_cpus=cpus, logging_level=logging.ERROR, log_to_driver=False)
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
@@ -42,7 +44,8 @@ def run(model: str, host: str, port: int, report: Callable[[str], None], **optio
         report(f"{model} is served at http://{host}:{port}, until process {os.getpid()} gets SIGINT or SIGTERM")
         stopped.wait()
         report(f"stopping: requests in flight are answered, for at most {DRAIN_SECONDS} s")
-        serve.delete(APPLICATION)
+        # Deleting the application would stop the model beside the frontend, which still needs it.
+        serve.get_app_handle(APPLICATION).drain.remote(DRAIN_SECONDS).result()
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -37,6 +37,7 @@ class Frontend:
         self._settings, self._model = settings, model
         self._description: Description | None = None
         self._starting: asyncio.Task | None = None
+        self._active, self._stopping = 0, False
         self._requests = Counter("fastbert_requests", "Requests.", ("path", "status"))
         self._inputs = Counter("fastbert_inputs", "Texts, lists of token ids, and pairs that were answered.")
         self._tokens = Counter("fastbert_tokens", "Tokens that were answered.")
@@ -65,9 +66,17 @@ class Frontend:
                 logger.warning("the model is not ready: %s", error)
                 await asyncio.sleep(1)
 
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests, and wait until those in flight are answered, at most so long."""
+        self._stopping = True
+        until = asyncio.get_running_loop().time() + seconds
+        while self._active and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.05)
+
     def _guarded(self, handler):
         async def guarded(request: Request) -> Response:
             begun, path = asyncio.get_running_loop().time(), request.url.path
+            self._active += 1
             try:
                 self._check_key(request)
                 found = await handler(request)
@@ -76,6 +85,8 @@ class Frontend:
             except Exception as error:
                 logger.exception("a request failed")
                 found = RequestError(500, f"an error of the service: {type(error).__name__}").response()
+            finally:
+                self._active -= 1
             self._requests.inc(tags={"path": path, "status": str(found.status_code)})
             self._seconds.observe(asyncio.get_running_loop().time() - begun, tags={"path": path})
             return found
@@ -139,6 +150,8 @@ class Frontend:
         return ranking(scores, body, len(tokens.input_ids))
 
     def _ready(self) -> Description:
+        if self._stopping:
+            raise RequestError(503, "the service is stopping")
         if self._description is None:
             raise RequestError(503, "the model is starting")
         return self._description
