@@ -44,7 +44,7 @@ def write(record: dict) -> None:
     The file is replaced atomically, so that a killed run leaves all finished records and no partial line.
     """
     record = record | provenance()
-    path = RESULTS / _slug(record) / f"{record['suite']}.jsonl"
+    path = RESULTS / slug(record) / f"{record['suite']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [other for other in read(path) if _identity(other) != _identity(record)] if path.exists() else []
     unfinished = path.with_suffix(".unfinished")
@@ -102,6 +102,6 @@ def provenance() -> dict:
     return machine(DEVICE) | {"commit": _commit(), "load": round(load, 2), "date": date}
 
 
-def _slug(record: dict) -> str:
+def slug(record: dict) -> str:
     threads = f" {record['threads']} threads" if record["device"].startswith("CPU") else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{record['device']}{threads}".lower()).strip("-")
