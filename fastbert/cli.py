@@ -79,6 +79,7 @@ def _examples(*commands: str) -> str:
         "fastbert verify sentence-transformers/all-MiniLM-L6-v2",
         "fastbert bench ./my-model --dtype bfloat16",
         "fastbert encode sentence-transformers/all-MiniLM-L6-v2 texts.txt -o vectors.npy",
+        "fastbert serve sentence-transformers/all-MiniLM-L6-v2",
     )
 )
 def options(

@@ -1,8 +1,6 @@
 """The model of a service: token ids in, vectors or scores out, in batches that are limited by tokens."""
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,25 +59,25 @@ class Model:
         if not settings.truncate:
             tokenizer = PackingTokenizer(transformer.processor, padding=True)
         config = transformer.model.config
-        self._longest = min(
-            self._encoder.max_seq_length or config.max_position_embeddings, config.max_position_embeddings
-        )
-        piece = max(self._packed.max_tokens, self._longest)
+        longest = min(self._encoder.max_seq_length or config.max_position_embeddings, config.max_position_embeddings)
+        piece = max(self._packed.max_tokens, longest)
         outputs: Any = self.outputs  # as `serve.batch` made it
         outputs.set_max_batch_size(piece)
-        # One thread, so that the event loop answers while the device works.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastbert-device")
         probe = self._run([tokenizer([("a", "b")] if settings.ranks else ["a"])])
         dim = probe[0].shape[1] if not settings.ranks else 1
-        self._description = Description(tokenizer, prompt, self._longest, piece, config.vocab_size, dim)
+        self._description = Description(tokenizer, prompt, longest, piece, config.vocab_size, dim)
 
     def describe(self) -> Description:
         return self._description
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=BATCH_SECONDS, batch_size_fn=lambda pieces: _total(pieces))
     async def outputs(self, pieces: list[PackedTokens]) -> list[np.ndarray]:
-        """For each piece, the vectors of its N inputs, float32 [N, dim], or their scores [N]."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._run, pieces)
+        """For each piece, the vectors of its N inputs, float32 [N, dim], or their scores [N].
+
+        It holds up the event loop, on purpose: Ray makes a batch of what has arrived whether or not the device is free,
+        so it must not look before. Ray's own messages, such as health checks, have another loop.
+        """
+        return self._run(pieces)
 
     @torch.inference_mode()
     def _run(self, pieces: list[PackedTokens]) -> list[np.ndarray]:

@@ -501,6 +501,8 @@ class Definitions(ast.NodeVisitor):
         self.define(node.name)
         self.generic_visit(node)
 
+    visit_AsyncFunctionDef = visit_FunctionDef
+
     def visit_Name(self, node):
         if isinstance(node.ctx, ast.Store):
             self.define(node.id)

@@ -42,8 +42,9 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("verify", "bench", "encode", "info"))], ids=str,
-)  # fmt: skip
+    [["--help"], ["--version"], *([name, "--help"] for name in ("verify", "bench", "encode", "serve", "info"))],
+    ids=str,
+)
 def test_help_answers_at_once_and_imports_nothing_heavy(arguments):
     code = f"""
 import sys
@@ -65,7 +66,7 @@ finally:
 
 def test_help_shows_examples():
     commands = {command.callback.__name__: command for command in app.registered_commands}
-    assert commands.keys() == {"verify", "bench", "encode", "info"}
+    assert commands.keys() == {"verify", "bench", "encode", "serve", "info"}
     for name in commands:
         shown = " ".join(runner.invoke(app, [name, "--help"]).stdout.split())
         assert f"Examples fastbert {name}" in shown or f" fastbert {name}" in shown.partition("Examples")[2]

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastbert import cli
-from fastbert.commands import benchmark, verify
+from fastbert.commands import benchmark, serve, verify
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
@@ -97,6 +97,7 @@ def test_the_command_runs(words, minilm_path, monkeypatch, tmp_path):
     pq.write_table(pa.table({"text": texts}), "texts/a.parquet")
     for module in (verify, benchmark):
         monkeypatch.setattr(module, "SHAPES", dict.fromkeys(("cpu", "cuda"), ((2, 12),)))
+    monkeypatch.setattr(serve, "run", lambda model, host, port, report, **options: report(model))
     monkeypatch.setattr(benchmark, "SECONDS", dict.fromkeys(("cpu", "cuda"), 0.1))
     once = ["--dtype", "float32"] if words[0] == "verify" else []  # one dtype of three: each runs every class
     found = CliRunner().invoke(cli.app, [MODELS.sub(minilm_path, word) for word in words] + once)
