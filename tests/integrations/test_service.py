@@ -444,7 +444,8 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def test_the_openai_client_gets_the_vectors_of_encode(service, expected, tokenizer):
-    assert 503 in service.before  # while it was starting
+    # While it was starting: Ray's own answers come before those of the frontend.
+    assert service.before <= {None, 404, 503}
     client = service.client()
     assert [model.id for model in client.models.list()] == ["minilm"]
     found = client.embeddings.create(model="minilm", input=TEXTS)  # more than one piece
