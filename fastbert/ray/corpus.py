@@ -20,10 +20,10 @@ from fastbert.ray.inputs import ERROR, VECTOR, find, resolve
 
 # Rows of a part, which an actor embeds at once and a killed run may lose: as many texts as are sorted together.
 PART_ROWS = 16384
-# Ray's CPUs for an actor without a GPU, and for a task that reads or writes: of both kinds one fits on each CPU.
+# Ray's CPUs for an actor, and for a task that reads or writes: of both kinds one fits on each CPU.
 ACTOR_CPUS, TASK_CPUS = 0.75, 0.25
 # Ray appends this, and advice on its settings, to the message of an error.
-RAYS_ADVICE = "\nFailed to apply UDF"
+RAYS_ADVICE = "Failed to apply UDF transform"
 
 
 def encode_corpus(
@@ -57,7 +57,9 @@ def encode_corpus(
     else, if the first file holds no text, and for wrong arguments; TypeError if a column does not hold strings; and
     what loading raises.
     """
-    corpus = Corpus(find(source), *resolve(output.rstrip("/")), field, part_rows)
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens={tokens}: it must be at least 1")
+    corpus = Corpus(find(source), *resolve(output), field, part_rows)
     corpus.check_first_file()
     encoder = load_model(local_or_hub(model), "cpu", report)
     if prompt is None and encoder.default_prompt_name is not None:
@@ -110,10 +112,11 @@ def _own_error(error: ray.exceptions.RayError) -> BaseException:
     """Our own code's error in one of Ray's, whose message is a traceback."""
     own = getattr(error, "cause", None)
     if own is None:  # an actor that could not be created: the traceback ends with its error
-        return RuntimeError(str(error).partition(RAYS_ADVICE)[0].rstrip().splitlines()[-1])
-    if own.args and isinstance(own.args[0], str):
-        own.args = (own.args[0].partition(RAYS_ADVICE)[0], *own.args[1:])
-    return own
+        lines = str(error).partition(RAYS_ADVICE)[0].split("\n")
+        return RuntimeError(next(filter(str.strip, reversed(lines)), type(error).__name__))
+    cleaned = [arg.partition(RAYS_ADVICE)[0].rstrip() if isinstance(arg, str) else arg for arg in own.args]
+    # An error of the operating system has its number and its text as arguments.
+    return type(own)(*(arg for arg in cleaned if arg != ""))
 
 
 def _run(corpus: Corpus, todo: list[tuple[int, list[int]]], options: dict, expected: str) -> float:
@@ -127,7 +130,7 @@ def _run(corpus: Corpus, todo: list[tuple[int, list[int]]], options: dict, expec
         files.map_batches(corpus.read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
         .map_batches(
             _EmbedParts, fn_constructor_args=[options, expected], batch_size=1, batch_format="pyarrow",
-            compute=actors, num_gpus=1 if gpus else 0, num_cpus=1 if gpus else ACTOR_CPUS,
+            compute=actors, num_gpus=1 if gpus else 0, num_cpus=ACTOR_CPUS,
         )
         .map_batches(corpus.write, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
     )  # fmt: skip

@@ -1,14 +1,17 @@
 """Embed texts in the actors of Ray Data, one model per actor."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
 from sentence_transformers import SentenceTransformer
 
-from fastbert.inference import why_unsupported
+from fastbert import inference
 from fastbert.ray.inputs import ERROR, VECTOR, check_column, texts_of
 from fastbert.ray.loading import load
-from fastbert.windows import TOKENS
+from fastbert.tokenization import Unsupported
+from fastbert.windows import CPU_TOKENS, TOKENS
 
 
 class Embed:
@@ -38,12 +41,10 @@ class Embed:
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens={tokens}: it must be at least 1")
         self.encoder = load(SentenceTransformer, model, dtype=dtype)
+        if prompt is None and self.encoder.default_prompt_name is not None:
+            prompt = self.encoder.prompts.get(self.encoder.default_prompt_name)
         self._column, self._prompt = column, prompt
-        self._tokens = tokens or TOKENS
-        # Packed batches have a limit of TOKENS by themselves.
-        self._batch_size = TOKENS
-        if tokens is not None or why_unsupported(self.encoder) is not None:
-            self._batch_size = max(1, self._tokens // (self.encoder.max_seq_length or self._tokens))
+        self._tokens = tokens or (CPU_TOKENS if self.encoder.device.type == "cpu" else TOKENS)
         probe = self._encode(["text"])
         self.dim, self.dtype = probe.shape[1], probe.dtype
 
@@ -85,7 +86,9 @@ class Embed:
         try:
             vectors = self._encode(texts)
         except torch.OutOfMemoryError as error:
-            advice = f"a batch of up to {self._tokens} tokens does not fit on the device: tokens={self._tokens // 2}"
+            advice = (
+                f"a batch of up to {self._tokens} tokens does not fit on the device: tokens={max(1, self._tokens // 2)}"
+            )
             raise RuntimeError(advice) from error
         except Exception:
             failed = self._untokenizable(texts)
@@ -100,7 +103,20 @@ class Embed:
         return vectors, failed
 
     def _encode(self, texts: list[str]) -> np.ndarray:
-        return self.encoder.encode(texts, prompt=self._prompt, batch_size=self._batch_size, show_progress_bar=False)
+        try:
+            # The tokens alone limit a batch: batch_size is as large.
+            vectors: Any = inference.encode(
+                self.encoder, texts, prompt=self._prompt, batch_size=self._tokens, max_tokens=self._tokens,
+                show_progress_bar=False, output_value="sentence_embedding", save_to_cpu=True,
+                normalize_embeddings=False, truncate_dim=self.encoder.truncate_dim,
+            )  # fmt: skip
+        except Unsupported:
+            batch_size = max(1, self._tokens // (self.encoder.max_seq_length or self._tokens))
+            vectors = self.encoder.encode(
+                texts, prompt=self._prompt, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=False,
+                convert_to_tensor=True,
+            ).cpu()  # fmt: skip
+        return (vectors if vectors.dtype == torch.float16 else vectors.float()).numpy()
 
     def _untokenizable(self, texts: list[str]) -> dict[int, str]:
         """By index, why texts cannot be tokenized."""

@@ -46,16 +46,22 @@ def nested(values: pa.Array) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
 
 
+def _is_partial(found: fs.FileInfo) -> bool:
+    """Whether a file has no name of its own yet."""
+    return found.base_name.startswith(".") and found.base_name.endswith(".partial")
+
+
 class Corpus:
     """The input files and the output folder."""
 
     def __init__(self, sources: list[Source], filesystem: fs.FileSystem, path: str, field: str | None, rows: int):
-        self.sources, self._filesystem, self._path, self._field, self._rows = sources, filesystem, path, field, rows
+        self._filesystem, self._path, self._field, self._rows = filesystem, path, field, rows
         if rows < 1:
             raise ValueError(f"part_rows={rows}: it must be at least 1")
-        for each in sources:
-            if each.filesystem == filesystem and each.path.startswith(f"{path}/"):
-                raise ValueError(f"the input {each.path} lies in the output folder {path}: give another -o")
+        # A pattern may find what an earlier run has written.
+        self.sources = [x for x in sources if x.filesystem != filesystem or not x.path.startswith(f"{path}/")]
+        if not self.sources:
+            raise ValueError(f"all input lies in the output folder {path}: give another -o")
         found = filesystem.get_file_info(path)
         if found.type == fs.FileType.File:
             raise NotADirectoryError(f"{path} is a file: name a folder, such as -o vectors/")
@@ -73,7 +79,7 @@ class Corpus:
         """Create or continue the output. Returns the index of each input file that is not finished, with the first rows
         of its parts that exist. Raises ValueError if the output was made from something else."""
         existing = self._existing()
-        manifest = made_from | {"inputs": {each.name: list(each.state) for each in self.sources}}
+        manifest = made_from | {"inputs": {each.name: [each.path, *each.state] for each in self.sources}}
         path = f"{self._path}/{MANIFEST}"
         if self._filesystem.get_file_info(path).type == fs.FileType.File:
             with self._filesystem.open_input_stream(path) as file:
@@ -86,10 +92,11 @@ class Corpus:
             for name, state in manifest["inputs"].items():
                 if name in existing and earlier["inputs"].get(name) != state:
                     raise ValueError(
-                        f"{name} changed after {self._path}/{name} was made: delete that, or give another -o"
+                        f"{name} is another file than when {self._path}/{name} was made, or has changed: delete that, "
+                        "or give another -o"
                     )
             manifest["inputs"] = earlier["inputs"] | manifest["inputs"]
-        elif self._filesystem.get_file_info(fs.FileSelector(self._path, allow_not_found=True)):
+        elif any(not _is_partial(each) for each in self._listed()):
             raise FileExistsError(f"{self._path} holds other files: give another -o")
         self._filesystem.create_dir(self._path)
         self._save(path, json.dumps(manifest, indent=1).encode())
@@ -104,11 +111,14 @@ class Corpus:
     def _existing(self) -> dict[str, dict[int, int]]:
         """The parts of each input file by its name: the first row of each part, and the row after its last one."""
         found: dict[str, dict[int, int]] = {}
-        for each in self._filesystem.get_file_info(fs.FileSelector(self._path, recursive=True, allow_not_found=True)):
+        for each in self._listed():
             folder, _, name = os.path.relpath(each.path, self._path).rpartition("/")
             if rows := NAME.fullmatch(name):
                 found.setdefault(folder, {})[int(rows[1])] = int(rows[2])
         return found
+
+    def _listed(self) -> list[fs.FileInfo]:
+        return self._filesystem.get_file_info(fs.FileSelector(self._path, recursive=True, allow_not_found=True))
 
     def read(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield the missing parts of the file that a row names, each as one row."""
@@ -157,8 +167,8 @@ class Corpus:
 
     def tidy(self) -> None:
         """Delete what killed runs have left of parts."""
-        for each in self._filesystem.get_file_info(fs.FileSelector(self._path, recursive=True)):
-            if each.base_name.startswith(".") and each.base_name.endswith(".partial"):
+        for each in self._listed():
+            if _is_partial(each):
                 self._filesystem.delete_file(each.path)
 
     def contents(self, limit: int) -> Contents:

@@ -51,38 +51,49 @@ class Part:
 
 
 def resolve(place: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem and the path of a local path or a URI, such as s3://bucket/folder. Raises OSError for a URI that
-    pyarrow cannot read."""
+    """The filesystem and the path of a local path or a URI, such as s3://bucket/folder. A URI's path is taken as it is:
+    nothing in it is encoded. Raises ValueError for an empty one, OSError for a URI that pyarrow cannot read."""
+    if not place:
+        raise ValueError("the path is empty")
     if "://" not in place:
         return fs.LocalFileSystem(), os.path.abspath(place)
+    scheme, _, rest = place.partition("://")
+    host, _, path = rest.partition("/")
     try:
-        return fs.FileSystem.from_uri(place)
+        filesystem, root = fs.FileSystem.from_uri(f"{scheme}://{host}/")
     except pa.ArrowInvalid as error:
         raise OSError(f"{place}: {error}") from error
+    return filesystem, f"{root.rstrip('/')}/{path}".rstrip("/")
 
 
 def find(place: str) -> list[Source]:
     """The input files that a path, a folder or a pattern such as folder/*.parquet names, sorted by path.
 
-    Files and folders whose names begin with "." or "_" are left out, as in every reader of Parquet folders, unless the
-    path names them. Raises OSError if there is no file.
+    Of a folder, all files in it and below. Files and folders whose names begin with "." or "_" are left out, as readers
+    of Parquet folders do. Raises OSError if there is no file, ValueError if the name of the only one begins so.
     """
     filesystem, path = resolve(place)
     found = filesystem.get_file_info(path)
     if found.type == fs.FileType.File:
-        return [Source(filesystem, path, os.path.basename(path), _state(found))]
-    pattern = f"{path.rstrip('/')}/*" if found.type == fs.FileType.Directory else path
-    wildcards = [pattern.find(each) for each in WILDCARDS if each in pattern]
-    if not wildcards:
-        raise FileNotFoundError(f"there is no file or folder {place}")
-    base = os.path.dirname(pattern[: min(wildcards)])
+        name = os.path.basename(path)
+        if name[0] in "._":
+            raise ValueError(f"{path}: readers of the output would ignore names that begin with {name[0]!r}: rename it")
+        return [Source(filesystem, path, name, _state(found))]
+    if found.type == fs.FileType.Directory:
+        base, all_found = path, filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    else:
+        wildcards = [path.find(each) for each in WILDCARDS if each in path]
+        if not wildcards:
+            raise FileNotFoundError(f"there is no file or folder {place}")
+        base = os.path.dirname(path[: min(wildcards)])
+        all_found = filesystem.get_file_info(ArrowFSWrapper(filesystem).glob(path))
     sources = []
-    for found in filesystem.get_file_info(sorted(ArrowFSWrapper(filesystem).glob(pattern))):
+    for found in sorted(all_found, key=lambda each: each.path):
         name = os.path.relpath(found.path, base)
         if found.type == fs.FileType.File and not any(each[0] in "._" for each in name.split("/")):
             sources.append(Source(filesystem, found.path, name, _state(found)))
     if not sources:
-        raise FileNotFoundError(f"no file matches {pattern}")
+        raise FileNotFoundError(f"there is no input file {path}, or none whose name begins with neither . nor _")
     return sources
 
 
@@ -100,21 +111,22 @@ def parts(source: Source, field: str | None, rows: int) -> Iterator[Part]:
     """
     read = _parquet_parts if source.path.endswith(PARQUET) else _line_parts
     first = size = 0
-    for texts, reasons in read(source, field, rows):
-        size = len(texts)
-        yield Part(first, texts, reasons)
-        first += size
+    try:
+        for texts, reasons in read(source, field, rows):
+            size = len(texts)
+            yield Part(first, texts, reasons)
+            first += size
+    except (OSError, TypeError, ValueError) as error:
+        kind = next(kind for kind in (OSError, TypeError, ValueError) if isinstance(error, kind))
+        raise kind(f"{source.path}: {error}") from error
     if size == rows or not first:
         yield Part(first, [], {})
 
 
 def _parquet_parts(source: Source, field: str | None, rows: int) -> Iterator[tuple[list, dict]]:
     column = field or "text"
-    try:
-        file = pq.ParquetFile(source.filesystem.open_input_file(source.path))
-        check_column(file.schema_arrow, column)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{source.path}: {error}") from error
+    file = pq.ParquetFile(source.filesystem.open_input_file(source.path))
+    check_column(file.schema_arrow, column)
     pending: list[pa.RecordBatch] = []
     count = 0
     for batch in file.iter_batches(rows, columns=[column]):
@@ -151,9 +163,11 @@ def _line_parts(source: Source, field: str | None, rows: int) -> Iterator[tuple[
 
 
 def check_column(schema: pa.Schema, name: str) -> None:
-    """Raise ValueError if a table has no column of this name, and TypeError if it does not hold strings."""
+    """Raise ValueError unless a table has one column of this name, and TypeError if it does not hold strings."""
     if name not in schema.names:
         raise ValueError(f"there is no column {name!r}, only {', '.join(map(repr, schema.names))}")
+    if schema.names.count(name) > 1:
+        raise ValueError(f"there are {schema.names.count(name)} columns {name!r}")
     kind = schema.field(name).type
     held = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(is_kind(held) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +28,11 @@ from ray.data import ActorPoolStrategy  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
 
+from fastbert.inference import PackedEncoder  # noqa: E402
 from fastbert.ray import Embed, corpus  # noqa: E402
 from fastbert.ray.corpus import encode_corpus  # noqa: E402
-from fastbert.ray.files import MANIFEST  # noqa: E402
-from fastbert.ray.inputs import find, parts  # noqa: E402
+from fastbert.ray.files import MANIFEST, Corpus, nested  # noqa: E402
+from fastbert.ray.inputs import find, parts, resolve  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
 TEXTS = [" ".join(text.split())[:80] for text in docstrings(600)]
@@ -172,7 +174,7 @@ def test_other_errors_end_the_batch(embed, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(embed.encoder, "encode", fail)
+    monkeypatch.setattr(embed, "_encode", fail)
     with pytest.raises(RuntimeError, match="the device is gone"):
         embed(pa.table({"text": ["a"]}))
 
@@ -181,16 +183,19 @@ def test_a_device_without_memory_is_told_what_helps(embed, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(embed.encoder, "encode", fail)
-    with pytest.raises(RuntimeError, match="a batch of up to 16384 tokens does not fit on the device: tokens=8192"):
+    monkeypatch.setattr(embed, "_encode", fail)
+    with pytest.raises(RuntimeError, match="a batch of up to 2048 tokens does not fit on the device: tokens=1024"):
         embed(pa.table({"text": ["a"]}))
 
 
-def test_float16_prompts_and_token_limits(tiny_path, expected):
+def test_float16_prompts_and_token_limits(tiny_path, expected, monkeypatch):
     found = Embed(tiny_path, dtype=torch.float16)(pa.table({"text": TEXTS[:5]}))["vector"]
     assert found.type == pa.list_(pa.float16(), 48)
     assert np.abs(vectors(found) - expected(TEXTS[:5])).max() < 2e-2
-    found = Embed(tiny_path, "words", prompt="query: ", tokens=1)(pa.table({"words": TEXTS[:5]}))
+    embed, sizes = Embed(tiny_path, "words", prompt="query: ", tokens=100), []
+    monkeypatch.setattr(PackedEncoder, "features", recording(PackedEncoder.features, sizes))
+    found = embed(pa.table({"words": TEXTS[:5]}))
+    assert 50 < max(sizes) <= 100
     assert_close(vectors(found["vector"]), expected(TEXTS[:5], prompt="query: "))
     with pytest.raises(ValueError, match="tokens=0: it must be at least 1"):
         Embed(tiny_path, tokens=0)
@@ -207,6 +212,14 @@ def test_a_model_that_is_never_packed_runs_in_batches_of_the_limit(tiny_path, tm
     wanted = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS[:10], batch_size=4)
     assert_close(vectors(found["vector"]), wanted)
     assert max(sizes) == 4
+
+
+def recording(features, sizes: list[int]):
+    def call(self, given):
+        sizes.append(given["input_ids"].shape[1])
+        return features(self, given)
+
+    return call
 
 
 def bert_of(embed: Embed):
@@ -246,19 +259,112 @@ def test_files_are_found_by_path_folder_and_pattern(tmp_path):
     def names(place) -> list[str]:
         return [each.name for each in find(str(place))]
 
-    assert names(tmp_path) == names(f"{tmp_path}/") == names(tmp_path / "*") == ["[c].txt", "a.parquet", "b.txt"]
+    assert names(tmp_path) == names(f"{tmp_path}/") == ["[c].txt", "a.parquet", "b.txt", "sub/d.txt"]
+    assert names(tmp_path / "*") == ["[c].txt", "a.parquet", "b.txt"]
     assert names(tmp_path / "**/*.txt") == ["[c].txt", "b.txt", "sub/d.txt"]
     assert names(tmp_path / "*/*.txt") == ["sub/d.txt"]
     assert names(tmp_path / "[c].txt") == ["[c].txt"]
-    assert names(tmp_path / "_hidden") == ["_hidden"]
+    with pytest.raises(ValueError, match="_hidden: readers of the output would ignore names that begin with '_'"):
+        names(tmp_path / "_hidden")
     assert names(f"file://{tmp_path}/*.parquet") == ["a.parquet"]
     for place, error in (
         (tmp_path / "none", "there is no file or folder"),
-        (tmp_path / "*.csv", "no file matches"),
+        (tmp_path / "*.csv", "there is no input file"),
         ("nowhere://a/b", "Unrecognized filesystem type"),
     ):
         with pytest.raises(OSError, match=error):
             find(str(place))
+
+
+@pytest.mark.parametrize("folder", ["set[1]", "d*d", "a b", "a#b", "a?b=1", "50%20é"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_path_is_taken_as_it_is(tmp_path, folder, scheme):
+    for name in (folder, "set1", "dxd", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    (source,) = find(f"{scheme}{tmp_path}/{folder}")
+    assert [part.texts for part in parts(source, None, 10)] == [[folder]]
+    (source,) = find(f"{scheme}{tmp_path}/{folder}/x.txt")
+    assert source.name == "x.txt"
+
+
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b"text\n" * 99)[:-9], b"text\n"], ids=["truncated", "not compressed"]
+)
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "a.gz"
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=rf"^{path}: "):
+        list(parts(find(str(path))[0], None, 10))
+
+
+def test_two_columns_of_one_name_are_an_error(tmp_path, embed):
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: there are 2 columns 'text'"):
+        list(parts(find(str(tmp_path))[0], None, 10))
+    with pytest.raises(ValueError, match="there are 2 columns 'text'"):
+        embed(table)
+
+
+# The output, without a cluster
+
+
+def made(source: Path, output: Path, parts: int | None = None) -> Corpus:
+    """Write an output as Ray's tasks do, with zeros as vectors, and stop after some parts."""
+    corpus = Corpus(find(str(source)), *resolve(str(output)), None, ROWS)
+    for index, done in corpus.begin({"model": "m"}):
+        for part in corpus.read(pa.table({"file": [index], "done": [done]})):
+            if parts == 0:
+                return corpus
+            parts = None if parts is None else parts - 1
+            size = len(part["texts"][0])
+            zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2 * size, np.float32)), 2)
+            columns = {"vector": nested(zeros), "error": nested(pa.nulls(size, pa.string()))}
+            corpus.write(pa.table({"file": part["file"], "first": part["first"], **columns}))
+    corpus.tidy()
+    return corpus
+
+
+@pytest.mark.parametrize("killed_after", range(5))
+def test_an_output_is_continued_after_any_part(tmp_path, killed_after):
+    source, output = tmp_path / "in", tmp_path / "in" / "sub" / "out"  # found as input, too
+    source.mkdir()
+    for name, count in (("a", 0), ("b", ROWS), ("c", 2 * ROWS + 1)):
+        (source / f"{name}.txt").write_text("x\n" * count)
+    output.mkdir(parents=True)
+    (output / "._fastbert.json.0.partial").touch()  # a run was killed as it began
+    made(source, output, killed_after)
+    before = parts_of(output)
+    assert len(before) == killed_after
+    assert made(source, output).contents(9).rows == 3 * ROWS + 1
+    assert parts_of(output).items() >= before.items()
+    assert output_of(output)["c.txt"]["row"].to_pylist() == list(range(2 * ROWS + 1))
+    assert made(source, output).begin({"model": "m"}) == []
+
+
+def test_another_folder_with_the_same_names_is_no_continuation(tmp_path):
+    for name in ("in", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("x\n")
+        os.utime(tmp_path / name / "a.txt", (0, 0))
+    made(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"a\.txt is another file than when .*/out/a\.txt was made, or has changed"):
+        made(tmp_path / "other", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (ValueError("wrong\nFailed to apply UDF transform after 1/1"), "wrong"),
+        (FileNotFoundError(2, "no file", "Failed to apply UDF transform after 1/1"), "[Errno 2] no file"),
+        (OSError(28, "disk full\nFailed to apply UDF transform"), "[Errno 28] disk full"),
+    ],
+)
+def test_errors_of_our_own_come_out_of_rays(own, told):
+    found = corpus._own_error(SimpleNamespace(cause=own))
+    assert type(found) is type(own)
+    assert str(found) == told
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 20, 35])
@@ -342,7 +448,7 @@ def test_a_corpus_of_all_formats_is_made_and_extended(cluster, tiny_path, expect
         with pytest.raises(ValueError, match=f"out was made with {message}: give another -o"):
             encode_corpus(tiny_path, f"{source}/**", str(output), **{**arguments, **others})
     write_parquet(source / "b.parquet", TEXTS[:3])
-    with pytest.raises(ValueError, match=r"b\.parquet changed after .*/out/b\.parquet was made: delete that"):
+    with pytest.raises(ValueError, match=r"b\.parquet is another file than when .*/out/b\.parquet was made"):
         encode_corpus(tiny_path, f"{source}/**", str(output), **arguments)
 
 
@@ -432,7 +538,9 @@ def test_wrong_arguments_fail_before_anything_runs(tiny_path, tmp_path):
         (tmp_path / "none", output, {}, FileNotFoundError, "there is no file or folder"),
         (source, output, {"field": "x"}, ValueError, r"none of the first 2 rows is a text; row 0: no field 'x'"),
         (source, str(source), {}, NotADirectoryError, "is a file: name a folder"),
-        (source, str(tmp_path), {}, ValueError, "lies in the output folder"),
+        (source, str(tmp_path), {}, ValueError, "all input lies in the output folder"),
+        (source, output, {"tokens": 0}, ValueError, "tokens=0: it must be at least 1"),
+        ("", output, {}, ValueError, "the path is empty"),
         (source, output, {"part_rows": 0}, ValueError, "part_rows=0: it must be at least 1"),
     ):
         with pytest.raises(error, match=message):
