@@ -95,11 +95,10 @@ class Frontend:
 
     def _check_key(self, request: Request) -> None:
         key = self._settings.api_key
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and not secrets.compare_digest(given.encode(), key.encode()):
-            raise RequestError(
-                401, "the API key is missing or wrong: send Authorization: Bearer KEY", None, "invalid_api_key"
-            )
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if key is not None and not secrets.compare_digest(given, f"Bearer {key}".encode()):
+            message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+            raise RequestError(401, message, None, "invalid_api_key")
 
     async def _health(self, request: Request) -> Response:
         self._ready()
@@ -107,7 +106,10 @@ class Frontend:
 
     async def _metrics(self, request: Request) -> Response:
         """The metrics of Ray Serve and of all frontends, from the exporter of each machine of the cluster."""
-        pages = await asyncio.to_thread(_exported)
+        try:
+            pages = await asyncio.to_thread(_exported)
+        except OSError as error:
+            raise RequestError(503, f"an exporter of Ray does not answer: {error}") from None
         lines = (line for page in pages for line in page.splitlines())
         kept = [line for line in lines if line.removeprefix("# HELP ").removeprefix("# TYPE ").startswith(METRICS)]
         return Response("\n".join(kept) + "\n", media_type="text/plain; version=0.0.4")

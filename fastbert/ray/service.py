@@ -32,6 +32,7 @@ def app(
     truncate: bool = False,
     api_key: str | None = None,
     limits: Limits = Limits(),  # noqa: B008
+    frontends: int = 1,
     **deployment: Any,
 ) -> serve.Application:
     """An application for `serve.run`: /v1/embeddings of an embedding model, or /v1/rerank of a cross-encoder.
@@ -39,8 +40,9 @@ def app(
     model: a folder that every machine has, or a name on the hub. It ranks if it is a BertForSequenceClassification.
     name: the one that clients give; by default the hub's, or the folder's. dtype: of the weights; by default the
     checkpoint's. truncate: cut longer texts, as `encode` does, in place of an error. api_key: what clients must send;
-    by default none. deployment: options of `serve.deployment` for the model, such as num_replicas, autoscaling_config
-    and ray_actor_options; by default a replica has one GPU if this machine has any, else one CPU.
+    by default none. frontends: the number of processes that speak HTTP and tokenize. deployment: options of
+    `serve.deployment` for the model, such as num_replicas, autoscaling_config and ray_actor_options; by default a
+    replica has one GPU if this machine has any, else one CPU.
 
     Raises OSError if there is no such model, ValueError for wrong arguments. A replica raises what loading raises.
     """
@@ -64,8 +66,8 @@ def app(
     }
     deployed: Any = serve.deployment  # its types know decorators alone
     models = deployed(Model, **(defaults | deployment)).bind(settings)
-    frontends = deployed(
-        serve.ingress()(Frontend), max_ongoing_requests=REQUESTS, graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        ray_actor_options={"num_cpus": 0},
+    entrance = deployed(
+        serve.ingress()(Frontend), num_replicas=frontends, max_ongoing_requests=REQUESTS,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS, ray_actor_options={"num_cpus": 0},
     )  # fmt: skip
-    return frontends.bind(settings, models)
+    return entrance.bind(settings, models)
