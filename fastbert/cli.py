@@ -233,10 +233,8 @@ def encode(
 
 def _encode_corpus(model: str, source: str, output: str, **options) -> None:
     """`fastbert encode --ray`."""
-    try:
-        from fastbert.ray.corpus import encode_corpus
-    except ModuleNotFoundError as error:
-        raise ImportError(f"--ray needs Ray ({error}): pip install 'fastbert-triton[ray]'") from error
+    from fastbert.ray.corpus import encode_corpus
+
     made, rate = encode_corpus(model, source, output, **options, report=typer.echo)
     shown = f", {rate:,.1f} texts/s" if rate is not None else ""
     typer.echo(f"{output}: {made.dtype} [{made.rows}, {made.dim}], {made.files:,} files{shown}")
@@ -283,11 +281,9 @@ def serve(
     """
     import torch
 
-    try:
-        from fastbert.commands.serve import run
-        from fastbert.ray.protocol import Limits
-    except ModuleNotFoundError as error:
-        raise ImportError(f"serve needs Ray ({error}): pip install 'fastbert-triton[ray]'") from error
+    from fastbert.commands.serve import run
+    from fastbert.ray.protocol import Limits
+
     weights = None if dtype is None else getattr(torch, dtype.value)
     limits = Limits(max_body, max_inputs, max_tokens, max_queue)
     run(model, host, port, typer.echo, name=name, dtype=weights, truncate=truncate, limits=limits)

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import ray
 import torch
-from ray import serve
 
 from fastbert.ray.service import DRAIN_SECONDS, app
+
+# Below fastbert.ray, whose error says what to install.
+import ray  # isort: skip
+from ray import serve  # isort: skip
 
 APPLICATION = "fastbert"
 # A key on the command line would be seen in the list of processes.

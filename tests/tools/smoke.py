@@ -23,8 +23,8 @@ def main() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             try:
                 importlib.import_module(module.name)
-            except ImportError as error:  # `fastbert encode` needs an extra, and says which
-                if "pip install 'fastbert-triton[encode]'" not in str(error):
+            except ImportError as error:  # `fastbert encode` and `fastbert.ray` need an extra, and say which
+                if "pip install 'fastbert-triton[" not in str(error):
                     raise
     configs = {path.name for path in (resources.files(fastbert_kernels) / "configs").iterdir()}
     assert {"default.json", "sm_90.json"} <= configs, configs

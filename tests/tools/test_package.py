@@ -252,3 +252,11 @@ def test_forward_signatures_are_transformers():
         theirs = inspect.signature(getattr(transformers, head).forward).parameters
         assert list(ours) == list(theirs)
         assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+@pytest.mark.parametrize("module", ["ray", "ray.files", "ray.corpus", "commands.serve"])
+def test_what_needs_ray_says_what_to_install(module):
+    code = f"import sys; sys.modules['ray'] = None; import fastbert.{module}"
+    found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    last = found.stderr.splitlines()[-1]
+    assert last == "ImportError: fastbert.ray needs ray: pip install 'fastbert-triton[ray]'"
