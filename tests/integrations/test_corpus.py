@@ -155,10 +155,10 @@ def test_a_batch_without_any_text(embed):
 def test_a_text_that_cannot_be_tokenized_fails_alone(tiny_path, expected):
     embed = Embed(tiny_path)
     embed.encoder.tokenizer.backend_tokenizer.model.unk_token = "[NONE]"  # is not in the vocabulary
-    found = embed(pa.table({"text": ["a cat", "\U0001f9ff", "a dog"]}))
+    found = embed(pa.table({"text": [None, "a cat", "\U0001f9ff", "a dog"]}))
     reason = "it cannot be tokenized: WordPiece error: Missing [UNK] token from the vocabulary"
-    assert found["error"].to_pylist() == [None, reason, None]
-    assert_close(vectors(found["vector"])[::2], expected(["a cat", "a dog"]))
+    assert found["error"].to_pylist() == ["it is null", None, reason, None]
+    assert_close(vectors(found["vector"])[1::2], expected(["a cat", "a dog"]))
 
 
 def test_a_vector_that_is_not_finite_is_none(tiny_path):
